@@ -1,0 +1,11 @@
+// The Python module vxl_kernels._C. Loading it also registers the operators of ops.cpp.
+#include <pybind11/pybind11.h>
+
+#include "../cpu/kernels.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of vxl_kernels; loading it registers the vxl:: operators.";
+  m.def("cpu_isa", &vxl::cpu_isa,
+        "Instruction set of the CPU kernels in this process: 'avx512', 'avx2' or 'baseline'. "
+        "The environment variable VXL_CPU_ISA, read once, lowers it.");
+}

@@ -1,0 +1,130 @@
+#include "kernels.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace vxl {
+
+extern const CpuKernels kernels_baseline;
+#if defined(__x86_64__)
+extern const CpuKernels kernels_avx2;
+extern const CpuKernels kernels_avx512;
+#endif
+
+namespace {
+
+const CpuKernels& choose() {
+#if defined(__x86_64__)
+  const char* cap = std::getenv("VXL_CPU_ISA");
+  const bool no_512 = cap != nullptr && std::strcmp(cap, "avx512") != 0;
+  const bool no_256 = no_512 && std::strcmp(cap, "avx2") != 0;
+  __builtin_cpu_init();
+  if (!no_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return kernels_avx512;
+  }
+  if (!no_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return kernels_avx2;
+  }
+#endif
+  return kernels_baseline;
+}
+
+const CpuKernels& kernels() {
+  static const CpuKernels& chosen = choose();
+  return chosen;
+}
+
+// Aligned floats that live as long as their thread and only ever grow: one decode step
+// would otherwise spend a tenth of its time on fresh pages.
+class Arena {
+ public:
+  float* floats(int64_t n) {
+    if (n > size_) {
+      block_.reset();
+      size_ = 0;
+      void* p = nullptr;
+      if (posix_memalign(&p, 64, static_cast<size_t>(n) * sizeof(float)) != 0) {
+        throw std::bad_alloc();
+      }
+      block_.reset(static_cast<float*>(p));
+      size_ = n;
+    }
+    return block_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> block_;
+  int64_t size_ = 0;
+};
+
+// Runs fn(task, scratch) for every task, each thread taking the next one when it is free.
+// An exception (out of memory for scratch) is carried to the caller.
+template <typename Fn>
+void each_task(const ThreadPool& pool, int64_t tasks, int64_t scratch_floats, const Fn& fn) {
+  struct Shared {
+    const Fn& fn;
+    int64_t tasks, scratch_floats;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+  } shared{fn, tasks, scratch_floats};
+  auto body = [](void* arg, int) {
+    Shared& s = *static_cast<Shared*>(arg);
+    thread_local Arena arena;
+    try {
+      float* scratch = arena.floats(s.scratch_floats);
+      for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) {
+        s.fn(task, scratch);
+      }
+    } catch (...) {
+      s.failed = true;
+    }
+  };
+  if (tasks <= 0) return;
+  const int threads = tasks < pool.threads ? static_cast<int>(tasks) : pool.threads;
+  if (threads <= 1) {
+    body(&shared, 0);
+  } else {
+    pool.run(threads, body, &shared);
+  }
+  if (shared.failed) throw std::bad_alloc();
+}
+
+}  // namespace
+
+const char* cpu_isa() { return kernels().name; }
+
+void attention_cpu(const AttentionParams& p, const ThreadPool& pool) {
+  const CpuKernels& k = kernels();
+  const int type = static_cast<int>(p.dtype);
+  const AttentionPlan plan = plan_attention(p, k.lanes, pool.threads);
+  thread_local Arena arena;
+  float* workspace = plan.workspace_floats > 0 ? arena.floats(plan.workspace_floats) : nullptr;
+  each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t task, float* scratch) {
+    k.attention_task[type](p, plan, task, scratch, workspace);
+  });
+  if (plan.splits > 1) {
+    const int64_t rows = p.geometry.rows();
+    each_task(pool, p.batch * rows, p.head_dim, [&](int64_t task, float* scratch) {
+      k.merge_row[type](p, plan, task / rows, task % rows, scratch, workspace);
+    });
+  }
+}
+
+void rope_append_cpu(const RopeParams& p, const ThreadPool& pool) {
+  const CpuKernels& k = kernels();
+  const int64_t blocks = (p.geometry.chunk_rows() + k.rope_rows - 1) / k.rope_rows;
+  each_task(pool, p.batch * p.geometry.chunks * blocks, p.head_dim,
+            [&](int64_t task, float* scratch) {
+              k.rope_task[static_cast<int>(p.dtype)](p, task, scratch);
+            });
+}
+
+}  // namespace vxl

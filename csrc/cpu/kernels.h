@@ -1,0 +1,39 @@
+// The CPU backend's entry points: plain parameters in, threads from the caller.
+#pragma once
+
+#include <cstddef>
+
+#include "../include/vxl/params.h"
+#include "plan.h"
+
+namespace vxl {
+
+// Runs body(arg, thread) once on each of `threads` threads and waits.
+struct ThreadPool {
+  int threads = 1;
+  void (*run)(int threads, void (*body)(void* arg, int thread), void* arg) = nullptr;
+};
+
+// out and lse of every row. The caller has checked shapes, page indices and lengths.
+void attention_cpu(const AttentionParams& p, const ThreadPool& pool);
+
+// q_out, k_out and the cache rows of every kept row. q_out may be q, k_out may be k.
+void rope_append_cpu(const RopeParams& p, const ThreadPool& pool);
+
+// "avx512", "avx2" or "baseline": what the two above use on this machine. The environment
+// variable VXL_CPU_ISA lowers it, for tests and for comparing.
+const char* cpu_isa();
+
+// What one instruction set provides; one of these per ISA unit.
+struct CpuKernels {
+  const char* name;
+  int lanes;
+  void (*attention_task[3])(const AttentionParams&, const AttentionPlan&, int64_t task,
+                            float* scratch, float* workspace);  // by DType
+  void (*merge_row[3])(const AttentionParams&, const AttentionPlan&, int64_t batch,
+                       int64_t row, float* scratch, float* workspace);
+  void (*rope_task[3])(const RopeParams&, int64_t task, float* scratch);
+  int64_t rope_rows;  // rows of a rope task
+};
+
+}  // namespace vxl

@@ -1,0 +1,79 @@
+// Plain parameters of the operators: raw pointers, strides in elements, no torch.
+// Shared by the CPU kernels, the bindings and the stand-alone tests.
+#pragma once
+
+#include <cstdint>
+
+namespace vxl {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+// Which row of a call is what. A call holds `chunks` chunks of `window` raw tokens
+// and vsts() VSTs each. `ratio == 0` means "no layout": one causal chunk of raw rows.
+// The Python twin with the documentation is vxl_kernels/layout.py.
+struct ChunkGeometry {
+  int64_t window = 0;
+  int64_t ratio = 0;
+  int64_t chunks = 1;
+  bool split = true;  // [all raw | all VST], else as published (interleaved)
+
+  int64_t vsts() const { return ratio > 0 ? window / ratio : 0; }
+  int64_t chunk_rows() const { return window + vsts(); }
+  int64_t rows() const { return chunks * chunk_rows(); }
+
+  // VST index if the row at this position of a chunk is a VST, else -1.
+  int64_t vst_at(int64_t position) const {
+    if (ratio == 0) return -1;
+    return position % (ratio + 1) == ratio ? position / (ratio + 1) : -1;
+  }
+
+  // Storage row of the token at `position` of `chunk`.
+  int64_t row_of(int64_t chunk, int64_t position) const {
+    if (ratio == 0) return position;
+    if (!split) return chunk * chunk_rows() + position;
+    const int64_t group = position / (ratio + 1);
+    if (position - group * (ratio + 1) == ratio) {
+      return chunks * window + chunk * vsts() + group;
+    }
+    return chunk * window + position - group;
+  }
+};
+
+// (batch, rows, heads, head_dim), head_dim contiguous.
+struct RowTensor {
+  void* data = nullptr;
+  int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
+};
+
+// (pages, page_size, kv_heads, head_dim), head_dim contiguous; K and V alike in shape.
+struct PagedCache {
+  void* k = nullptr;
+  void* v = nullptr;
+  int64_t k_strides[3] = {0, 0, 0};  // page, slot, head
+  int64_t v_strides[3] = {0, 0, 0};
+  int64_t page_size = 1;
+  const int32_t* block_table = nullptr;  // (batch, max_pages)
+  int64_t block_table_stride = 0;
+  const int32_t* lens = nullptr;  // (batch,) kept tokens before this call
+};
+
+struct AttentionParams {
+  DType dtype = DType::f32;
+  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  ChunkGeometry geometry;
+  RowTensor q, k, v, out;
+  PagedCache cache;
+  float* lse = nullptr;  // (batch, heads, rows) contiguous, natural log; may be null
+  float scale = 1.0f;
+};
+
+struct RopeParams {
+  DType dtype = DType::f32;
+  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  ChunkGeometry geometry;
+  RowTensor q, k, v, q_out, k_out;
+  PagedCache cache;
+  const float* inv_freq = nullptr;  // (head_dim / 2,)
+};
+
+}  // namespace vxl

@@ -1,0 +1,115 @@
+"""Builds the extension `vxl_kernels._C`.
+
+Environment:
+    VXL_BUILD_EXT   1 (default) builds the extension, 0 installs pure Python (the slow
+                    reference serves then).
+    VXL_BUILD_CUDA  auto (default) compiles csrc/cuda where nvcc and a CUDA build of torch are
+                    found, 0 never, 1 fails without them.
+What was built, and why something was not, is written to vxl_kernels/_build_info.json and
+shown by `python -m vxl_kernels`.
+"""
+
+import json
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+# An isolated build hides the packages of the environment it builds for. The extension must
+# be compiled against the torch that will load it, so look there before fetching another.
+try:
+    import torch
+except ImportError:
+    sys.path.append(sysconfig.get_paths()["purelib"])
+    try:
+        import torch
+    except ImportError:
+        torch = None
+
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
+# GCC's own AVX-512 headers trip these two.
+ISA_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
+# One unit an instruction set, chosen at run time: no wheel needs the machine it was built on.
+ISA_FLAGS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = [
+        *ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+    ]  # fmt: skip
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """Whether to compile csrc/cuda, and the reason."""
+    wish = os.environ.get("VXL_BUILD_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"VXL_BUILD_CUDA: got {wish!r}, expected auto, 0 or 1")
+    if wish == "0":
+        return False, "VXL_BUILD_CUDA=0"
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    missing = []
+    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+        missing.append("this version has no CUDA sources")
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is a build without CUDA")
+    if CUDA_HOME is None:
+        missing.append("no nvcc")
+    if missing and wish == "1":
+        raise SystemExit(f"VXL_BUILD_CUDA=1 cannot be met: {'; '.join(missing)}")
+    return not missing, "; ".join(missing) or "nvcc and a CUDA build of torch found"
+
+
+def write_build_info(**info: object) -> None:
+    (ROOT / "vxl_kernels" / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def extension_arguments() -> dict:
+    if os.environ.get("VXL_BUILD_EXT", "1") == "0":
+        write_build_info(extension="not built: VXL_BUILD_EXT=0", cuda="not built")
+        return {}
+    if torch is None:
+        # Only now is torch a requirement of the build; the build then runs again with it.
+        return {"setup_requires": ["torch>=2.11"]}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildWithIsaUnits(BuildExtension):
+        """Compiles each ISA unit with its own flags and links the objects in."""
+
+        def build_extensions(self) -> None:
+            for isa, flags in ISA_FLAGS.items():
+                objects = self.compiler.compile(
+                    [f"csrc/cpu/isa_{isa}.cpp"],
+                    output_dir=self.build_temp,
+                    extra_postargs=[*COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
+                    depends=[str(p) for p in ROOT.glob("csrc/**/*.h")],
+                )
+                for extension in self.extensions:
+                    extension.extra_objects = [*extension.extra_objects, *objects]
+            super().build_extensions()
+
+    use_cuda, reason = cuda_decision()
+    write_build_info(
+        extension=f"built with torch {torch.__version__}, units: {', '.join(ISA_FLAGS)}",
+        cuda=("built: " if use_cuda else "not built: ") + reason,
+    )
+    extension = CppExtension(
+        "vxl_kernels._C",
+        sources=[
+            "csrc/bindings/module.cpp",
+            "csrc/bindings/ops.cpp",
+            "csrc/cpu/kernels.cpp",
+            "csrc/cpu/plan.cpp",
+        ],
+        extra_compile_args={"cxx": [*COMMON, "-fopenmp", "-Wno-unused-parameter"]},
+        extra_link_args=["-fopenmp"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithIsaUnits}}
+
+
+setup(**extension_arguments())

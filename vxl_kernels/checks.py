@@ -1,0 +1,171 @@
+"""Refusals: one ValueError that names the argument, what came and what was expected.
+
+`*_shapes` look at shapes, dtypes and devices only, so they cost no synchronisation and
+trace under `torch.compile`. `paging` reads block table and lengths: the ops' CPU
+implementations do that before they write (the compiled one in C++, with the same words).
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from .layout import ChunkLayout
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(argument: str, got: object, expected: object) -> NoReturn:
+    raise ValueError(f"{argument}: got {got}, expected {expected}")
+
+
+def _tensor(name: str, x: object, rank: int, dims: str) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        fail(name, type(x).__name__, f"a tensor {dims}")
+    if x.dim() != rank:
+        fail(name, f"shape {tuple(x.shape)}", f"{rank} dimensions {dims}")
+    return x
+
+
+def _like(name: str, x: torch.Tensor, other: torch.Tensor, other_name: str) -> None:
+    if x.dtype != other.dtype:
+        fail(name, x.dtype, f"{other.dtype} as {other_name}")
+    if x.device != other.device:
+        fail(name, f"device {x.device}", f"{other.device} as {other_name}")
+
+
+def layout_rows(layout: object, rows: int, name: str) -> None:
+    if layout is None:
+        return
+    if not isinstance(layout, ChunkLayout):
+        fail("layout", type(layout).__name__, "a ChunkLayout or None")
+    if layout.rows != rows:
+        fail(name, f"{rows} rows", f"{layout.rows} rows by {layout}")
+
+
+def qkv_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: object) -> None:
+    dims = "(batch, rows, heads, head_dim)"
+    _tensor("q", q, 4, dims)
+    _tensor("k", k, 4, "(batch, rows, kv_heads, head_dim)")
+    _tensor("v", v, 4, "(batch, rows, kv_heads, head_dim)")
+    if q.dtype not in FLOATS:
+        fail("q", q.dtype, "float32, bfloat16, float16 or float64")
+    _like("k", k, q, "q")
+    _like("v", v, q, "q")
+    batch, rows, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    if tuple(k.shape) != (batch, rows, kv_heads, head_dim):
+        fail("k", f"shape {tuple(k.shape)}", f"({batch}, {rows}, kv_heads, {head_dim}) as q")
+    if v.shape != k.shape:
+        fail("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)} as k")
+    if not 16 <= head_dim <= 256:
+        fail("q", f"head_dim {head_dim}", "16 to 256")
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        fail("q", f"{heads} heads", f"a multiple of the {kv_heads} KV heads of k")
+    layout_rows(layout, rows, "q")
+
+
+def cache_shapes(
+    k: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    cache_lens: torch.Tensor | None,
+    required: bool,
+) -> bool:
+    """Checks the four cache arguments; returns whether there is a cache."""
+    parts = {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": block_table,
+        "cache_lens": cache_lens,
+    }
+    missing = [name for name, x in parts.items() if x is None]
+    if len(missing) == len(parts) and not required:
+        return False
+    if missing:
+        fail(missing[0], None, "a tensor" if required else "a tensor as the rest of the cache")
+    batch, _, kv_heads, head_dim = k.shape
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        cache = _tensor(name, cache, 4, "(pages, page_size, kv_heads, head_dim)")
+        _like(name, cache, k, "k")
+        if tuple(cache.shape[2:]) != (kv_heads, head_dim):
+            fail(name, f"shape {tuple(cache.shape)}", f"(pages, page_size, {kv_heads}, {head_dim})")
+        if cache.shape[1] == 0:
+            fail(name, "page_size 0", "at least 1")
+    assert k_cache is not None and v_cache is not None
+    if v_cache.shape != k_cache.shape:
+        fail("v_cache", f"shape {tuple(v_cache.shape)}", f"{tuple(k_cache.shape)} as k_cache")
+    for name, x, rank, dims in (
+        ("block_table", block_table, 2, "(batch, max_pages)"),
+        ("cache_lens", cache_lens, 1, "(batch,)"),
+    ):
+        x = _tensor(name, x, rank, dims)
+        if x.dtype != torch.int32:
+            fail(name, x.dtype, "torch.int32")
+        if x.device != k.device:
+            fail(name, f"device {x.device}", f"{k.device} as k")
+        if x.shape[0] != batch:
+            fail(name, f"shape {tuple(x.shape)}", f"{dims} with batch {batch}")
+    return True
+
+
+def inv_freq_shape(inv_freq: torch.Tensor, k: torch.Tensor) -> None:
+    _tensor("inv_freq", inv_freq, 1, "(head_dim / 2,)")
+    head_dim = k.shape[3]
+    if head_dim % 2:
+        fail("k", f"head_dim {head_dim}", "an even number, for the rotary halves")
+    if inv_freq.shape[0] != head_dim // 2:
+        fail("inv_freq", f"shape {tuple(inv_freq.shape)}", f"({head_dim // 2},)")
+    if inv_freq.dtype not in (torch.float32, torch.float64):
+        fail("inv_freq", inv_freq.dtype, "torch.float32")
+    if inv_freq.device != k.device:
+        fail("inv_freq", f"device {inv_freq.device}", f"{k.device} as k")
+
+
+def linear_shapes(
+    x: torch.Tensor,
+    sets: dict[str, torch.Tensor | None],
+    layout: object,
+) -> None:
+    _tensor("x", x, 3, "(batch, rows, in_features)")
+    weight = _tensor("weight", sets["weight"], 2, "(out_features, in_features)")
+    if weight.shape[1] != x.shape[2]:
+        fail("weight", f"shape {tuple(weight.shape)}", f"(out_features, {x.shape[2]}) for x")
+    for name, value in sets.items():
+        if value is None:
+            continue
+        is_bias = name.endswith("bias")
+        value = _tensor(name, value, 1 if is_bias else 2, "as weight")
+        _like(name, value, x, "x")
+        want = (weight.shape[0],) if is_bias else tuple(weight.shape)
+        if tuple(value.shape) != want:
+            fail(name, f"shape {tuple(value.shape)}", want)
+    layout_rows(layout, x.shape[1], "x")
+    if layout is not None and sets["vst_weight"] is None:
+        fail("vst_weight", None, "a tensor, since layout has VST rows")
+
+
+def paging(
+    block_table: torch.Tensor, cache_lens: torch.Tensor, pages: int, page_size: int, extra: int
+) -> None:
+    """Every sequence's first `cache_lens + extra` tokens lie in existing pages. Reads both
+    tensors on the host."""
+    capacity = block_table.shape[1] * page_size
+    for b, length in enumerate(cache_lens.tolist()):
+        if length < 0:
+            fail("cache_lens", f"{length} at sequence {b}", "at least 0")
+        need = length + extra
+        if need > capacity:
+            fail(
+                "block_table",
+                f"{block_table.shape[1]} pages of {page_size} tokens",
+                f"room for {need} tokens (cache_lens {length} + {extra}) of sequence {b}",
+            )
+        used = block_table[b, : -(-need // page_size)]
+        bad = used[(used < 0) | (used >= pages)]
+        if len(bad):
+            fail(
+                "block_table", f"page {int(bad[0])} at sequence {b}", f"0 to {pages - 1} in k_cache"
+            )

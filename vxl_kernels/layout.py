@@ -1,0 +1,202 @@
+"""Which row of a call is what, and who sees whom.
+
+A window of `window` raw visual tokens becomes one chunk: after every `ratio` raw tokens
+stands one summary token `<vs>` (VST); raw tokens behind the last VST stay without one.
+This is the one description of that layout. Masks, row orders, positions and FLOP counts
+are all read from here; `csrc/include/vxl/params.h` holds its twin for the kernels.
+
+Example, window 5, ratio 2 (two VSTs, one raw token left over), one chunk::
+
+    position in chunk    0   1   2    3   4   5    6
+    token                x0  x1  vs0  x2  x3  vs1  x4
+    row, interleaved     0   1   2    3   4   5    6
+    row, split           0   1   5    2   3   6    4      rows = [x0 x1 x2 x3 x4 | vs0 vs1]
+
+Source: Video-XL paper, section 3.2; the published code's `beacon` memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+__all__ = ["ChunkLayout"]
+
+Order = Literal["split", "interleaved"]
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Rows of `chunks` equal chunks held in one call.
+
+    Args:
+        window: raw tokens of a chunk (1440 in the released model).
+        ratio: raw tokens per VST, "alpha" in the paper (2 to 16); at most `window`.
+        chunks: chunks in one call.
+        order: "split" holds `[raw rows of all chunks | VST rows of all chunks]`, so that
+            each weight set multiplies one dense block; "interleaved" holds the tokens as
+            the published code does.
+
+    Raises:
+        ValueError: an argument is not a positive integer, `ratio > window`, or `order` is
+            neither of the two.
+    """
+
+    window: int
+    ratio: int
+    chunks: int = 1
+    order: Order = "split"
+
+    def __post_init__(self) -> None:
+        _check_int("window", self.window, 1)
+        _check_int("ratio", self.ratio, 1)
+        _check_int("chunks", self.chunks, 1)
+        if self.ratio > self.window:
+            raise ValueError(
+                f"ratio: got {self.ratio}, expected at most the window of {self.window} tokens"
+            )
+        if self.order not in ("split", "interleaved"):
+            raise ValueError(f"order: got {self.order!r}, expected 'split' or 'interleaved'")
+
+    # -- sizes ---------------------------------------------------------------------
+
+    @property
+    def vsts_per_chunk(self) -> int:
+        """VSTs of one chunk: `window // ratio`."""
+        return self.window // self.ratio
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows of one chunk, raw and VST."""
+        return self.window + self.vsts_per_chunk
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole call."""
+        return self.chunks * self.rows_per_chunk
+
+    # -- the two axes: row -> chunk, row -> position in its chunk ----------------------
+
+    def chunk_index(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Chunk of each row: int64 `(rows,)`."""
+        return self._row_table(device)[0]
+
+    def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Position of each row in its chunk, counted over raw and VST: int64 `(rows,)`.
+
+        The position that RoPE rotates row r of chunk c to, in a sequence that has kept M
+        tokens before the call, is `M + c * vsts_per_chunk + positions()[r]`.
+        """
+        return self._row_table(device)[1]
+
+    def is_vst(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """True where the row is a VST: bool `(rows,)`."""
+        return self._vst_at(self.positions(device))
+
+    def vst_rows(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Rows of the VSTs in the order in which they are kept: int64
+        `(chunks * vsts_per_chunk,)`."""
+        return self._rows_in_sequence(device, vst=True)
+
+    def raw_rows(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Rows of the raw tokens in sequence order: int64 `(chunks * window,)`."""
+        return self._rows_in_sequence(device, vst=False)
+
+    def interleaved_to_split(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Index that takes interleaved rows to split order, `x_split = x[:, index]`:
+        int64 `(rows,)`. Its `argsort()` is the way back."""
+        twin = ChunkLayout(self.window, self.ratio, self.chunks, "interleaved")
+        return torch.cat([twin.raw_rows(device), twin.vst_rows(device)])
+
+    # -- who sees whom -----------------------------------------------------------------
+
+    def materialize(
+        self, cache_len: int = 0, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """The dense mask: True where the row may attend.
+
+        Columns are `[cache | rows]`: first the `cache_len + (chunks - 1) * vsts_per_chunk`
+        cache entries that some row sees (the tokens kept before the call, then the VSTs
+        that earlier chunks of this call append), then the rows of the call themselves.
+
+        Args:
+            cache_len: tokens kept before the call.
+
+        Returns:
+            bool `(rows, cache_len + (chunks - 1) * vsts_per_chunk + rows)`.
+        """
+        _check_int("cache_len", cache_len, 0)
+        chunk, position = self._row_table(device)
+        entries = torch.arange(
+            cache_len + (self.chunks - 1) * self.vsts_per_chunk, device=position.device
+        )
+        cached = entries[None, :] < cache_len + chunk[:, None] * self.vsts_per_chunk
+        own = (chunk[:, None] == chunk[None, :]) & (position[None, :] <= position[:, None])
+        return torch.cat([cached, own], dim=1)
+
+    def draw(self, cache_len: int = 0) -> str:
+        """`materialize` as text, a line a row: `#` seen, `.` not, `|` before the rows.
+
+        >>> print(ChunkLayout(window=4, ratio=2).draw(cache_len=1))
+        x0   #|#.....
+        x1   #|##....
+        x2   #|##..#.
+        x3   #|###.#.
+        vs0  #|##..#.
+        vs1  #|######
+        """
+        mask = self.materialize(cache_len)
+        split_at = mask.shape[1] - self.rows
+        names: list[str] = [""] * self.rows
+        for kind, rows in (("x", self.raw_rows()), ("vs", self.vst_rows())):
+            for i, row in enumerate(rows.tolist()):
+                names[row] = f"{kind}{i}"
+        width = max(len(name) for name in names) + 2
+        lines = []
+        for name, row in zip(names, mask.tolist(), strict=True):
+            marks = "".join("#" if seen else "." for seen in row)
+            lines.append(f"{name:<{width}}{marks[:split_at]}|{marks[split_at:]}")
+        return "\n".join(lines)
+
+    def pairs(self, cache_len: int = 0) -> int:
+        """How many (row, key) pairs attend: the number of True in `materialize`."""
+        per_chunk = self.rows_per_chunk
+        before = sum(cache_len + c * self.vsts_per_chunk for c in range(self.chunks))
+        return per_chunk * before + self.chunks * per_chunk * (per_chunk + 1) // 2
+
+    def flops(self, heads: int, head_dim: int, cache_len: int = 0) -> int:
+        """FLOPs of the attention of one sequence: 2 products of 2 FLOPs a pair, head and
+        dimension. The softmax is not counted, as usual."""
+        return 4 * heads * head_dim * self.pairs(cache_len)
+
+    # -- private -----------------------------------------------------------------------
+
+    def _vst_at(self, position: torch.Tensor) -> torch.Tensor:
+        return position % (self.ratio + 1) == self.ratio
+
+    def _row_table(self, device: torch.device | str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        def arange(n: int) -> torch.Tensor:
+            return torch.arange(n, device=device)
+
+        if self.order == "interleaved":
+            chunk = arange(self.chunks).repeat_interleave(self.rows_per_chunk)
+            return chunk, arange(self.rows_per_chunk).repeat(self.chunks)
+        raw, vst = arange(self.window), arange(self.vsts_per_chunk)
+        chunk = torch.cat([arange(self.chunks).repeat_interleave(n) for n in (len(raw), len(vst))])
+        raw_position = raw + raw // self.ratio
+        vst_position = vst * (self.ratio + 1) + self.ratio
+        position = torch.cat([raw_position.repeat(self.chunks), vst_position.repeat(self.chunks)])
+        return chunk, position
+
+    def _rows_in_sequence(self, device: torch.device | str | None, vst: bool) -> torch.Tensor:
+        chunk, position = self._row_table(device)
+        rows = torch.nonzero(self._vst_at(position) == vst).squeeze(1)
+        # Both orders keep raw rows and VST rows each in sequence order already.
+        return rows

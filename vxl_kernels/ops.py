@@ -1,0 +1,207 @@
+"""The operators as torch.library sees them: schema, fake, gradient and implementations.
+
+Implementations are looked up when they are called: importing this file loads no backend
+but the compiled CPU extension, which registers its own kernels for the CPU key.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from . import _ext
+from .layout import ChunkLayout
+
+__all__ = ["layout_from_ints", "layout_to_ints"]
+
+# A layout crosses the dispatcher as [window, ratio, chunks, split]; [] is layout=None.
+SCHEMAS = {
+    "vst_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
+        "Tensor? block_table, Tensor? cache_lens, int[] layout, float scale) -> (Tensor, Tensor)"
+    ),
+    "vst_attention_backward": (
+        "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor? k_cache, "
+        "Tensor? v_cache, Tensor? block_table, Tensor? cache_lens, int[] layout, float scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "rope_append": (
+        "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) "
+        "-> (Tensor, Tensor)"
+    ),
+    "rope_append_": (
+        "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, "
+        "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) -> ()"
+    ),
+    "vst_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
+        "int[] layout) -> Tensor"
+    ),
+}
+
+_library = torch.library.Library("vxl", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def layout_to_ints(layout: ChunkLayout | None) -> list[int]:
+    if layout is None:
+        return []
+    return [layout.window, layout.ratio, layout.chunks, int(layout.order == "split")]
+
+
+def layout_from_ints(ints: list[int]) -> ChunkLayout | None:
+    if not ints:
+        return None
+    window, ratio, chunks, split = ints
+    return ChunkLayout(window, ratio, chunks, "split" if split else "interleaved")
+
+
+# -- fakes --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("vxl::vst_attention", lib=_library)
+def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+    batch, rows, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=dtype)
+
+
+@torch.library.register_fake("vxl::vst_attention_backward", lib=_library)
+def _(grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+    none = q.new_empty(0)
+    caches = [none if c is None else c.new_empty(c.shape) for c in (k_cache, v_cache)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *caches
+
+
+@torch.library.register_fake("vxl::rope_append", lib=_library)
+def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("vxl::rope_append_", lib=_library)
+def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    return None
+
+
+# -- vst_linear: two dense products, the same on every device -----------------------------
+
+
+def _vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
+    shape = layout_from_ints(layout)
+    linear = torch.nn.functional.linear
+    if shape is None:
+        return linear(x, weight, bias)
+    if shape.order == "split":
+        raw, vst = x.split([shape.chunks * shape.window, shape.chunks * shape.vsts_per_chunk], 1)
+        return torch.cat([linear(raw, weight, bias), linear(vst, vst_weight, vst_bias)], dim=1)
+    # Interleaved: gather each kind, multiply, put the rows back.
+    raw_rows, vst_rows = shape.raw_rows(x.device), shape.vst_rows(x.device)
+    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+    out = out.index_copy(1, raw_rows, linear(x.index_select(1, raw_rows), weight, bias))
+    return out.index_copy(1, vst_rows, linear(x.index_select(1, vst_rows), vst_weight, vst_bias))
+
+
+_library.impl("vst_linear", _vst_linear, "CompositeImplicitAutograd")
+
+
+# -- the reference, behind every device that has no kernel of its own ----------------------
+
+_warned: set[str] = set()
+
+
+def _warn_once(device: str, reason: str) -> None:
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"vxl_kernels: no kernels for {device} ({reason}); the slow reference runs instead. "
+            "`python -m vxl_kernels` tells what is installed.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _reference_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+    from . import reference
+
+    shape = layout_from_ints(layout)
+    return reference.vst_attention(
+        q, k, v, k_cache, v_cache, block_table, cache_lens, shape, scale
+    )
+
+
+def _reference_rope(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    from . import reference
+
+    shape = layout_from_ints(layout)
+    return reference.rope_append(
+        q, k, v, k_cache, v_cache, block_table, cache_lens, shape, inv_freq
+    )
+
+
+def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    q_out, k_out = _reference_rope(
+        q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq
+    )
+    q.copy_(q_out)
+    k.copy_(k_out)
+
+
+def _reference_attention_backward(
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale
+):
+    """Recomputes the reference and differentiates it."""
+    inputs = [q, k, v, k_cache, v_cache]
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out, lse = _reference_attention(*leaves, block_table, cache_lens, layout, scale)
+    present = [x for x in leaves if x is not None]
+    grads = iter(
+        torch.autograd.grad([out, lse], present, [grad_out, grad_lse], materialize_grads=True)
+    )
+    return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
+
+
+def _install_reference(key: str, device: str, reason: str) -> None:
+    def warned(fn):
+        def call(*args):
+            _warn_once(device, reason)
+            return fn(*args)
+
+        return call
+
+    _library.impl("vst_attention", warned(_reference_attention), key)
+    _library.impl("rope_append", warned(_reference_rope), key)
+    _library.impl("rope_append_", warned(_reference_rope_), key)
+
+
+if _ext.extension is None:
+    _install_reference("CPU", "CPU", f"extension not loaded: {_ext.reason_missing}")
+_install_reference("CUDA", "CUDA", "this version has no GPU kernels")
+for _key in ("CPU", "CUDA"):
+    _library.impl("vst_attention_backward", _reference_attention_backward, _key)
+
+
+# -- gradient of vst_attention ---------------------------------------------------------------
+
+
+def _save(ctx, inputs, output):
+    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale = inputs
+    ctx.save_for_backward(q, k, v, k_cache, v_cache, block_table, cache_lens)
+    ctx.layout, ctx.scale = layout, scale
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, k_cache, v_cache, block_table, cache_lens = ctx.saved_tensors
+    dq, dk, dv, dk_cache, dv_cache = torch.ops.vxl.vst_attention_backward(
+        grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens,
+        ctx.layout, ctx.scale,
+    )  # fmt: skip
+    if k_cache is None:
+        dk_cache = dv_cache = None
+    return dq, dk, dv, dk_cache, dv_cache, None, None, None, None
+
+
+torch.library.register_autograd("vxl::vst_attention", _backward, setup_context=_save, lib=_library)

@@ -1,0 +1,146 @@
+"""The plain PyTorch truth of every operator: any device, any float type, differentiable.
+
+Written to be read, not to be fast: dense masks from `ChunkLayout.materialize`, explicit
+softmax, host loops over the batch. Arithmetic runs in float32, or float64 for float64
+inputs. Shapes are documented in `api.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import checks
+from .layout import ChunkLayout
+
+__all__ = ["rope_append", "vst_attention", "vst_linear"]
+
+_ROWS_AT_ONCE = 512  # bounds the dense score matrix
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _mask(layout: ChunkLayout | None, rows: int, cache_len: int, device: torch.device):
+    if layout is not None:
+        return layout.materialize(cache_len, device)
+    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    return torch.cat([causal.new_ones(rows, cache_len), causal], dim=1)
+
+
+def _earlier_vsts(layout: ChunkLayout | None) -> int:
+    return 0 if layout is None else (layout.chunks - 1) * layout.vsts_per_chunk
+
+
+def vst_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    cache_lens: torch.Tensor | None,
+    layout: ChunkLayout | None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `(batch, rows, heads, head_dim)` and natural-log LSE `(batch, heads, rows)`."""
+    batch, rows, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    dtype = _compute_dtype(q)
+    lens = [0] * batch if cache_lens is None else cache_lens.tolist()
+    if k_cache is not None:
+        assert block_table is not None and cache_lens is not None
+        checks.paging(
+            block_table, cache_lens, k_cache.shape[0], k_cache.shape[1], _earlier_vsts(layout)
+        )
+    outs, lses = [], []
+    for b in range(batch):
+        keys, values = k[b], v[b]  # (rows, kv_heads, head_dim)
+        if k_cache is not None:
+            assert v_cache is not None and block_table is not None
+            seen = lens[b] + _earlier_vsts(layout)
+            page_size = k_cache.shape[1]
+            pages = block_table[b, : -(-seen // page_size)].long()
+            keys = torch.cat([k_cache[pages].flatten(0, 1)[:seen], keys])
+            values = torch.cat([v_cache[pages].flatten(0, 1)[:seen], values])
+        keys = keys.to(dtype).repeat_interleave(group, dim=1)
+        values = values.to(dtype).repeat_interleave(group, dim=1)
+        mask = _mask(layout, rows, lens[b], q.device)
+        out_parts, lse_parts = [q.new_empty(0, heads, head_dim)], []
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            scores = torch.einsum("rhd,khd->hrk", q[b, part].to(dtype), keys) * scale
+            scores = scores.masked_fill(~mask[part], -math.inf)
+            lse_parts.append(torch.logsumexp(scores, dim=-1))
+            weights = torch.softmax(scores, dim=-1)
+            out_parts.append(torch.einsum("hrk,khd->rhd", weights, values).to(q.dtype))
+        outs.append(torch.cat(out_parts))
+        lses.append(torch.cat(lse_parts, dim=1) if lse_parts else q.new_empty(heads, 0, dtype=dtype))
+    if not outs:
+        return torch.empty_like(q), q.new_empty(0, heads, rows, dtype=dtype)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """RoPE in the half-split "rotate_half" form: x `(rows, heads, head_dim)` to positions
+    `(rows,)`. Angles are rounded to float32 as in transformers (float64 for float64)."""
+    dtype = _compute_dtype(x)
+    angle = positions.to(dtype)[:, None] * inv_freq.to(dtype)[None, :]
+    cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def rope_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_lens: torch.Tensor,
+    layout: ChunkLayout | None,
+    inv_freq: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated q and k; writes the kept rows into k_cache and v_cache in place."""
+    rows = q.shape[1]
+    arange = torch.arange(rows, device=q.device)
+    if layout is None:
+        kept_rows, in_call = arange, arange
+    else:
+        kept_rows = layout.vst_rows(q.device)
+        in_call = layout.positions(q.device) + layout.chunk_index(q.device) * layout.vsts_per_chunk
+    kept = len(kept_rows)
+    checks.paging(block_table, cache_lens, k_cache.shape[0], k_cache.shape[1], kept)
+    q_out, k_out = [], []
+    for b, cached in enumerate(cache_lens.tolist()):
+        slots = cached + torch.arange(kept, device=q.device)
+        page_size = k_cache.shape[1]
+        at = (block_table[b, slots // page_size].long(), slots % page_size)
+        k_cache[at] = rotate(k[b, kept_rows], slots, inv_freq)
+        v_cache[at] = v[b, kept_rows]
+        q_out.append(rotate(q[b], cached + in_call, inv_freq))
+        k_out.append(rotate(k[b], cached + in_call, inv_freq))
+    if not q_out:
+        return torch.empty_like(q), torch.empty_like(k)
+    return torch.stack(q_out), torch.stack(k_out)
+
+
+def vst_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    vst_weight: torch.Tensor | None,
+    vst_bias: torch.Tensor | None,
+    layout: ChunkLayout | None,
+) -> torch.Tensor:
+    """`(batch, rows, out_features)`: both weight sets over all rows, then a choice by row."""
+    raw = torch.nn.functional.linear(x, weight, bias)
+    if layout is None:
+        return raw
+    assert vst_weight is not None
+    vst = torch.nn.functional.linear(x, vst_weight, vst_bias)
+    return torch.where(layout.is_vst(x.device)[None, :, None], vst, raw)
