@@ -4,9 +4,18 @@
 #pragma once
 
 #include "../include/vxl/params.h"
-#include "tile.h"
+#include "simd.h"
 
 namespace {
+
+// P^T of one key block and column group, 128 x 48 floats, stays in L1; K and V of the block
+// in L2. 64 and 192 keys measured 10 % and 2 % slower.
+constexpr int64_t kKeyBlock = 128;
+
+struct HeadRows {  // K and V of one key for one KV head; bytes to the next head
+  const char *k, *v;
+  int64_t k_step, v_step;
+};
 
 template <typename T>
 struct KeyStream {
@@ -17,8 +26,8 @@ struct KeyStream {
       : p(params), batch(b), kv_head(h), chunk(c),
         cached(params.cache.lens ? params.cache.lens[b] + c * params.geometry.vsts() : 0) {}
 
-  // Addresses of K and V of keys [begin, begin + n).
-  void find(int64_t begin, int64_t n, const char** rows) const {
+  // Where keys [begin, begin + n) of KV head `kv_head` lie.
+  void find(int64_t begin, int64_t n, HeadRows* rows) const {
     const vxl::PagedCache& c = p.cache;
     const int64_t paged = least(begin + n, cached) - begin;
     int64_t i = 0;
@@ -31,22 +40,44 @@ struct KeyStream {
                    slot * c.k_strides[1] + kv_head * c.k_strides[2];
       const T* v = static_cast<const T*>(c.v) + page * c.v_strides[0] +
                    slot * c.v_strides[1] + kv_head * c.v_strides[2];
-      for (; i < run; ++i, k += c.k_strides[1], v += c.v_strides[1]) {
-        rows[2 * i] = reinterpret_cast<const char*>(k);
-        rows[2 * i + 1] = reinterpret_cast<const char*>(v);
-      }
+      for (; i < run; ++i, k += c.k_strides[1], v += c.v_strides[1])
+        rows[i] = entry(k, v, c.k_strides[2], c.v_strides[2]);
     }
     for (; i < n; ++i) {
       const int64_t row = p.geometry.row_of(chunk, begin + i - cached);
-      rows[2 * i] = reinterpret_cast<const char*>(at(p.k, row));
-      rows[2 * i + 1] = reinterpret_cast<const char*>(at(p.v, row));
+      rows[i] = entry(at(p.k, row), at(p.v, row), p.k.head_stride, p.v.head_stride);
     }
   }
 
  private:
+  static HeadRows entry(const T* k, const T* v, int64_t k_step, int64_t v_step) {
+    return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(v),
+            k_step * int64_t(sizeof(T)), v_step * int64_t(sizeof(T))};
+  }
   const T* at(const vxl::RowTensor& t, int64_t row) const {
     return static_cast<const T*>(t.data) + batch * t.batch_stride + row * t.row_stride +
            kv_head * t.head_stride;
+  }
+};
+
+// Rows of the next key block, fetched into L2 a few at a time while this block computes.
+// Without it the copy of the next block waits for memory: 20 % of the time at 8100 keys.
+struct Ahead {
+  HeadRows rows[kKeyBlock];
+  int64_t count = 0, next = 0, step = 0, bytes = 0;
+
+  void plan(int64_t keys, int64_t calls) {
+    count = keys;
+    next = 0;
+    step = ceil_div(count, most(calls, 1));
+  }
+  VXL_INLINE void touch() {
+    const int64_t end = least(next + step, count);
+    for (; next < end; ++next)
+      for (int64_t b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(rows[next].k + b, 0, 2);
+        __builtin_prefetch(rows[next].v + b, 0, 2);
+      }
   }
 };
 

@@ -14,8 +14,6 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kMostLanes = 672;
 constexpr int64_t kTileFloats = 2 * 128 * kMostLanes;
 
-// Up to this many query rows of a KV head the keys are the long side.
-constexpr int64_t kDecodeRows = 32;
 constexpr int64_t kDecodeSplit = 512, kTileSplit = 4096;
 
 }  // namespace
@@ -26,7 +24,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   plan.group = p.heads / p.kv_heads;
   const int64_t rows = g.chunk_rows();
   const int64_t dims = round_up(p.head_dim, 16);
-  plan.decode = g.chunks == 1 && rows * plan.group <= kDecodeRows;
+  plan.decode = g.chunks == 1 && rows * plan.group <= AttentionPlan::kDecodeRows;
 
   // A multiple of 3 vectors: full register tiles.
   const int64_t unit = 3 * lanes;
@@ -57,8 +55,8 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
 
   constexpr int64_t key_block = 128, slack = 64;
   if (plan.decode) {
-    const int64_t n = round_up(rows * plan.group, 4) * p.kv_heads;
-    plan.scratch_floats = 2 * n * dims + key_block * dims + n * (key_block + 4) + slack;
+    const int64_t n = round_up(rows * plan.group, 8) * p.kv_heads;
+    plan.scratch_floats = 2 * n * dims + lanes * dims + n * (key_block + 3 * lanes) + slack;
   } else {
     const int64_t n = round_up(plan.tile_rows * plan.group, lanes);
     plan.scratch_floats = 2 * n * dims + 2 * key_block * dims + key_block * unit + 3 * n +

@@ -26,6 +26,8 @@ struct AttentionPlan {
   // Splits depend on the sequence's own length only, so neither its neighbours in the
   // batch nor the number of threads change a bit of its result.
   static constexpr int64_t kMostSplits = 64;
+  // Up to this many query rows of a KV head the keys are the long side.
+  static constexpr int64_t kDecodeRows = 32;
   static constexpr int64_t kSplitAlign = 128;
   int64_t split_length(int64_t keys) const {
     if (split_unit == 0) return keys > 0 ? keys : 1;

@@ -11,12 +11,12 @@ namespace {
 // Copies one key block to floats: K as [keys][k_dims], V as panels (see accumulate). Rows
 // up to the next multiple of kRows are zero, so that masked products stay finite.
 template <typename T>
-void pack_block(const char* const* rows, int64_t keys, int64_t head_dim, int64_t v_dims,
+void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t v_dims,
                 float* k, float* v, float* row) {
   for (int64_t i = 0; i < round_up(keys, kRows); ++i) {
     if (i < keys) {
-      load_row(reinterpret_cast<const T*>(rows[2 * i]), k + i * head_dim, head_dim);
-      load_row(reinterpret_cast<const T*>(rows[2 * i + 1]), row, head_dim);
+      load_row(reinterpret_cast<const T*>(rows[i].k), k + i * head_dim, head_dim);
+      load_row(reinterpret_cast<const T*>(rows[i].v), row, head_dim);
     } else {
       std::memset(k + i * head_dim, 0, head_dim * sizeof(float));
       std::memset(row, 0, head_dim * sizeof(float));

@@ -16,6 +16,7 @@
 #endif
 
 #define VXL_INLINE inline __attribute__((always_inline))
+#define VXL_NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -82,12 +83,6 @@ VXL_INLINE Vec exp2v(Vec x) {
 #endif
 }
 
-VXL_INLINE float hmax(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define VXL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -106,6 +101,10 @@ VXL_INLINE Vec low_blocks(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
 template <int S, int... Lane>
 VXL_INLINE Vec high_blocks(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
   return VXL_SHUFFLE(a, b, (Lane & S ? kLanes + Lane : Lane + S)...);
+}
+template <int S, int... Lane>
+VXL_INLINE Vec swap_lanes(Vec x, std::integer_sequence<int, Lane...>) {  // lane i gets i ^ S
+  return VXL_SHUFFLE(x, x, (Lane ^ S)...);
 }
 using EachLane = std::make_integer_sequence<int, kLanes>;
 
@@ -213,5 +212,10 @@ VXL_INLINE void load_row(const T* src, float* dst, int64_t n) {
   for (; i + kLanes <= n; i += kLanes) store(dst + i, load_as_float(src + i));
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
+
+VXL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+VXL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+VXL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+VXL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace

@@ -12,9 +12,8 @@
 
 #include <math.h>
 
+#include "key_stream.h"
 #include "simd.h"
-
-#define VXL_NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -27,35 +26,9 @@ constexpr int kRows = 4, kCols = 3;  // 12 of 16
 constexpr int kRows = 4, kCols = 2;  // 8 of 16; SSE2 needs temporaries for multiply-add
 #endif
 
-// P^T of one column group, 128 x 48 floats, stays in L1; K and V of a block in L2.
-// 64 and 192 measured 10 % and 2 % slower.
-constexpr int64_t kKeyBlock = 128;
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-VXL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-VXL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-VXL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-VXL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Rows of the next key block, fetched into L2 a few at a time while this block computes.
-// Without it the copy of the next block waits for memory: 20 % of the time at 8100 keys.
-struct Ahead {
-  const char* rows[2 * kKeyBlock];  // K and V of key i at 2 i and 2 i + 1
-  int64_t count = 0, next = 0, step = 0, bytes = 0;
-
-  void plan(int64_t keys, int64_t calls) {
-    count = 2 * keys;
-    next = 0;
-    step = ceil_div(count, most(calls, 1));
-  }
-  VXL_INLINE void touch() {
-    const int64_t end = least(next + step, count);
-    for (; next < end; ++next)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[next] + b, 0, 2);
-  }
-};
 
 // acc[i][j] += sum over k of a[k * k_stride + i * i_stride] * b[k][j].
 template <int NV>

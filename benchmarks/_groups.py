@@ -1,0 +1,104 @@
+"""Which providers are timed together, in which cases."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+
+import torch
+from _cases import Case, Geometry
+from _oracle import ROWS_CHECKED
+from _providers import PROVIDERS, ROPE_APPEND, Provider
+
+from vxl_kernels import ChunkLayout
+
+__all__ = ["MAIN_CASES", "MORE_CASES", "Entrant", "Group", "make_groups"]
+
+MAIN_CASES = ("chunk", "tail", "decode")
+MORE_CASES = ("rope_append", "threads", "chunks", "bf16")
+SPEED_GUESS = 150e9  # FLOP/s of a slow provider on two cores; only shares out the budget
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A provider as one line of a group. `threads=None` leaves the number as it is."""
+
+    label: str
+    provider: Provider
+    case: Case
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entrants that are repeated in turns."""
+
+    name: str
+    entrants: list[Entrant]
+
+    @property
+    def weight(self) -> float:
+        """Guessed seconds: the ceilings, the float64 answer, and for each entrant a checked
+        call and three repeats."""
+        cases = [e.case for e in self.entrants]
+        answer = max(c.flops * min(1.0, ROWS_CHECKED / c.rows) for c in cases) / 4e9
+        calls = sum(4 * (c.flops / SPEED_GUESS + c.kv_bytes / 1e9) for c in cases)
+        return 2.0 + answer + calls
+
+
+def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
+    layout = ChunkLayout(g.window, options.alpha, options.chunks, options.order)
+    common = (options.dtype, options.device)
+    longest = g.caches[-1]
+    caches = g.caches
+    if options.cache:
+        caches = tuple(int(n) for n in options.cache.split(","))
+    cases = [Case("chunk", g, cache, 1, *common, layout=layout) for cache in caches]
+    cases.append(Case("tail", g, longest, 1, *common, plain_rows=g.tail_rows))
+    for batch in g.decode_batches:
+        cases.append(Case("decode", g, longest, batch, *common, plain_rows=1))
+    return cases
+
+
+def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
+    groups = []
+    for case in main_cases(options, g):
+        if options.case is not None and case.name not in options.case:
+            continue
+        chosen = [
+            p
+            for p in PROVIDERS.values()
+            if case.name in p.cases and options.device in p.devices
+            if (
+                p.name in options.provider
+                if options.provider is not None
+                else options.all or not p.only_if_asked
+            )
+        ]
+        batch = f", batch {case.batch}" if case.batch > 1 else ""
+        name = f"{case.name}, cache {case.cache_len}{batch}"
+        if chosen:
+            groups.append(Group(name, [Entrant(p.name, p, case) for p in chosen]))
+    ours = options.provider is None or "vxl" in options.provider
+    for name in MORE_CASES:
+        if name in options.case if options.case is not None else ours:
+            entrants = more_entrants(name, options, g)
+            if entrants:
+                groups.append(Group(name, entrants))
+    return groups
+
+
+def more_entrants(name: str, options: argparse.Namespace, g: Geometry) -> list[Entrant]:
+    layout = ChunkLayout(g.window, options.alpha, 1, options.order)
+    case = Case(name, g, g.caches[1], 1, options.dtype, options.device, layout=layout)
+    vxl = PROVIDERS["vxl"]
+    if name == "rope_append":
+        return [Entrant("vxl", ROPE_APPEND, case)]
+    if name == "threads":
+        if options.device != "cpu" or torch.get_num_threads() < 2:
+            return []
+        return [Entrant(f"vxl, {n} thread{'s'[: n - 1]}", vxl, case, n) for n in (1, 2)]
+    if name == "chunks":
+        four = case.with_chunks(4)
+        return [Entrant("vxl, 1 chunk", vxl, case), Entrant("vxl, 4 chunks", vxl, four)]
+    return [Entrant("vxl", vxl, replace(case, dtype_name=d)) for d in ("fp32", "bf16")]

@@ -1,0 +1,226 @@
+"""Results as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "Ratio",
+    "Result",
+    "milliseconds",
+    "notes",
+    "ratio_table",
+    "save_json",
+    "save_plot",
+    "table",
+]
+
+
+@dataclass
+class Result:
+    """One provider in one case. `ok` is None where it cannot run; a wrong one has no time."""
+
+    case: str
+    provider: str
+    dtype: str
+    cache_len: int
+    batch: int
+    ms: float | None = None
+    spread: float | None = None
+    tflops: float | None = None
+    gb_per_s: float | None = None
+    of_ceiling: float | None = None
+    speedup: float | None = None
+    max_error: float | None = None
+    ok: bool | None = None
+    note: str = ""
+    repeats: int = 0
+
+
+@dataclass
+class Ratio:
+    """A line of the table "also measured"."""
+
+    what: str
+    value: str
+    against: str
+    ratio: str
+    meaning: str
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _align(header: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Columns in `left` flush left, the others right."""
+    widths = [max(len(row[i]) for row in [header, *lines]) for i in range(len(header))]
+
+    def text(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([text(header), "  ".join("-" * w for w in widths), *map(text, lines)])
+
+
+_HEADER = (
+    "case", "cache", "batch", "provider", "dtype", "ms", "spread", "runs", "TFLOP/s", "GB/s",
+    "% ceiling", "speed-up", "max error", "match",
+)  # fmt: skip
+
+
+def milliseconds(ms: float | None) -> str:
+    return _number(ms, ".3f" if ms is not None and ms < 10 else ".1f")
+
+
+def _cells(r: Result) -> list[str]:
+    spread = None if r.spread is None else 100 * r.spread
+    share = None if r.of_ceiling is None else 100 * r.of_ceiling
+    match = {None: "-", True: "✓", False: "✗"}[r.ok]
+    return [
+        r.case,
+        str(r.cache_len),
+        str(r.batch),
+        r.provider,
+        r.dtype,
+        milliseconds(r.ms),
+        "-" if spread is None else f"±{spread:.1f}%",
+        str(r.repeats) if r.ms is not None else "-",
+        _number(r.tflops, ".3f"),
+        _number(r.gb_per_s, ".1f"),
+        _number(share, ".0f"),
+        "-" if r.speedup is None else f"{r.speedup:.2f}x",
+        _number(r.max_error, ".1e"),
+        match,
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    lines: list[list[str]] = []
+    group = None
+    width = len(_HEADER)
+    for r in results:
+        key = (r.case, r.cache_len, r.batch)
+        if group is not None and key != group:
+            lines.append([""] * width)
+        group = key
+        lines.append(_cells(r))
+    return _align(_HEADER, lines, left=(0, 3, 4))
+
+
+def ratio_table(ratios: Sequence[Ratio]) -> str:
+    header = ("also measured", "value", "against", "ratio", "meaning")
+    lines = [[r.what, r.value, r.against, r.ratio, r.meaning] for r in ratios]
+    return _align(header, lines, left=range(5))
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """Each distinct note once, with whom it is about."""
+    about: dict[tuple[str, str], list[str]] = {}
+    for r in results:
+        if r.note:
+            where = about.setdefault((r.provider, r.note), [])
+            where.append(f"{r.case} {r.cache_len}")
+    lines = []
+    for (provider, note), where in about.items():
+        lines.append(f"{provider} ({', '.join(dict.fromkeys(where))}): {note}")
+    return lines
+
+
+def save_json(path: Path, results: Sequence[Result]) -> None:
+    """of_ceiling is a part of 1, ms are milliseconds, max_error absolute."""
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    rows = [
+        {
+            "case": r.case,
+            "provider": r.provider,
+            "dtype": r.dtype,
+            "cache_len": r.cache_len,
+            "batch": r.batch,
+            "ms": finite(r.ms),
+            "tflops": finite(r.tflops),
+            "of_ceiling": finite(r.of_ceiling),
+            "speedup_vs_best_peer": finite(r.speedup),
+            "max_error": finite(r.max_error),
+            "ok": r.ok,
+        }
+        for r in results
+    ]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+# Ours strong, peers lighter; a colour and a marker each, readable without colour too.
+_STYLES = {
+    "vxl": ("#c1121f", "o", "-", 2.4),
+    "vxl+rope": ("#e07a5f", "s", "--", 2.0),
+    "sdpa_bool": ("#1d5c96", "v", "-", 1.5),
+    "sdpa_float": ("#4d9de0", "^", "-", 1.5),
+    "sdpa_causal": ("#0b2545", "D", "", 1.5),
+    "flex": ("#3a7d44", "P", "-", 1.5),
+    "flash_attn": ("#7b2cbf", "X", "-", 1.5),
+    "flashinfer": ("#b07d12", "*", "-", 1.5),
+    "published": ("#6c757d", "d", "--", 1.5),
+}
+
+
+def _log_label(value: float, _: object) -> str:
+    """Plain numbers at 1, 2 and 5 of each decade."""
+    leading = round(value / 10 ** math.floor(math.log10(value)), 6) if value > 0 else 0
+    return f"{value:g}" if leading in (1, 2, 5) else ""
+
+
+def save_plot(path: Path, results: Sequence[Result], title: str, ceiling: str) -> None:
+    """Time and share of the ceiling of a chunk over the length of the cache.
+
+    Raises:
+        SystemExit: matplotlib is missing, or no chunk was timed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines: dict[str, list[Result]] = {}
+    for r in results:
+        if r.case == "chunk" and r.ms is not None:
+            lines.setdefault(r.provider, []).append(r)
+    if not lines:
+        raise SystemExit("--plot draws the case 'chunk', which was not timed")
+    figure, (time_axis, share_axis) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for name, rs in lines.items():
+        color, marker, style, width = _STYLES.get(name, ("#888888", ".", "-", 1.5))
+        look = {"color": color, "marker": marker, "linestyle": style, "linewidth": width}
+        x = [r.cache_len for r in rs]
+        time_axis.plot(x, [r.ms for r in rs], label=name, **look)
+        share_axis.plot(x, [100 * (r.of_ceiling or 0) for r in rs], **look)
+    lengths = sorted({r.cache_len for rs in lines.values() for r in rs})
+    for axis in (time_axis, share_axis):
+        axis.set_xlabel("cache length (tokens)")
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30, ha="right")
+        axis.grid(True, which="major", color="#dddddd")
+        axis.spines[["top", "right"]].set_visible(False)
+    time_axis.set_yscale("log")
+    for formatter in (time_axis.yaxis.set_major_formatter, time_axis.yaxis.set_minor_formatter):
+        formatter(_log_label)
+    time_axis.set_ylabel("milliseconds a chunk and layer")
+    time_axis.set_title("Time (lower is better)", loc="left")
+    share_axis.set_ylim(0, 105)
+    share_axis.axhline(100, color="black", linewidth=1)
+    share_axis.set_ylabel("useful FLOP/s, % of the ceiling")
+    share_axis.set_title(f"Share of {ceiling} (higher is better)", loc="left")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=min(8, len(lines)), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,141 @@
+"""Clocks, interleaved repeats, and the time budget."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["Budget", "Clock", "interleave", "spread", "threads"]
+
+Call = Callable[[], object]
+
+
+class Clock:
+    """Times one call. `cold` calls start with nothing of theirs in the last-level cache:
+    on a CPU the ones that are bound by memory, on a GPU all."""
+
+    def __init__(self, device: str, evict: torch.Tensor) -> None:
+        self._cuda = device == "cuda"
+        self._evict = evict
+
+    def seconds(self, call: Call, cold: bool = False) -> float:
+        if self._cuda:
+            return self._cuda_seconds(call)
+        if cold:
+            self._evict.sum()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def _cuda_seconds(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._evict.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def interleave(
+    measure: dict[int, Callable[[], float]],
+    seconds: float,
+    least: int,
+    most: int,
+) -> dict[int, list[float]]:
+    """Seconds of each entrant, repeated in turns, so that drift of the machine hits all alike.
+
+    Everybody is in the first `least` rounds, each round starting with another one. After
+    them a round goes on with those that have used less than their even part of `seconds`.
+    """
+    times: dict[int, list[float]] = {name: [] for name in measure}
+    used = dict.fromkeys(measure, 0.0)
+    part = seconds / max(1, len(measure))
+    order = list(measure)
+    for i in range(most):
+        order = order[1:] + order[:1]
+        running = [n for n in order if i < least or used[n] + used[n] / i < part]
+        if not running:
+            break
+        for name in running:
+            start = time.perf_counter()
+            times[name].append(measure[name]())
+            used[name] += time.perf_counter() - start
+    return times
+
+
+def spread(times: list[float]) -> float:
+    """Half the range between the quartiles, as a part of the median; of fewer than four
+    repeats half the full range."""
+    middle = statistics.median(times)
+    if len(times) < 4:
+        return (max(times) - min(times)) / 2 / middle
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Another number of CPU threads for a while; None leaves it."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Budget:
+    """Shares the seconds of a run among its groups by weight, and tells progress."""
+
+    def __init__(self, seconds: float, weights: list[float]) -> None:
+        self._start = time.perf_counter()
+        self._seconds = seconds
+        self._weights = weights
+        self._done = 0
+        self._group_start = self._group_end = 0.0
+        self._told = 0
+        self._group_name = ""
+
+    def next_group(self, name: str) -> None:
+        now = self._group_start = self._now()
+        left = sum(self._weights[self._done :])
+        share = (self._seconds - now) * self._weights[self._done] / left
+        self._group_end = now + max(0.0, share)
+        self._group_name = name
+        self._done += 1
+
+    def group_left(self) -> float:
+        """Seconds left to the group; repeats beyond the least stop there."""
+        return max(0.0, self._group_end - self._now())
+
+    def tell(self, what: str) -> None:
+        """One line that is overwritten; where that cannot be, a line a group."""
+        finished, left = self._done - 1, self._seconds
+        if finished > 0:
+            per_weight = self._group_start / sum(self._weights[:finished])
+            left = per_weight * sum(self._weights[finished:])
+            left = max(0.0, left - (self._now() - self._group_start))
+        head = f"[{self._done}/{len(self._weights)}] {self._group_name}"
+        tail = f"(about {left:.0f} s left)"
+        if sys.stderr.isatty():
+            print(f"\r\033[K{head}: {what} {tail}", end="", file=sys.stderr, flush=True)
+        elif self._told != self._done:
+            self._told = self._done
+            print(f"{head} {tail}", file=sys.stderr, flush=True)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    @staticmethod
+    def end() -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

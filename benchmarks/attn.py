@@ -1,0 +1,312 @@
+"""Times vst_attention and its peers side by side: `python benchmarks/attn.py`.
+
+One layer of Qwen2-7B's attention, one call at a time: `chunk` (a window with its VSTs),
+`tail` (rows of the prompt's end) and `decode` (one row), each over a cache. The cases
+`rope_append`, `threads`, `chunks` and `bf16` have a table of their own.
+
+Every result is checked against float64 in the same run; a wrong one gets no time, and the
+exit status is 1. All providers are repeated in turns, and the ceilings of the machine are
+read between the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import _machine
+import torch
+from _cases import DTYPES, Case, Geometry, Inputs
+from _groups import MAIN_CASES, MORE_CASES, Entrant, Group, make_groups
+from _oracle import ROWS_CHECKED, TOLERANCE_TEXT, Answer, attention_answer, rope_answer
+from _providers import PROVIDERS, ROPE_APPEND, Provider, Run
+from _report import Ratio, Result, milliseconds, notes, ratio_table, save_json, save_plot, table
+from _timing import Budget, Clock, interleave, spread, threads
+
+# -- options -----------------------------------------------------------------------------
+
+
+def _names(values: list[str] | None, valid: Sequence[str], what: str) -> list[str] | None:
+    """Flattens repeated and comma-separated names; None if the option was not given."""
+    if values is None:
+        return None
+    names = [name for value in values for name in value.split(",") if name]
+    unknown = [name for name in names if name not in valid]
+    if unknown:
+        raise SystemExit(f"{what}: got {', '.join(unknown)}; valid are {', '.join(valid)}")
+    return names
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--case", action="append", help=f"of {', '.join(MAIN_CASES + MORE_CASES)}; repeatable")
+    add("--provider", action="append", help=f"of {', '.join(PROVIDERS)}; repeatable")
+    add("--all", action="store_true", help="also the providers that compile first (flex)")
+    add("--cache", help="other cache lengths for chunk, comma-separated")
+    add("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
+    add("--order", choices=["split", "interleaved"], default="split")
+    add("--chunks", type=int, default=1, help="chunks in one call of the case chunk")
+    add("--alpha", type=int, default=8, help="raw tokens per VST")
+    add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
+    add("--threads", type=int, help="CPU threads")
+    add("--repeats", type=int, help="exactly so many, whatever the budget")
+    add("--budget", type=float, default=150, help="seconds to aim for (default %(default)s)")
+    add("--small", action="store_true", help="tiny shapes, to see that everything runs")
+    add("--json", type=Path, metavar="FILE", help="write the results")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the case chunk (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    for name in ("chunks", "alpha", "threads", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: got {value}, expected at least 1")
+    options.case = _names(options.case, MAIN_CASES + MORE_CASES, "--case")
+    options.provider = _names(options.provider, list(PROVIDERS), "--provider")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    return options
+
+
+# -- running -----------------------------------------------------------------------------------
+
+
+class Runner:
+    """Checks and times groups, one after the other."""
+
+    def __init__(self, options: argparse.Namespace, groups: list[Group]) -> None:
+        self._options = options
+        self._groups = groups
+        dtype = DTYPES[options.dtype]
+        self.ceilings = _machine.Ceilings(options.device, dtype, options.small)
+        self._clock = Clock(options.device, self.ceilings.buffer)
+        self._budget = Budget(options.budget, [g.weight for g in groups])
+
+    def run(self) -> list[list[Result]]:
+        """Results of each group."""
+        done = []
+        for group in self._groups:
+            self._budget.next_group(group.name)
+            self._budget.tell("ceilings")
+            self.ceilings.read()
+            done.append(self._run_group(group))
+        self.ceilings.read()
+        self._budget.end()
+        for results in done:
+            self._add_shares(results)
+        return done
+
+    def _run_group(self, group: Group) -> list[Result]:
+        inputs: dict[Case, Inputs] = {}
+        answers: dict[tuple[Case, str], Answer] = {}
+        results: list[Result] = []
+        measure: dict[int, Callable[[], float]] = {}
+        for i, entrant in enumerate(group.entrants):
+            case, provider = entrant.case, entrant.provider
+            result = Result(case.name, entrant.label, case.dtype_name, case.cache_len, case.batch)
+            results.append(result)
+            reason = provider.unsupported(case)
+            if reason:
+                result.note = reason
+                continue
+            self._budget.tell(f"{entrant.label}, prepare and check")
+            if case not in inputs:
+                inputs[case] = Inputs(case)
+            x = inputs[case]
+            answer = self._answer(answers, x, provider)
+            run = self._checked(entrant, x, answer, result)
+            if run is not None:
+                measure[i] = self._measurement(entrant, run)
+        if measure:
+            self._budget.tell("repeats")
+            self._time(results, group, measure)
+        return results
+
+    @staticmethod
+    def _answer(answers: dict, x: Inputs, provider: Provider) -> Answer:
+        kind = "append" if provider is ROPE_APPEND else "rope" if provider.with_rope else "plain"
+        key = (x.case, kind)
+        if key not in answers:
+            is_rope = kind == "rope"
+            answers[key] = rope_answer(x) if kind == "append" else attention_answer(x, is_rope)
+        return answers[key]
+
+    @staticmethod
+    def _checked(entrant: Entrant, x: Inputs, answer: Answer, result: Result) -> Run | None:
+        """The run, if its first call is right. A peer that cannot run here is no failure."""
+        try:
+            run = entrant.provider.prepare(x)
+            with threads(entrant.threads):
+                output = run.rows(run.call())
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            result.note = f"failed: {type(error).__name__}: {first_line[:150]}"
+            result.ok = False if entrant.provider.ours else None
+            return None
+        verdict = answer.judge(output)
+        result.max_error, result.ok = verdict.max_error, verdict.ok
+        if not verdict.ok:
+            result.note = "WRONG: error beyond the tolerance, not timed"
+        return run if verdict.ok else None
+
+    def _measurement(self, entrant: Entrant, run: Run) -> Callable[[], float]:
+        case = entrant.case
+        cold = case.is_decode or case.name == "rope_append"
+
+        def seconds() -> float:
+            with threads(entrant.threads):
+                return self._clock.seconds(run.call, cold)
+
+        return seconds
+
+    def _time(self, results: list[Result], group: Group, measure: dict) -> None:
+        repeats = self._options.repeats
+        least, most = (repeats, repeats) if repeats else (3, 5 if self._options.small else 30)
+        times = interleave(measure, self._budget.group_left(), least, most)
+        for i, values in times.items():
+            case, result = group.entrants[i].case, results[i]
+            seconds = statistics.median(values)
+            result.ms, result.spread, result.repeats = 1e3 * seconds, spread(values), len(values)
+            if case.name == "rope_append":
+                result.gb_per_s = case.rope_bytes / seconds / 1e9
+                continue
+            result.tflops = case.flops / seconds / 1e12
+            if case.is_decode:
+                result.gb_per_s = case.kv_bytes / seconds / 1e9
+
+    def _add_shares(self, results: list[Result]) -> None:
+        """Shares of the ceilings, once all readings are in, and speed-ups."""
+        memory = "copy" if self._options.device == "cuda" else "read"
+        for r in results:
+            if r.ms is None:
+                continue
+            if r.case == "rope_append":
+                r.of_ceiling = (r.gb_per_s or 0) * 1e9 / self.ceilings.median("copy")
+            elif r.gb_per_s is not None:
+                r.of_ceiling = r.gb_per_s * 1e9 / self.ceilings.median(memory)
+            else:
+                r.of_ceiling = (r.tflops or 0) * 1e12 / self.ceilings.product
+            known = PROVIDERS.get(r.provider)
+            if known is None or not known.ours or r.case not in MAIN_CASES:
+                continue
+            peers = [
+                p.ms
+                for p in results
+                if p.ms is not None
+                and not PROVIDERS[p.provider].ours
+                and PROVIDERS[p.provider].with_rope == known.with_rope
+            ]
+            r.speedup = min(peers) / r.ms if peers else None
+
+
+# -- showing -----------------------------------------------------------------------------------
+
+
+def _time_text(r: Result) -> str:
+    return f"{milliseconds(r.ms)} ms ±{100 * (r.spread or 0):.0f}%"
+
+
+def make_ratios(results: list[Result], ceilings: _machine.Ceilings) -> list[Ratio]:
+    """The lines of "also measured" that have their numbers."""
+    ratios = []
+    for name in MORE_CASES:
+        found = [r for r in results if r.case == name]
+        if not found or any(r.ms is None for r in found):
+            if found:
+                ratios.append(Ratio(name, "-", "-", "-", "not available, see the notes"))
+            continue
+        first, last = found[0], found[-1]
+        cache = first.cache_len
+        if name == "rope_append":
+            what = f"rope_append, a chunk at cache {cache}"
+            value = f"{_time_text(first)}, {first.gb_per_s:.1f} GB/s"
+            against = f"copy {ceilings.median('copy') / 1e9:.1f} GB/s"
+            ratio = f"{first.of_ceiling or 0:.2f}"
+            ratios.append(
+                Ratio(
+                    what,
+                    value,
+                    against,
+                    ratio,
+                    "of copy bandwidth; in place, while a copy also fetches its target",
+                )
+            )
+            continue
+        what, meaning = {
+            "threads": (f"threads, a chunk at cache {cache}", "speed-up by the second thread"),
+            "chunks": (f"chunks in a call, at cache {cache}", "useful FLOP/s, 4 chunks to 1"),
+            "bf16": (f"bf16 storage, a chunk at cache {cache}", "speed-up over fp32"),
+        }[name]
+        names = (last.dtype, first.dtype) if name == "bf16" else (last.provider, first.provider)
+        value, against = (
+            f"{label.removeprefix('vxl, ')}: {_time_text(r)}"
+            for label, r in zip(names, (last, first), strict=True)
+        )
+        times = (last.tflops or 0) / (first.tflops or 1)
+        ratios.append(Ratio(what, value, against, f"{times:.2f}x", meaning))
+    return ratios
+
+
+def describe(options: argparse.Namespace, g: Geometry) -> list[tuple[str, str]]:
+    heads = f"{g.heads} query / {g.kv_heads} KV heads of {g.head_dim}"
+    chunks = f"{options.chunks} chunk{'s' if options.chunks > 1 else ''} a call"
+    window = f"window {g.window}, alpha {options.alpha}"
+    return [
+        ("shape", f"{heads}; {window}, {chunks}, {options.order} order; {options.dtype}"),
+        ("check", f"{ROWS_CHECKED} rows a case against float64; ✓: {TOLERANCE_TEXT}"),
+    ]
+
+
+LEGEND = """\
+ms: median; spread: half the range of the quartiles (of under 4 runs: of all). TFLOP/s: useful
+ones, pairs that attend. % ceiling: of matmul, for decode and its GB/s (K and V read) of read
+bandwidth. speed-up: vxl over the best peer; vxl+rope (rotation, append and attention) over
+published (joins and rotates the whole cache anew, repeats K and V, builds a dense mask).
+decode and rope_append start with a cold last-level cache."""
+
+
+def show(lines: list[tuple[str, str]]) -> None:
+    for name, text in lines:
+        print(f"{name:<9} {text}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    g = Geometry.small() if options.small else Geometry()
+    groups = make_groups(options, g)
+    if not groups:
+        raise SystemExit("nothing to run: no chosen provider serves a chosen case on this device")
+    show([*_machine.describe(options.device), *describe(options, g)])
+    with torch.no_grad():
+        runner = Runner(options, groups)
+        results = [r for rs in runner.run() for r in rs]
+    show(runner.ceilings.describe())
+    main_results = [r for r in results if r.case in MAIN_CASES]
+    ratios = make_ratios(results, runner.ceilings)
+    if main_results:
+        print(f"\n{table(main_results)}\n\n{LEGEND}")
+    if ratios:
+        print(f"\n{ratio_table(ratios)}")
+    remarks = notes(results)
+    if remarks:
+        print("\nnotes")
+        print("\n".join(f"  {line}" for line in remarks))
+    if options.json:
+        save_json(options.json, results)
+    if options.plot:
+        title = f"{describe(options, g)[0][1]}\n{_machine.describe(options.device)[0][1]}"
+        save_plot(options.plot, results, title, runner.ceilings.product_name)
+    wrong = sum(r.ok is False for r in results)
+    if wrong:
+        print(f"\n{wrong} results are wrong or failed (✗)", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
