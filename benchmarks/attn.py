@@ -29,14 +29,16 @@ from _timing import Budget, Clock, interleave, spread, threads
 # -- options -----------------------------------------------------------------------------
 
 
-def _names(values: list[str] | None, valid: Sequence[str], what: str) -> list[str] | None:
+def _names(
+    parser: argparse.ArgumentParser, values: list[str] | None, valid: Sequence[str], what: str
+) -> list[str] | None:
     """Flattens repeated and comma-separated names; None if the option was not given."""
     if values is None:
         return None
     names = [name for value in values for name in value.split(",") if name]
     unknown = [name for name in names if name not in valid]
     if unknown:
-        raise SystemExit(f"{what}: got {', '.join(unknown)}; valid are {', '.join(valid)}")
+        parser.error(f"{what}: got {', '.join(unknown)}; valid are {', '.join(valid)}")
     return names
 
 
@@ -65,8 +67,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: got {value}, expected at least 1")
-    options.case = _names(options.case, MAIN_CASES + MORE_CASES, "--case")
-    options.provider = _names(options.provider, list(PROVIDERS), "--provider")
+    options.case = _names(parser, options.case, MAIN_CASES + MORE_CASES, "--case")
+    options.provider = _names(parser, options.provider, list(PROVIDERS), "--provider")
+    if options.alpha > Geometry().window:
+        parser.error(f"--alpha: got {options.alpha}, expected at most {Geometry().window}")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     return options

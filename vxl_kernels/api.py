@@ -138,7 +138,8 @@ def vst_attention(
     Source: Video-XL section 3.2 (chunks, VSTs); published `Qwen2SdpaAttention.forward`.
     """
     checks.qkv_shapes(q, k, v, layout)
-    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_lens, required=False)
+    needed = layout is not None and layout.chunks > 1  # later chunks see earlier VSTs there
+    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_lens, required=needed)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     cache = (k_cache, v_cache, block_table, cache_lens)
     if _use_reference(backend, q):

@@ -94,6 +94,8 @@ def cache_shapes(
             fail(name, f"shape {tuple(cache.shape)}", f"(pages, page_size, {kv_heads}, {head_dim})")
         if cache.shape[1] == 0:
             fail(name, "page_size 0", "at least 1")
+        if cache.stride(3) != 1:
+            fail(name, f"head_dim stride {cache.stride(3)}", "1 (a copy would be the whole cache)")
     assert k_cache is not None and v_cache is not None
     if v_cache.shape != k_cache.shape:
         fail("v_cache", f"shape {tuple(v_cache.shape)}", f"{tuple(k_cache.shape)} as k_cache")

@@ -147,8 +147,8 @@ class ChunkLayout:
         >>> print(ChunkLayout(window=4, ratio=2).draw(cache_len=1))
         x0   #|#.....
         x1   #|##....
-        x2   #|##..#.
-        x3   #|###.#.
+        x2   #|###.#.
+        x3   #|#####.
         vs0  #|##..#.
         vs1  #|######
         """
@@ -196,7 +196,11 @@ class ChunkLayout:
         return chunk, position
 
     def _rows_in_sequence(self, device: torch.device | str | None, vst: bool) -> torch.Tensor:
-        chunk, position = self._row_table(device)
-        rows = torch.nonzero(self._vst_at(position) == vst).squeeze(1)
-        # Both orders keep raw rows and VST rows each in sequence order already.
-        return rows
+        # No search by value: under torch.compile its length would depend on data.
+        each = self.vsts_per_chunk if vst else self.window
+        index = torch.arange(self.chunks * each, device=device)
+        if self.order == "split":
+            return index + self.chunks * self.window if vst else index
+        chunk, i = index // each, index % each
+        position = i * (self.ratio + 1) + self.ratio if vst else i + i // self.ratio
+        return chunk * self.rows_per_chunk + position

@@ -42,7 +42,8 @@ vxl::DType dtype_of(const Tensor& x) {
   }
 }
 
-// The kernels want head_dim contiguous; other strides are free.
+// The kernels want head_dim contiguous; other strides are free. Caches are never copied:
+// vxl_kernels/checks.py refuses them.
 Tensor rows_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 vxl::RowTensor row_tensor(const Tensor& x) {
@@ -127,17 +128,13 @@ std::tuple<Tensor, Tensor> vst_attention(
   p.lse = lse.mutable_data_ptr<float>();
   p.scale = static_cast<float>(scale);
 
-  Tensor kc, vc;
   std::optional<Paging> paging;
   if (k_cache.has_value()) {
-    kc = rows_contiguous(*k_cache);
-    vc = rows_contiguous(*v_cache);
-    paging.emplace(kc, vc, *block_table, *cache_lens,
+    paging.emplace(*k_cache, *v_cache, *block_table, *cache_lens,
                    (p.geometry.chunks - 1) * p.geometry.vsts());
     p.cache = paging->cache;
   } else {
-    TORCH_CHECK_VALUE(p.geometry.chunks == 1, "k_cache: got None, expected a cache, since layout ",
-                      "holds ", p.geometry.chunks, " chunks and later ones see earlier VSTs");
+    TORCH_CHECK_VALUE(p.geometry.chunks == 1, "k_cache: got None, expected a tensor");
   }
   if (q.numel() > 0) vxl::attention_cpu(p, thread_pool());
   return {out, lse};
@@ -147,10 +144,6 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
-  for (const Tensor* cache : {&k_cache, &v_cache}) {
-    TORCH_CHECK_VALUE(cache->stride(-1) == 1, cache == &k_cache ? "k_cache" : "v_cache",
-                      ": got head_dim stride ", cache->stride(-1), ", expected 1");
-  }
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
   p.dtype = dtype_of(q);

@@ -24,7 +24,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   plan.group = p.heads / p.kv_heads;
   const int64_t rows = g.chunk_rows();
   const int64_t dims = round_up(p.head_dim, 16);
-  plan.decode = g.chunks == 1 && rows * plan.group <= AttentionPlan::kDecodeRows;
+  plan.decode = g.ratio == 0 && rows * plan.group <= AttentionPlan::kDecodeRows;
 
   // A multiple of 3 vectors: full register tiles.
   const int64_t unit = 3 * lanes;
@@ -41,7 +41,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
     cut();
   }
 
-  const bool few_rows = rows * plan.group <= kMostLanes && g.chunks == 1;
+  const bool few_rows = g.ratio == 0 && rows * plan.group <= kMostLanes;
   plan.split_unit = plan.decode ? kDecodeSplit : few_rows ? kTileSplit : 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     plan.splits = std::max(plan.splits, plan.split_count(sequence_keys(p, b)));

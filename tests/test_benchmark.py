@@ -1,0 +1,40 @@
+"""benchmarks/attn.py on a tiny geometry: it runs, checks, and writes what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attn.py"
+KEYS = {
+    "case", "provider", "dtype", "cache_len", "batch", "ms", "tflops", "of_ceiling",
+    "speedup_vs_best_peer", "max_error", "ok",
+}  # fmt: skip
+
+
+def bench(*options):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--small", *options],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "bf16", "--order", "interleaved"]])
+def test_small_run(tmp_path, options):
+    done = bench("--json", str(tmp_path / "a.json"), *options)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "a.json").read_text())
+    assert all(set(r) == KEYS for r in records)
+    ours = [r for r in records if r["provider"] == "vxl"]
+    assert {r["case"] for r in ours} >= {"chunk", "tail", "decode"}
+    assert all(r["ok"] and r["ms"] > 0 and r["max_error"] is not None for r in ours)
+    assert {"published", "sdpa_bool"} <= {r["provider"] for r in records}
+
+
+def test_unknown_names_are_refused():
+    done = bench("--provider", "nonsense")
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+    assert "vxl" in done.stderr

@@ -1,0 +1,54 @@
+"""`python -m vxl_kernels`: what is installed, what runs where, and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from . import __version__, _ext, backends
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _build_info() -> dict[str, str]:
+    path = Path(__file__).with_name("_build_info.json")
+    if not path.exists():
+        return {"extension": "never built here", "cuda": "never built here"}
+    return json.loads(path.read_text())
+
+
+def report() -> str:
+    """The text that the command prints."""
+    build = _build_info()
+    isa = _ext.extension.cpu_isa() if _ext.extension else "-"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = [
+        f"vxl_kernels   {__version__}",
+        f"python        {platform.python_version()} on {platform.machine()}",
+        f"torch         {torch.__version__}, {torch.get_num_threads()} threads",
+        f"triton        {_version('triton')}",
+        f"transformers  {_version('transformers')}",
+        f"GPU           {gpu}",
+        f"extension     {build['extension']}",
+        f"  loaded      {'yes' if _ext.extension else 'no: ' + _ext.reason_missing}",
+        f"  CPU kernels {isa}",
+        f"  CUDA        {build['cuda']}",
+        "backends",
+    ]
+    for name, reasons in backends().items():
+        lines.append(f"  {name:<11} {'ready' if not reasons else 'no: ' + '; '.join(reasons)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
