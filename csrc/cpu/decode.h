@@ -2,9 +2,9 @@
 // of the cache front to back with all KV heads, and every byte is read once.
 //
 // Measured on a Zen 5 core, 7 query rows, head_dim 128, ns per key and KV head (1 KiB):
-// arithmetic 24 from cache, 95 from memory without prefetch (the multiply-adds fill the
-// reorder window, so few loads are in flight); fetching 8 keys ahead into L1, in the order
-// of use, brings 39. Copying rows aside first costs 33 for the copy alone.
+// 30 from cache, 95 from memory without prefetch (the multiply-adds fill the reorder window,
+// so few loads are in flight), 46 with rows fetched 16 keys ahead into L1. Copying the rows
+// aside first costs 33 for the copy alone.
 // Lanes hold head dimensions; R query rows are blocked so that each vector of K or V that is
 // loaded feeds R multiply-adds.
 #pragma once
@@ -17,13 +17,16 @@
 namespace {
 
 constexpr int64_t kDecodeBlock = 64;  // keys between two softmax steps
-constexpr int64_t kWeighKeys = 8;     // keys a visit to O^T: enough to pay for load and store
+constexpr int64_t kWeighKeys = 16;    // keys a visit to O^T; a multiple of every kKeys
 constexpr int kMostDotRows = kLanes == 16 ? 8 : 4;  // leaves registers for the operands
 
 // out[r * keys + c] = q[r] . k[c] for kLanes / R keys: as many sums as lanes, so that one
-// butterfly reduces them all. Out of line for the registers' sake.
-template <int R, typename T>
-VXL_NOINLINE void dots(const float* q, const T* const* k, int64_t dims, float* out) {
+// butterfly reduces them all. Only the first A rows are computed (28 query heads on 4 KV
+// heads make 7 rows of 8). Each vector read from k has its like at `ahead` fetched into L1.
+// Out of line for the registers' sake.
+template <int R, int A, typename T>
+VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* ahead, int64_t dims,
+                       float* out) {
   constexpr int kKeys = kLanes / R;
   Vec acc[kLanes];
 #pragma GCC unroll 16
@@ -31,9 +34,12 @@ VXL_NOINLINE void dots(const float* q, const T* const* k, int64_t dims, float* o
   for (int64_t d = 0; d < dims; d += kLanes) {
     Vec kv[kKeys];
 #pragma GCC unroll 16
-    for (int c = 0; c < kKeys; ++c) kv[c] = load_as_float(k[c] + d);
+    for (int c = 0; c < kKeys; ++c) {
+      kv[c] = load_as_float(k[c] + d);
+      __builtin_prefetch(ahead[c] + d, 0, 3);
+    }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < A; ++r) {
       const Vec qv = load(q + r * dims + d);
 #pragma GCC unroll 16
       for (int c = 0; c < kKeys; ++c) acc[r * kKeys + c] += qv * kv[c];
@@ -50,33 +56,46 @@ VXL_INLINE int64_t score_at(int64_t key) {
   return key / kKeys * kLanes + key % kKeys;  // of row 0; row r is r * kKeys further
 }
 
-// o[r][C vectors] = o * alpha[r] + sum over keys [begin, begin + n) of p[r][key] * v[key].
-template <int R, int C, typename T>
-VXL_NOINLINE void weigh(const float* p, int64_t begin, int64_t n, const float* alpha,
-                        const T* const* v, int64_t offset, int64_t dims, float* o) {
+// C vectors of dims of `weigh`, at `offset`.
+template <int R, int A, int C, typename T>
+VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const T* const* v,
+                           const T* const* ahead, int64_t offset, int64_t dims, float* o) {
   constexpr int kKeys = kLanes / R;
-  Vec acc[R][C];
+  Vec acc[A][C];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < A; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
-      acc[r][c] = load(o + r * dims + c * kLanes) * splat(alpha[r * kKeys]);
+      acc[r][c] = load(o + r * dims + offset + c * kLanes) * splat(alpha[r * kKeys]);
   for (int64_t i = 0; i < n; ++i) {
-    const float* weights = p + score_at<R>(begin + i);
+    const float* weights = p + score_at<R>(i);
     Vec vv[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) vv[c] = load_as_float(v[i] + offset + c * kLanes);
+    for (int c = 0; c < C; ++c) {
+      vv[c] = load_as_float(v[i] + offset + c * kLanes);
+      __builtin_prefetch(ahead[i] + offset + c * kLanes, 0, 3);
+    }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < A; ++r) {
       const Vec pv = splat(weights[r * kKeys]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] += pv * vv[c];
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < A; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(o + r * dims + c * kLanes, acc[r][c]);
+    for (int c = 0; c < C; ++c) store(o + r * dims + offset + c * kLanes, acc[r][c]);
+}
+
+// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key].
+template <int R, int A, typename T>
+VXL_NOINLINE void weigh(const float* p, int64_t n, const float* alpha, const T* const* v,
+                        const T* const* ahead, int64_t dims, float* o) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dims; d += 2 * kLanes)
+    weigh_dims<R, A, 2>(p, n, alpha, v, ahead, d, dims, o);
+  if (d < dims) weigh_dims<R, A, 1>(p, n, alpha, v, ahead, d, dims, o);
 }
 
 // Largest of each row's kKeys neighbouring lanes, in all of them.
@@ -127,25 +146,32 @@ VXL_NOINLINE void softmax_rows(float* s, int64_t count, const int64_t* seen, flo
   store(l, sum);
 }
 
-// The rows a task reads next: K of this block, V of this block, K of the next block.
-struct Lookahead {
-  static constexpr int64_t kDistance = 8;  // keys; 4 to 64 measured alike for K, 8 best for V
+// The rows of a block and of the one behind it: what is read, and what is fetched ahead.
+template <typename T>
+struct BlockRows {
+  static constexpr int64_t kDistance = 16;  // keys; 8 to 32 measure alike
   const HeadRows *here, *next;
-  int64_t count, next_count, row_bytes;
+  int64_t count, next_count;
 
-  VXL_INLINE void fetch(int64_t index, int64_t head) const {
-    index += kDistance;
-    const char* row;
-    if (index < count) {
-      row = here[index].k + head * here[index].k_step;
-    } else if (index < 2 * count) {
-      row = here[index - count].v + head * here[index - count].v_step;
-    } else if (index < 2 * count + next_count) {
-      row = next[index - 2 * count].k + head * next[index - 2 * count].k_step;
-    } else {
-      return;
-    }
-    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b, 0, 3);
+  const T* k(int64_t i, int64_t head) const { return k_of(here[i], head); }
+  const T* v(int64_t i, int64_t head) const { return v_of(here[i], head); }
+  // Reading order is K, then V of this block, then K of the next; behind the end, itself.
+  const T* after_k(int64_t i, int64_t head) const {
+    const int64_t j = i + kDistance;
+    return j < count ? k(j, head) : v(least(j - count, count - 1), head);
+  }
+  const T* after_v(int64_t i, int64_t head) const {
+    const int64_t j = i + kDistance;
+    if (j < count) return v(j, head);
+    return j - count < next_count ? k_of(next[j - count], head) : v(count - 1, head);
+  }
+
+ private:
+  static const T* k_of(const HeadRows& x, int64_t head) {
+    return reinterpret_cast<const T*>(x.k + head * x.k_step);
+  }
+  static const T* v_of(const HeadRows& x, int64_t head) {
+    return reinterpret_cast<const T*>(x.v + head * x.v_step);
   }
 };
 
@@ -171,71 +197,72 @@ VXL_INLINE const float* const* pad_rows(const T* const* rows, int64_t n, int64_t
   return padded;
 }
 
-template <int R, typename T>
-void decode_block(const vxl::AttentionParams& p, const Lookahead& ahead, const int64_t* seen,
-                  const DecodeState& x) {
+template <int R, int A, typename T>
+void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
+                const DecodeState& x) {
   constexpr int kKeys = kLanes / R;
-  constexpr int kOperands = kLanes > kWeighKeys ? kLanes : kWeighKeys;
-  const bool whole = x.dims == p.head_dim;
-  const int64_t count = ahead.count, dims = x.dims;
-  const T* rows[kOperands];
-  const float* padded[kOperands];
-
-  for (int64_t c = 0; c < count; c += kKeys) {
+  const T *rows[kKeys], *ahead[kKeys];
+  const float* padded[kKeys];
+  for (int64_t c = 0; c < block.count; c += kKeys) {
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t i = 0; i < kKeys; ++i) {
-        const HeadRows& key = ahead.here[least(c + i, count - 1)];  // beyond: masked
-        rows[i] = reinterpret_cast<const T*>(key.k + h * key.k_step);
-        ahead.fetch(c + i, h);
+        const int64_t key = least(c + i, block.count - 1);  // beyond: masked by the softmax
+        rows[i] = block.k(key, h);
+        ahead[i] = block.after_k(key, h);
       }
-      if (!whole) pad_rows(rows, kKeys, p.head_dim, dims, x.padded, padded);
+      const bool whole = x.dims == p.head_dim;
+      if (!whole) pad_rows(rows, kKeys, p.head_dim, x.dims, x.padded, padded);
       for (int64_t g = h * x.groups; g < (h + 1) * x.groups; ++g) {
+        const float* q = x.q + g * R * x.dims;
         float* s = x.s + g * kDecodeBlock * R + c * R;
         if (whole) {
-          dots<R>(x.q + g * R * dims, rows, dims, s);
+          dots<R, A>(q, rows, ahead, x.dims, s);
         } else {
-          dots<R>(x.q + g * R * dims, padded, dims, s);
+          dots<R, A>(q, padded, padded, x.dims, s);
         }
       }
     }
   }
+}
 
-  for (int64_t g = 0; g < p.kv_heads * x.groups; ++g)
-    softmax_rows<R>(x.s + g * kDecodeBlock * R, count, seen + g % x.groups * R,
-                    x.m + g * kLanes, x.l + g * kLanes, x.alpha + g * kLanes);
-
-  for (int64_t c = 0; c < count; c += kWeighKeys) {
-    const int64_t n = least(kWeighKeys, count - c);
+template <int R, int A, typename T>
+void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
+                  const DecodeState& x) {
+  const T *rows[kWeighKeys], *ahead[kWeighKeys];
+  const float* padded[kWeighKeys];
+  for (int64_t c = 0; c < block.count; c += kWeighKeys) {
+    const int64_t n = least(kWeighKeys, block.count - c);
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t i = 0; i < n; ++i) {
-        const HeadRows& key = ahead.here[c + i];
-        rows[i] = reinterpret_cast<const T*>(key.v + h * key.v_step);
+        rows[i] = block.v(c + i, h);
+        ahead[i] = block.after_v(c + i, h);
       }
-      if (!whole) pad_rows(rows, n, p.head_dim, dims, x.padded, padded);
-      int64_t fetched = 0;
+      const bool whole = x.dims == p.head_dim;
+      if (!whole) pad_rows(rows, n, p.head_dim, x.dims, x.padded, padded);
       for (int64_t g = h * x.groups; g < (h + 1) * x.groups; ++g) {
-        const float* s = x.s + g * kDecodeBlock * R;
+        const float* s = x.s + g * kDecodeBlock * R + score_at<R>(c);
         const float* alpha = x.alpha + g * kLanes;
-        float* o = x.o + g * R * dims;
-        for (int64_t d = 0; d < dims;) {
-          for (int i = 0; i < 2 && fetched < n; ++i) ahead.fetch(count + c + fetched++, h);
-          if (!whole) {
-            weigh<R, 1>(s, c, n, alpha, padded, d, dims, o + d);
-            d += kLanes;
-          } else if (d + 2 * kLanes <= dims) {
-            weigh<R, 2>(s, c, n, alpha, rows, d, dims, o + d);
-            d += 2 * kLanes;
-          } else {
-            weigh<R, 1>(s, c, n, alpha, rows, d, dims, o + d);
-            d += kLanes;
-          }
+        float* o = x.o + g * R * x.dims;
+        if (whole) {
+          weigh<R, A>(s, n, alpha, rows, ahead, x.dims, o);
+        } else {
+          weigh<R, A>(s, n, alpha, padded, padded, x.dims, o);
         }
       }
-      for (; fetched < n; ++fetched) ahead.fetch(count + c + fetched, h);
     }
-    if (c == 0)  // scaled once a block
+    if (c == 0)  // what was there is scaled once a block
       for (int64_t i = 0; i < p.kv_heads * x.groups * kLanes; ++i) x.alpha[i] = 1.0f;
   }
+}
+
+template <int R, int A, typename T>
+void decode_block(const vxl::AttentionParams& p, const BlockRows<T>& block, const int64_t* seen,
+                  const DecodeState& x) {
+  score_keys<R, A>(p, block, x);
+  for (int64_t g = 0; g < p.kv_heads * x.groups; ++g)
+    softmax_rows<R>(x.s + g * kDecodeBlock * R, block.count, seen + g % x.groups * R,
+                    x.m + g * kLanes, x.l + g * kLanes, x.alpha + g * kLanes);
+  weigh_values<R, A>(p, block, x);
 }
 
 template <typename T>
@@ -291,15 +318,16 @@ void decode_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, 
     const int64_t count = least(kDecodeBlock, end - key);
     const int64_t next_count = most(0, least(kDecodeBlock, end - key - kDecodeBlock));
     stream.find(key + kDecodeBlock, next_count, found[side ^ 1]);
-    const Lookahead ahead{found[side], found[side ^ 1], count, next_count,
-                          p.head_dim * int64_t(sizeof(T))};
+    const BlockRows<T> block{found[side], found[side ^ 1], count, next_count};
     for (int64_t i = 0; i < n_pad; ++i)
       seen[i] = most(0, least(count, stream.cached + least(i, n - 1) / group + 1 - key));
-    switch (block_rows) {
-      case 1: decode_block<1, T>(p, ahead, seen, x); break;
-      case 2: decode_block<2, T>(p, ahead, seen, x); break;
-      case 4: decode_block<4, T>(p, ahead, seen, x); break;
-      default: decode_block<kMostDotRows, T>(p, ahead, seen, x);
+    switch (n < kMostDotRows ? n : block_rows) {
+      case 1: decode_block<1, 1>(p, block, seen, x); break;
+      case 2: decode_block<2, 2>(p, block, seen, x); break;
+      case 3:
+      case 4: decode_block<4, 4>(p, block, seen, x); break;
+      case 7: decode_block<kMostDotRows, kMostDotRows - 1>(p, block, seen, x); break;
+      default: decode_block<kMostDotRows, kMostDotRows>(p, block, seen, x);
     }
   }
 

@@ -26,8 +26,15 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   const int64_t dims = round_up(p.head_dim, 16);
   plan.decode = g.ratio == 0 && rows * plan.group <= AttentionPlan::kDecodeRows;
 
-  // A multiple of 3 vectors: full register tiles.
-  const int64_t unit = 3 * lanes;
+  const bool few_rows = g.ratio == 0 && rows * plan.group <= kMostLanes;
+  plan.split_unit = plan.decode ? kDecodeSplit : few_rows ? kTileSplit : 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    plan.splits = std::max(plan.splits, plan.split_count(sequence_keys(p, b)));
+  }
+
+  // A multiple of 3 vectors: full register tiles. Smaller ones where there would not be
+  // enough of them to end together.
+  const int64_t unit = 3 * lanes, spread = g.chunks * p.batch * p.kv_heads * plan.splits;
   int64_t tile_lanes = std::clamp(kTileFloats / (2 * dims) / unit * unit, unit, kMostLanes);
   auto cut = [&] {
     plan.tile_rows = std::max<int64_t>(tile_lanes / plan.group, 1);
@@ -35,19 +42,12 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
     plan.tile_rows = std::max<int64_t>(ceil_div(rows, plan.tiles), 1);  // even tiles
   };
   cut();
-  while (tile_lanes > 4 * unit &&
-         plan.tiles * g.chunks * p.batch * p.kv_heads < 8 * int64_t(threads)) {
+  while (tile_lanes > 4 * unit && plan.tiles * spread < 8 * int64_t(threads)) {
     tile_lanes /= 2;
     cut();
   }
 
-  const bool few_rows = g.ratio == 0 && rows * plan.group <= kMostLanes;
-  plan.split_unit = plan.decode ? kDecodeSplit : few_rows ? kTileSplit : 0;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    plan.splits = std::max(plan.splits, plan.split_count(sequence_keys(p, b)));
-  }
-  plan.tasks = plan.decode ? p.batch * plan.splits
-                           : p.batch * plan.splits * p.kv_heads * plan.tiles * g.chunks;
+  plan.tasks = plan.decode ? p.batch * plan.splits : plan.tiles * spread;
   if (g.rows() == 0) plan.tasks = 0;
   if (plan.splits > 1) {
     plan.workspace_floats = p.batch * plan.splits * g.rows() * p.heads * (p.head_dim + 2);

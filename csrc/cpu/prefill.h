@@ -61,16 +61,16 @@ VXL_INLINE void rows_from_lanes(const float* in, int64_t stride, int64_t dims, f
 template <typename T>
 void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, int64_t task,
                   float* scratch, float* workspace) {
-  // Late tiles of late chunks see the most keys: they go first, so that the threads end
-  // together.
+  // Late chunks and their late tiles see the most keys: they go first, so that the threads
+  // end together. A chunk's tiles follow one another and share its K and V in the cache.
   const int64_t kv_head = task % p.kv_heads;
   task /= p.kv_heads;
   const int64_t batch = task % p.batch;
   task /= p.batch;
   const int64_t split = task % plan.splits;
   task /= plan.splits;
-  const int64_t chunk = p.geometry.chunks - 1 - task % p.geometry.chunks;
-  const int64_t tile = plan.tiles - 1 - task / p.geometry.chunks;
+  const int64_t tile = plan.tiles - 1 - task % plan.tiles;
+  const int64_t chunk = p.geometry.chunks - 1 - task / plan.tiles;
 
   const int64_t dims = p.head_dim, v_dims = round_up(dims, kRows), group = plan.group;
   const int64_t first = tile * plan.tile_rows;

@@ -114,6 +114,8 @@ VXL_NOINLINE void softmax(float* s, int64_t keys, const float* block_max, float*
 }
 
 // o[head_dim][NV lanes] = o * alpha + V^T p; v in panels [head_dim / kRows][kKeyBlock][kRows].
+// The block is summed on its own before it joins o: adding key by key to the long sum loses
+// five times the accuracy at 8100 keys.
 template <int NV>
 VXL_NOINLINE void accumulate(const float* v, int64_t keys, const float* p, int64_t head_dim,
                              const float* alpha, float* o) {
@@ -124,12 +126,15 @@ VXL_NOINLINE void accumulate(const float* v, int64_t keys, const float* p, int64
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = load(o + ((d + i) * NV + j) * kLanes) * a[j];
+      for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
     multiply<NV>(v + d * kKeyBlock, kRows, 1, p, keys, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) store(o + ((d + i) * NV + j) * kLanes, acc[i][j]);
+      for (int j = 0; j < NV; ++j) {
+        float* out = o + ((d + i) * NV + j) * kLanes;
+        store(out, load(out) * a[j] + acc[i][j]);
+      }
   }
 }
 
