@@ -97,6 +97,22 @@ class Ceilings:
         self._add("read", size / self._best(buffer.sum))
         self._add("copy", 2 * size / self._best(lambda: copy.copy_(buffer)))
 
+    def sample(self, kind: str) -> float:
+        """One reading of "read", "copy" or "product" (the best so far) in the midst of a
+        case's repeats; returns its rate."""
+        size = self.buffer.numel() * self.buffer.element_size()
+        if kind == "product":
+            name = self.product_name
+            flops, call = self._products[name]
+            rate = flops / self._clock.seconds(call)
+        elif kind == "read":
+            name, rate = kind, size / self._clock.seconds(self.buffer.sum)
+        else:
+            copy = partial(self._copy.copy_, self.buffer)
+            name, rate = kind, 2 * size / self._clock.seconds(copy)
+        self._add(name, rate)
+        return rate
+
     def _best(self, call: Callable[[], object]) -> float:
         # The better of two, as a short first one pays for waking threads and frequency.
         first = self._clock.seconds(call)
@@ -123,13 +139,13 @@ class Ceilings:
             middle = statistics.median(values)
             return f"{name} {middle:.0f} {unit} ({low:.0f} to {high:.0f})"
 
-        count = len(self._readings["read"])
+        count = sum(len(values) for values in self._readings.values())
         products = "; ".join(text(name, "GFLOP/s") for name in self._products)
         memory = "; ".join(text(name, "GB/s") for name in ("read", "copy"))
         return [
             ("matmul", f"{products}; 100 % is {self.product_name}"),
             ("memory", f"{memory}; copy counts bytes read and written"),
-            ("", f"medians (range) of {count} readings between the cases"),
+            ("", f"medians (range) of {count} readings; a case counts those between its repeats"),
         ]
 
 

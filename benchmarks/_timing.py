@@ -13,6 +13,7 @@ import torch
 __all__ = ["Budget", "Clock", "interleave", "spread", "threads"]
 
 Call = Callable[[], object]
+_ENOUGH_SECONDS = 0.6
 
 
 class Clock:
@@ -51,11 +52,12 @@ def interleave(
     """Seconds of each entrant, repeated in turns, so that drift of the machine hits all alike.
 
     Everybody is in the first `least` rounds, each round starting with another one. After
-    them a round goes on with those that have used less than their even part of `seconds`.
+    them a round goes on with those that have used less than their even part of `seconds`,
+    or so little that a median of them would be luck.
     """
     times: dict[int, list[float]] = {name: [] for name in measure}
     used = dict.fromkeys(measure, 0.0)
-    part = seconds / max(1, len(measure))
+    part = max(seconds / max(1, len(measure)), _ENOUGH_SECONDS)
     order = list(measure)
     for i in range(most):
         order = order[1:] + order[:1]

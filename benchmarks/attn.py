@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
     add("--threads", type=int, help="CPU threads")
     add("--repeats", type=int, help="exactly so many, whatever the budget")
-    add("--budget", type=float, default=150, help="seconds to aim for (default %(default)s)")
+    add("--budget", type=float, default=120, help="seconds to aim for (default %(default)s)")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
     add("--json", type=Path, metavar="FILE", help="write the results")
     add("--plot", type=Path, metavar="FILE.png", help="draw the case chunk (needs matplotlib)")
@@ -100,8 +100,6 @@ class Runner:
             done.append(self._run_group(group))
         self.ceilings.read()
         self._budget.end()
-        for results in done:
-            self._add_shares(results)
         return done
 
     def _run_group(self, group: Group) -> list[Result]:
@@ -170,30 +168,44 @@ class Runner:
     def _time(self, results: list[Result], group: Group, measure: dict) -> None:
         repeats = self._options.repeats
         least, most = (repeats, repeats) if repeats else (3, 5 if self._options.small else 30)
-        times = interleave(measure, self._budget.group_left(), least, most)
+        ceiling: list[float] = []
+        kind = self._ceiling_kind(group.entrants[0].case)
+
+        def read_ceiling() -> float:
+            ceiling.append(self.ceilings.sample(kind))
+            return 0.0
+
+        # A ceiling drifts with the machine: it takes its turn among the providers.
+        times = interleave({**measure, -1: read_ceiling}, self._budget.group_left(), least, most)
+        del times[-1]
         for i, values in times.items():
             case, result = group.entrants[i].case, results[i]
             seconds = statistics.median(values)
             result.ms, result.spread, result.repeats = 1e3 * seconds, spread(values), len(values)
+            rate = case.flops / seconds
             if case.name == "rope_append":
-                result.gb_per_s = case.rope_bytes / seconds / 1e9
-                continue
-            result.tflops = case.flops / seconds / 1e12
+                rate = case.rope_bytes / seconds
+                result.gb_per_s = rate / 1e9
+            else:
+                result.tflops = rate / 1e12
             if case.is_decode:
-                result.gb_per_s = case.kv_bytes / seconds / 1e9
+                rate = case.kv_bytes / seconds
+                result.gb_per_s = rate / 1e9
+            result.of_ceiling = rate / statistics.median(ceiling)
+        self._add_speedups(results)
 
-    def _add_shares(self, results: list[Result]) -> None:
-        """Shares of the ceilings, once all readings are in, and speed-ups."""
-        memory = "copy" if self._options.device == "cuda" else "read"
+    def _ceiling_kind(self, case: Case) -> str:
+        if case.name == "rope_append":
+            return "copy"
+        if case.is_decode:
+            return "copy" if self._options.device == "cuda" else "read"
+        return "product"
+
+    @staticmethod
+    def _add_speedups(results: list[Result]) -> None:
         for r in results:
             if r.ms is None:
                 continue
-            if r.case == "rope_append":
-                r.of_ceiling = (r.gb_per_s or 0) * 1e9 / self.ceilings.median("copy")
-            elif r.gb_per_s is not None:
-                r.of_ceiling = r.gb_per_s * 1e9 / self.ceilings.median(memory)
-            else:
-                r.of_ceiling = (r.tflops or 0) * 1e12 / self.ceilings.product
             known = PROVIDERS.get(r.provider)
             if known is None or not known.ours or r.case not in MAIN_CASES:
                 continue

@@ -5,7 +5,7 @@ published code does and keeps what it would keep.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from vxl_kernels import ChunkLayout, rope_append, vst_attention, vst_linear
 from vxl_kernels.testing import inverse_frequencies

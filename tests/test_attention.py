@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from strategies import DTYPES, calls
+
 from vxl_kernels import ChunkLayout, vst_attention
 from vxl_kernels.testing import check_attention, make_inputs, poisoned_memory
 

@@ -69,13 +69,14 @@ PAGING = [
 @pytest.mark.parametrize(("changes", "message"), SHAPES + PAGING)
 def test_refused_before_anything_is_written(changes, message, backend):
     call = inputs(**changes)
-    kept = [x.clone() for x in call.args() if isinstance(x, torch.Tensor)]
+    tensors = [x for x in call.args() if isinstance(x, torch.Tensor)]
+    kept = [x.clone() for x in tensors]
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
         vst_attention(*call.args(), backend=backend)
     for inplace in (False, True):
         with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
             rope_append(*call.args(), inverse_frequencies(16), backend=backend, inplace=inplace)
-    for x, before in zip([x for x in call.args() if isinstance(x, torch.Tensor)], kept, strict=True):
+    for x, before in zip(tensors, kept, strict=True):
         if x.device.type != "meta":
             assert torch.equal(x.nan_to_num(), before.nan_to_num())
 

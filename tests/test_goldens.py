@@ -32,9 +32,7 @@ def window_ratios(case):
     if isinstance(case["ratio"], int):
         return [case["ratio"]] * len(windows)
     draw = np.random.default_rng(42)
-    return [
-        int(draw.choice([r for r in case["ratio"] if r <= n and n % r == 0])) for n in windows
-    ]
+    return [int(draw.choice([r for r in case["ratio"] if r <= n and n % r == 0])) for n in windows]
 
 
 def relative(x, truth):

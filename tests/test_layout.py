@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from strategies import layouts
+
 from vxl_kernels import ChunkLayout
 
 

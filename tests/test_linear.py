@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, settings
-
 from strategies import layouts
+
 from vxl_kernels import ChunkLayout, reference, vst_linear
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
-
 from strategies import calls
+
 from vxl_kernels import ChunkLayout, reference, rope_append, vst_attention
 from vxl_kernels.testing import inverse_frequencies, make_inputs, poisoned_memory
 

@@ -4,8 +4,8 @@ Importable without triton, transformers or a GPU. `python -m vxl_kernels` tells 
 installed and what runs where.
 """
 
-from .api import backends, rope_append, vst_attention, vst_linear
 from ._version import __version__
+from .api import backends, rope_append, vst_attention, vst_linear
 from .layout import ChunkLayout
 
 __all__ = [
@@ -16,4 +16,3 @@ __all__ = [
     "vst_attention",
     "vst_linear",
 ]
-

@@ -96,7 +96,8 @@ def cache_shapes(
             fail(name, "page_size 0", "at least 1")
         if cache.stride(3) != 1:
             fail(name, f"head_dim stride {cache.stride(3)}", "1 (a copy would be the whole cache)")
-    assert k_cache is not None and v_cache is not None
+    assert k_cache is not None
+    assert v_cache is not None
     if v_cache.shape != k_cache.shape:
         fail("v_cache", f"shape {tuple(v_cache.shape)}", f"{tuple(k_cache.shape)} as k_cache")
     for name, x, rank, dims in (

@@ -127,9 +127,7 @@ def _reference_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, lay
     from . import reference
 
     shape = layout_from_ints(layout)
-    return reference.vst_attention(
-        q, k, v, k_cache, v_cache, block_table, cache_lens, shape, scale
-    )
+    return reference.vst_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, shape, scale)
 
 
 def _reference_rope(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
@@ -156,10 +154,10 @@ def _reference_attention_backward(
     inputs = [q, k, v, k_cache, v_cache]
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        out, lse = _reference_attention(*leaves, block_table, cache_lens, layout, scale)
+        outputs = _reference_attention(*[*leaves, block_table, cache_lens, layout, scale])
     present = [x for x in leaves if x is not None]
     grads = iter(
-        torch.autograd.grad([out, lse], present, [grad_out, grad_lse], materialize_grads=True)
+        torch.autograd.grad(outputs, present, [grad_out, grad_lse], materialize_grads=True)
     )
     return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
 

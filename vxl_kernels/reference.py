@@ -52,7 +52,8 @@ def vst_attention(
     dtype = _compute_dtype(q)
     lens = [0] * batch if cache_lens is None else cache_lens.tolist()
     if k_cache is not None:
-        assert block_table is not None and cache_lens is not None
+        assert block_table is not None
+        assert cache_lens is not None
         checks.paging(
             block_table, cache_lens, k_cache.shape[0], k_cache.shape[1], _earlier_vsts(layout)
         )
@@ -60,7 +61,8 @@ def vst_attention(
     for b in range(batch):
         keys, values = k[b], v[b]  # (rows, kv_heads, head_dim)
         if k_cache is not None:
-            assert v_cache is not None and block_table is not None
+            assert v_cache is not None
+            assert block_table is not None
             seen = lens[b] + _earlier_vsts(layout)
             page_size = k_cache.shape[1]
             pages = block_table[b, : -(-seen // page_size)].long()
@@ -69,7 +71,8 @@ def vst_attention(
         keys = keys.to(dtype).repeat_interleave(group, dim=1)
         values = values.to(dtype).repeat_interleave(group, dim=1)
         mask = _mask(layout, rows, lens[b], q.device)
-        out_parts, lse_parts = [q.new_empty(0, heads, head_dim)], []
+        out_parts = [q.new_empty(0, heads, head_dim)]
+        lse_parts = [q.new_empty(heads, 0, dtype=dtype)]
         for start in range(0, rows, _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             scores = torch.einsum("rhd,khd->hrk", q[b, part].to(dtype), keys) * scale
@@ -78,7 +81,7 @@ def vst_attention(
             weights = torch.softmax(scores, dim=-1)
             out_parts.append(torch.einsum("hrk,khd->rhd", weights, values).to(q.dtype))
         outs.append(torch.cat(out_parts))
-        lses.append(torch.cat(lse_parts, dim=1) if lse_parts else q.new_empty(heads, 0, dtype=dtype))
+        lses.append(torch.cat(lse_parts, dim=1))
     if not outs:
         return torch.empty_like(q), q.new_empty(0, heads, rows, dtype=dtype)
     return torch.stack(outs), torch.stack(lses)

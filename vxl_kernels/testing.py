@@ -54,9 +54,7 @@ class Inputs:
     def clone(self) -> Inputs:
         return replace(
             self,
-            **{
-                f.name: getattr(self, f.name).clone() for f in fields(self) if f.name != "layout"
-            },
+            **{f.name: getattr(self, f.name).clone() for f in fields(self) if f.name != "layout"},
         )
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -128,9 +126,7 @@ def _error(x: torch.Tensor, truth: torch.Tensor) -> float:
     return float("inf") if error.isnan().any() else float(error.max())
 
 
-def check_attention(
-    inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None = None
-) -> None:
+def check_attention(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Raises AssertionError unless out (and lse) are as near to the float64 truth of the same
     inputs as their precision allows: twice the error of the plain reference in that precision,
     and a floor for where that error is lucky. The floor is what summing in float32 may cost,
@@ -159,11 +155,9 @@ def check_attention(
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN inside: an output element that no one writes shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fills, unless someone has switched that off
     try:
+        assert torch.empty(4).isnan().all(), "torch.utils.deterministic does not fill memory"
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill

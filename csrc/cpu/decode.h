@@ -1,10 +1,11 @@
 // Attention of a few query rows over many keys: bound by memory, so a task walks one range
 // of the cache front to back with all KV heads, and every byte is read once.
 //
-// Measured on a Zen 5 core, 7 query rows, head_dim 128, ns per key and KV head (1 KiB):
-// 30 from cache, 95 from memory without prefetch (the multiply-adds fill the reorder window,
-// so few loads are in flight), 46 with rows fetched 16 keys ahead into L1. Copying the rows
-// aside first costs 33 for the copy alone.
+// Measured on a Zen 5 core, 7 query rows, head_dim 128, ns per key and KV head (1 KiB): 30
+// from cache, 95 from memory without prefetch (the multiply-adds fill the reorder window, so
+// few loads are in flight), 44 with rows fetched 8 keys ahead into L1 in the order of memory.
+// Slower: fetching every other line (the hardware does not fill in), reading lines instead of
+// prefetching them, pulling whole blocks into L2 first, copying rows aside.
 // Lanes hold head dimensions; R query rows are blocked so that each vector of K or V that is
 // loaded feeds R multiply-adds.
 #pragma once
@@ -17,8 +18,14 @@
 namespace {
 
 constexpr int64_t kDecodeBlock = 64;  // keys between two softmax steps
-constexpr int64_t kWeighKeys = 16;    // keys a visit to O^T; a multiple of every kKeys
+constexpr int64_t kWeighKeys = 8;     // keys a visit to O^T: enough to pay for load and store
 constexpr int kMostDotRows = kLanes == 16 ? 8 : 4;  // leaves registers for the operands
+
+template <typename T>
+VXL_INLINE void fetch_row(const T* row, int64_t dims) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t b = 0; b < dims * int64_t(sizeof(T)); b += 64) __builtin_prefetch(p + b, 0, 3);
+}
 
 // out[r * keys + c] = q[r] . k[c] for kLanes / R keys: as many sums as lanes, so that one
 // butterfly reduces them all. Only the first A rows are computed (28 query heads on 4 KV
@@ -28,16 +35,14 @@ template <int R, int A, typename T>
 VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* ahead, int64_t dims,
                        float* out) {
   constexpr int kKeys = kLanes / R;
+  for (int c = 0; c < kKeys; ++c) fetch_row(ahead[c], dims);
   Vec acc[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) acc[i] = Vec{};
   for (int64_t d = 0; d < dims; d += kLanes) {
     Vec kv[kKeys];
 #pragma GCC unroll 16
-    for (int c = 0; c < kKeys; ++c) {
-      kv[c] = load_as_float(k[c] + d);
-      __builtin_prefetch(ahead[c] + d, 0, 3);
-    }
+    for (int c = 0; c < kKeys; ++c) kv[c] = load_as_float(k[c] + d);
 #pragma GCC unroll 8
     for (int r = 0; r < A; ++r) {
       const Vec qv = load(q + r * dims + d);
@@ -59,7 +64,7 @@ VXL_INLINE int64_t score_at(int64_t key) {
 // C vectors of dims of `weigh`, at `offset`.
 template <int R, int A, int C, typename T>
 VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const T* const* v,
-                           const T* const* ahead, int64_t offset, int64_t dims, float* o) {
+                           int64_t offset, int64_t dims, float* o) {
   constexpr int kKeys = kLanes / R;
   Vec acc[A][C];
 #pragma GCC unroll 8
@@ -71,10 +76,7 @@ VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const 
     const float* weights = p + score_at<R>(i);
     Vec vv[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      vv[c] = load_as_float(v[i] + offset + c * kLanes);
-      __builtin_prefetch(ahead[i] + offset + c * kLanes, 0, 3);
-    }
+    for (int c = 0; c < C; ++c) vv[c] = load_as_float(v[i] + offset + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < A; ++r) {
       const Vec pv = splat(weights[r * kKeys]);
@@ -88,14 +90,20 @@ VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const 
     for (int c = 0; c < C; ++c) store(o + r * dims + offset + c * kLanes, acc[r][c]);
 }
 
-// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key].
+// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key]; fetches n rows at `ahead`.
 template <int R, int A, typename T>
 VXL_NOINLINE void weigh(const float* p, int64_t n, const float* alpha, const T* const* v,
                         const T* const* ahead, int64_t dims, float* o) {
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= dims; d += 2 * kLanes)
-    weigh_dims<R, A, 2>(p, n, alpha, v, ahead, d, dims, o);
-  if (d < dims) weigh_dims<R, A, 1>(p, n, alpha, v, ahead, d, dims, o);
+  const int64_t per_step = ceil_div(n * 2 * kLanes, dims);
+  int64_t fetched = 0;
+  for (int64_t d = 0; d < dims; d += 2 * kLanes) {
+    for (int64_t i = 0; i < per_step && fetched < n; ++i) fetch_row(ahead[fetched++], dims);
+    if (d + 2 * kLanes <= dims) {
+      weigh_dims<R, A, 2>(p, n, alpha, v, d, dims, o);
+    } else {
+      weigh_dims<R, A, 1>(p, n, alpha, v, d, dims, o);
+    }
+  }
 }
 
 // Largest of each row's kKeys neighbouring lanes, in all of them.
@@ -149,7 +157,7 @@ VXL_NOINLINE void softmax_rows(float* s, int64_t count, const int64_t* seen, flo
 // The rows of a block and of the one behind it: what is read, and what is fetched ahead.
 template <typename T>
 struct BlockRows {
-  static constexpr int64_t kDistance = 16;  // keys; 8 to 32 measure alike
+  static constexpr int64_t kDistance = 8;  // keys; 16 and 32 cost up to a fifth
   const HeadRows *here, *next;
   int64_t count, next_count;
 
@@ -172,6 +180,19 @@ struct BlockRows {
   }
   static const T* v_of(const HeadRows& x, int64_t head) {
     return reinterpret_cast<const T*>(x.v + head * x.v_step);
+  }
+};
+
+// Walks (key, head) as they lie in memory: arithmetic goes head by head, fetching goes on.
+struct InOrder {
+  const int64_t heads;
+  int64_t key, head = 0;
+
+  VXL_INLINE void step() {
+    if (++head == heads) {
+      head = 0;
+      ++key;
+    }
   }
 };
 
@@ -204,11 +225,11 @@ void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
   const T *rows[kKeys], *ahead[kKeys];
   const float* padded[kKeys];
   for (int64_t c = 0; c < block.count; c += kKeys) {
+    InOrder next{p.kv_heads, c};
     for (int64_t h = 0; h < p.kv_heads; ++h) {
-      for (int64_t i = 0; i < kKeys; ++i) {
-        const int64_t key = least(c + i, block.count - 1);  // beyond: masked by the softmax
-        rows[i] = block.k(key, h);
-        ahead[i] = block.after_k(key, h);
+      for (int64_t i = 0; i < kKeys; ++i, next.step()) {
+        rows[i] = block.k(least(c + i, block.count - 1), h);  // beyond: masked by the softmax
+        ahead[i] = block.after_k(next.key, next.head);
       }
       const bool whole = x.dims == p.head_dim;
       if (!whole) pad_rows(rows, kKeys, p.head_dim, x.dims, x.padded, padded);
@@ -232,10 +253,11 @@ void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
   const float* padded[kWeighKeys];
   for (int64_t c = 0; c < block.count; c += kWeighKeys) {
     const int64_t n = least(kWeighKeys, block.count - c);
+    InOrder next{p.kv_heads, c};
     for (int64_t h = 0; h < p.kv_heads; ++h) {
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < n; ++i, next.step()) {
         rows[i] = block.v(c + i, h);
-        ahead[i] = block.after_v(c + i, h);
+        ahead[i] = block.after_v(next.key, next.head);
       }
       const bool whole = x.dims == p.head_dim;
       if (!whole) pad_rows(rows, n, p.head_dim, x.dims, x.padded, padded);

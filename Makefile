@@ -1,0 +1,80 @@
+# make bench and make test work on a bare machine with Python 3.10+ and a C++ compiler:
+# each makes .venv, installs what is missing, builds the extension and does its job.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CXX ?= g++
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+STAMP := $(VENV)/.built
+BUILD := build/sanitize
+
+.PHONY: help bench test lint format sanitize info clean
+help:
+	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
+	@echo "make test       the test suite"
+	@echo "make lint       ruff, mypy and formatting"
+	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
+	@echo "make info       what is installed, what runs where, and why not"
+	@echo "make format     format Python"
+	@echo "make clean      remove everything that was built"
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/attn.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+info: $(STAMP)
+	$(BIN)/python -m vxl_kernels
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Dependencies in their tested versions; setuptools and the builders too, since the
+# extension is compiled against the torch of this environment.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff
+	@touch $@
+
+$(STAMP): $(VENV)/.installed setup.py $(SOURCES)
+	@command -v $(CXX) >/dev/null || { echo "make: no C++ compiler ($(CXX)); apt install g++"; exit 1; }
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# -- sanitizers: the kernels know no torch, so they are built alone ---------------------------
+ISAS := baseline
+ifeq ($(shell uname -m),x86_64)
+ISAS += avx2 avx512
+endif
+FLAGS_avx2 := -mavx2 -mfma -mf16c
+FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
+FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_thread := -fsanitize=thread
+TEST_SOURCES := tests/cpp/test_cpu_kernels.cpp csrc/cpu/kernels.cpp csrc/cpu/plan.cpp
+WARNINGS := -Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized
+
+define sanitizer
+$(BUILD)/$(1)/%.o: csrc/cpu/isa_%.cpp $$(SOURCES)
+	@mkdir -p $$(@D)
+	$$(CXX) -std=c++17 -O2 -g $$(WARNINGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -c $$< -o $$@
+$(BUILD)/$(1)/test: $$(TEST_SOURCES) $$(ISAS:%=$(BUILD)/$(1)/%.o)
+	$$(CXX) -std=c++17 -O2 -g $$(WARNINGS) $$(FLAGS_$(1)) $$^ -pthread -o $$@
+endef
+$(foreach s,address thread,$(eval $(call sanitizer,$(s))))
+
+sanitize: $(BUILD)/address/test $(BUILD)/thread/test
+	@for isa in $(ISAS); do VXL_CPU_ISA=$$isa $(BUILD)/address/test || exit 1; done
+	VXL_CPU_ISA=avx2 $(BUILD)/thread/test 20
+
+clean:
+	rm -rf $(VENV) build *.egg-info vxl_kernels/*.so vxl_kernels/_build_info.json

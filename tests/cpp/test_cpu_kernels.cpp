@@ -1,0 +1,233 @@
+// The CPU kernels against plain double loops, without torch: for the address, undefined
+// behaviour and thread sanitizers (`make sanitize`). Every tensor is an allocation of exactly
+// its size, so one element too far is seen; cache entries that no row may read are NaN.
+// VXL_CPU_ISA chooses the instruction set.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+
+namespace {
+
+using vxl::ChunkGeometry;
+
+std::mt19937 rng(7);
+int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(rng);
+}
+float normal() { return std::normal_distribution<float>()(rng); }
+
+void run_threads(int threads, void (*body)(void*, int), void* arg) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, arg, t);
+  body(arg, 0);
+  for (std::thread& t : others) t.join();
+}
+
+struct Call {
+  int64_t batch, heads, kv_heads, dim, page_size, max_pages, rows, appended;
+  ChunkGeometry geometry;
+  std::vector<float> q, k, v, k_cache, v_cache, out, lse, q_out, k_out, inv_freq;
+  std::vector<int32_t> table, lens;
+  vxl::PagedCache cache;
+
+  float* entry(std::vector<float>& pages, int64_t b, int64_t i, int64_t head) {
+    const int64_t page = table[b * max_pages + i / page_size];
+    return &pages[((page * page_size + i % page_size) * kv_heads + head) * dim];
+  }
+  float* row(std::vector<float>& x, int64_t n, int64_t b, int64_t r, int64_t head) {
+    return &x[((b * rows + r) * n + head) * dim];
+  }
+};
+
+std::vector<float> normals(int64_t n) {
+  std::vector<float> x(n);
+  for (float& value : x) value = normal();
+  return x;
+}
+
+Call random_call() {
+  Call c;
+  c.batch = pick(1, 2);
+  c.kv_heads = pick(1, 3);
+  c.heads = c.kv_heads * (pick(0, 1) ? 7 : pick(1, 3));
+  c.dim = 2 * pick(8, 40);
+  c.page_size = pick(0, 1) ? 16 : pick(1, 70);
+  if (pick(0, 2) == 0) {
+    c.geometry = {pick(0, 1) ? pick(1, 3) : pick(1, 90), 0, 1, true};
+  } else {
+    const int64_t window = pick(1, 60);
+    c.geometry = {window, pick(1, window < 17 ? window : 17), pick(1, 3), pick(0, 1) == 1};
+  }
+  c.rows = c.geometry.rows();
+  c.appended = c.geometry.ratio ? c.geometry.chunks * c.geometry.vsts() : c.rows;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    c.lens.push_back(static_cast<int32_t>(pick(0, 3) == 0 ? pick(500, 1500) : pick(0, 60)));
+  }
+  int64_t longest = 0;
+  for (int32_t n : c.lens) longest = n > longest ? n : longest;
+  c.max_pages = (longest + c.appended + c.page_size - 1) / c.page_size;
+  const int64_t pages = c.batch * c.max_pages + 1;
+  for (int64_t i = 0; i < c.batch * c.max_pages; ++i) {
+    c.table.push_back(static_cast<int32_t>(pages - 1 - i));
+  }
+  c.q = normals(c.batch * c.rows * c.heads * c.dim);
+  c.k = normals(c.batch * c.rows * c.kv_heads * c.dim);
+  c.v = normals(c.batch * c.rows * c.kv_heads * c.dim);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  c.k_cache.assign(pages * c.page_size * c.kv_heads * c.dim, nan);
+  c.v_cache = c.k_cache;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t i = 0; i < c.lens[b]; ++i) {
+      for (int64_t h = 0; h < c.kv_heads; ++h) {
+        for (int64_t d = 0; d < c.dim; ++d) {
+          c.entry(c.k_cache, b, i, h)[d] = normal();
+          c.entry(c.v_cache, b, i, h)[d] = normal();
+        }
+      }
+    }
+  }
+  c.out.assign(c.q.size(), nan);
+  c.q_out = c.out;
+  c.k_out.assign(c.k.size(), nan);
+  c.lse.assign(c.batch * c.heads * c.rows, nan);
+  for (int64_t i = 0; i < c.dim / 2; ++i) {
+    c.inv_freq.push_back(std::pow(1e4f, -2.0f * float(i) / float(c.dim)));
+  }
+  c.cache.k = c.k_cache.data();
+  c.cache.v = c.v_cache.data();
+  const int64_t strides[3] = {c.page_size * c.kv_heads * c.dim, c.kv_heads * c.dim, c.dim};
+  for (int i = 0; i < 3; ++i) c.cache.k_strides[i] = c.cache.v_strides[i] = strides[i];
+  c.cache.page_size = c.page_size;
+  c.cache.block_table = c.table.data();
+  c.cache.block_table_stride = c.max_pages;
+  c.cache.lens = c.lens.data();
+  return c;
+}
+
+vxl::RowTensor tensor(std::vector<float>& x, int64_t rows, int64_t heads, int64_t dim) {
+  return {x.data(), rows * heads * dim, heads * dim, dim};
+}
+
+int failures = 0;
+void expect_near(double actual, double expected, double tolerance, const char* what) {
+  if (std::abs(actual - expected) <= tolerance) return;
+  if (++failures <= 10) std::printf("%s: got %.8g, expected %.8g\n", what, actual, expected);
+}
+
+// In-place rotation of row `x` to `position`, compared with `actual`.
+void check_rotated(const Call& c, const float* x, const float* actual, int64_t position,
+                   const char* what) {
+  const int64_t half = c.dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const double angle = float(position) * c.inv_freq[i];
+    const double a = x[i], b = x[half + i], tolerance = 2e-6 * (1 + std::abs(a) + std::abs(b));
+    expect_near(actual[i], a * std::cos(angle) - b * std::sin(angle), tolerance, what);
+    expect_near(actual[half + i], b * std::cos(angle) + a * std::sin(angle), tolerance, what);
+  }
+}
+
+void check_rope(Call& c, const vxl::ThreadPool& pool) {
+  vxl::RopeParams p;
+  p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.head_dim = c.dim;
+  p.geometry = c.geometry;
+  p.q = tensor(c.q, c.rows, c.heads, c.dim);
+  p.k = tensor(c.k, c.rows, c.kv_heads, c.dim);
+  p.v = tensor(c.v, c.rows, c.kv_heads, c.dim);
+  p.q_out = tensor(c.q_out, c.rows, c.heads, c.dim);
+  p.k_out = tensor(c.k_out, c.rows, c.kv_heads, c.dim);
+  p.cache = c.cache;
+  p.inv_freq = c.inv_freq.data();
+  vxl::rope_append_cpu(p, pool);
+  const ChunkGeometry& g = c.geometry;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
+      const int64_t base = c.lens[b] + chunk * g.vsts();
+      for (int64_t r = 0; r < g.chunk_rows(); ++r) {
+        const int64_t row = g.row_of(chunk, r);
+        const int64_t kept = g.ratio ? g.vst_at(r) : r;
+        for (int64_t h = 0; h < c.heads; ++h) {
+          check_rotated(c, c.row(c.q, c.heads, b, row, h), c.row(c.q_out, c.heads, b, row, h),
+                        base + r, "q");
+        }
+        for (int64_t h = 0; h < c.kv_heads; ++h) {
+          const float* k = c.row(c.k, c.kv_heads, b, row, h);
+          check_rotated(c, k, c.row(c.k_out, c.kv_heads, b, row, h), base + r, "k");
+          if (kept < 0) continue;
+          check_rotated(c, k, c.entry(c.k_cache, b, base + kept, h), base + kept, "k_cache");
+          for (int64_t d = 0; d < c.dim; ++d) {
+            expect_near(c.entry(c.v_cache, b, base + kept, h)[d],
+                        c.row(c.v, c.kv_heads, b, row, h)[d], 0, "v_cache");
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_attention(Call& c, const vxl::ThreadPool& pool) {
+  vxl::AttentionParams p;
+  p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.head_dim = c.dim;
+  p.geometry = c.geometry;
+  p.q = tensor(c.q, c.rows, c.heads, c.dim);
+  p.k = tensor(c.k, c.rows, c.kv_heads, c.dim);
+  p.v = tensor(c.v, c.rows, c.kv_heads, c.dim);
+  p.out = tensor(c.out, c.rows, c.heads, c.dim);
+  p.cache = c.cache;
+  p.lse = c.lse.data();
+  p.scale = 1.0f / std::sqrt(float(c.dim));
+  vxl::attention_cpu(p, pool);
+  const ChunkGeometry& g = c.geometry;
+  for (int sample = 0; sample < 12; ++sample) {  // a few rows: the loops below are slow
+    const int64_t b = pick(0, c.batch - 1), chunk = pick(0, g.chunks - 1);
+    const int64_t r = pick(0, g.chunk_rows() - 1), h = pick(0, c.heads - 1);
+    const int64_t kv = h / (c.heads / c.kv_heads), row = g.row_of(chunk, r);
+    const int64_t cached = c.lens[b] + chunk * g.vsts();
+    const float* q = c.row(c.q, c.heads, b, row, h);
+    std::vector<double> scores, sum(c.dim, 0.0);
+    std::vector<const float*> values;
+    for (int64_t i = 0; i < cached + r + 1; ++i) {
+      const int64_t own = i < cached ? 0 : g.row_of(chunk, i - cached);
+      const float* k = i < cached ? c.entry(c.k_cache, b, i, kv)
+                                  : c.row(c.k, c.kv_heads, b, own, kv);
+      values.push_back(i < cached ? c.entry(c.v_cache, b, i, kv)
+                                  : c.row(c.v, c.kv_heads, b, own, kv));
+      double s = 0;
+      for (int64_t d = 0; d < c.dim; ++d) s += double(q[d]) * k[d];
+      scores.push_back(s * p.scale);
+    }
+    double top = scores[0], total = 0;
+    for (double s : scores) top = s > top ? s : top;
+    for (size_t i = 0; i < scores.size(); ++i) {
+      const double w = std::exp(scores[i] - top);
+      total += w;
+      for (int64_t d = 0; d < c.dim; ++d) sum[d] += w * values[i][d];
+    }
+    for (int64_t d = 0; d < c.dim; ++d) {
+      expect_near(c.row(c.out, c.heads, b, row, h)[d], sum[d] / total, 1e-5, "out");
+    }
+    expect_near(c.lse[(b * c.heads + h) * c.rows + row], top + std::log(total), 1e-5, "lse");
+  }
+  for (float x : c.out) {
+    if (!(x == x)) ++failures;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int calls = argc > 1 ? std::atoi(argv[1]) : 60;
+  for (int i = 0; i < calls; ++i) {
+    Call c = random_call();
+    const vxl::ThreadPool pool{1 + i % 3, run_threads};
+    check_rope(c, pool);  // fills the cache entries that later chunks see
+    check_attention(c, pool);
+  }
+  std::printf("%s: %d calls, %d failures\n", vxl::cpu_isa(), calls, failures);
+  return failures == 0 ? 0 : 1;
+}
