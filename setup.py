@@ -12,6 +12,7 @@ shown by `python -m vxl_kernels`.
 import json
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -51,14 +52,13 @@ def cuda_decision() -> tuple[bool, str]:
         raise SystemExit(f"VXL_BUILD_CUDA: got {wish!r}, expected auto, 0 or 1")
     if wish == "0":
         return False, "VXL_BUILD_CUDA=0"
-    from torch.utils.cpp_extension import CUDA_HOME
-
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     missing = []
     if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
         missing.append("this version has no CUDA sources")
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is a build without CUDA")
-    if CUDA_HOME is None:
+    if shutil.which("nvcc") is None and not (toolkit / "bin" / "nvcc").exists():
         missing.append("no nvcc")
     if missing and wish == "1":
         raise SystemExit(f"VXL_BUILD_CUDA=1 cannot be met: {'; '.join(missing)}")
