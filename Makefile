@@ -48,6 +48,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)
 	@command -v $(CXX) >/dev/null || { echo "make: no C++ compiler ($(CXX)); apt install g++"; exit 1; }
+	@test -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	  { echo "make: Python.h is missing (Debian and Ubuntu: apt install python3-dev)"; exit 1; }
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 

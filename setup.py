@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import site
 import sys
 import sysconfig
 from pathlib import Path
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 try:
     import torch
 except ImportError:
-    sys.path.append(sysconfig.get_paths()["purelib"])
+    sys.path += [sysconfig.get_paths()["purelib"], site.getusersitepackages()]
     try:
         import torch
     except ImportError:
@@ -78,6 +79,10 @@ def extension_arguments() -> dict:
         return {"setup_requires": ["torch>=2.11"]}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    headers = [
+        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".inc")
+    ]
+
     class BuildWithIsaUnits(BuildExtension):
         """Compiles each ISA unit with its own flags and links the objects in."""
 
@@ -87,17 +92,17 @@ def extension_arguments() -> dict:
                     [f"csrc/cpu/isa_{isa}.cpp"],
                     output_dir=self.build_temp,
                     extra_postargs=[*COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
-                    depends=[str(p) for p in ROOT.glob("csrc/**/*.h")],
+                    depends=headers,
                 )
                 for extension in self.extensions:
                     extension.extra_objects = [*extension.extra_objects, *objects]
             super().build_extensions()
+            write_build_info(
+                extension=f"built with torch {torch.__version__}, units: {', '.join(ISA_FLAGS)}",
+                cuda=("built: " if use_cuda else "not built: ") + reason,
+            )
 
     use_cuda, reason = cuda_decision()
-    write_build_info(
-        extension=f"built with torch {torch.__version__}, units: {', '.join(ISA_FLAGS)}",
-        cuda=("built: " if use_cuda else "not built: ") + reason,
-    )
     extension = CppExtension(
         "vxl_kernels._C",
         sources=[
@@ -108,6 +113,7 @@ def extension_arguments() -> dict:
         ],
         extra_compile_args={"cxx": [*COMMON, "-fopenmp", "-Wno-unused-parameter"]},
         extra_link_args=["-fopenmp"],
+        depends=headers,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithIsaUnits}}
 

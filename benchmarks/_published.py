@@ -32,8 +32,9 @@ def _mask(rows: int, past: int, dtype: torch.dtype, device: torch.device) -> tor
 
 def published(x: Inputs) -> tuple[Callable[[], object], Callable[..., torch.Tensor]]:
     """A chunk at a time, in interleaved order. Timed: joining the unrotated cache with the
-    chunk, RoPE of q and of all K, repeating K and V for the query heads, the mask, SDPA.
-    Free: permuting the rows, the tables of cos and sin, and the append after the last chunk."""
+    chunk, RoPE of q and of all K, repeating K and V for the query heads, SDPA with a dense
+    mask. Free: permuting the rows, the tables of cos and sin, the append after the last chunk,
+    and the mask itself, which all layers of a chunk share."""
     case, g = x.case, x.case.geometry
     group, order = g.heads // g.kv_heads, x.case.sequence_rows()
     length = order.shape[1]
@@ -42,10 +43,16 @@ def published(x: Inputs) -> tuple[Callable[[], object], Callable[..., torch.Tens
     if case.layout is not None:
         vsts = in_chunk[in_chunk % (case.layout.ratio + 1) == case.layout.ratio]
 
+    kept = case.layout.vsts_per_chunk if case.layout else 0
+    seen = [case.cache_len + c * kept for c in range(len(order))]
     places = torch.arange(case.cache_len + case.earlier_vsts + length, device=case.device)
     angle = (places.float()[:, None] * x.inv_freq[None, :]).repeat(1, 2)
     cos, sin = angle.cos().to(case.dtype), angle.sin().to(case.dtype)
     chunks = [[t[:, rows].transpose(1, 2).contiguous() for t in (x.q, x.k, x.v)] for rows in order]
+    masks = [
+        _mask(length, length_before, case.dtype, x.q.device) if length > 1 else None
+        for length_before in seen
+    ]
     k_kept, v_kept = (t.transpose(1, 2).contiguous() for t in (x.k_kept, x.v_kept))
 
     def call() -> list[torch.Tensor]:
@@ -58,8 +65,7 @@ def published(x: Inputs) -> tuple[Callable[[], object], Callable[..., torch.Tens
             q = q * cos[past:keys] + _rotate_half(q) * sin[past:keys]
             k_turned = k_all * cos[:keys] + _rotate_half(k_all) * sin[:keys]
             k_many, v_many = _repeat(k_turned, group), _repeat(v_all, group)
-            mask = _mask(length, past, q.dtype, q.device) if length > 1 else None
-            outs.append(F.scaled_dot_product_attention(q, k_many, v_many, attn_mask=mask))
+            outs.append(F.scaled_dot_product_attention(q, k_many, v_many, attn_mask=masks[c]))
             if vsts is not None and c + 1 < len(chunks):
                 k_past = torch.cat([k_past, k[:, :, vsts]], dim=2)
                 v_past = torch.cat([v_past, v[:, :, vsts]], dim=2)

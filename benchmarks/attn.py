@@ -281,7 +281,7 @@ LEGEND = """\
 ms: median; spread: half the range of the quartiles (of under 4 runs: of all). TFLOP/s: useful
 ones, pairs that attend. % ceiling: of matmul, for decode and its GB/s (K and V read) of read
 bandwidth. speed-up: vxl over the best peer; vxl+rope (rotation, append and attention) over
-published (joins and rotates the whole cache anew, repeats K and V, builds a dense mask).
+published (joins and rotates the whole cache anew, repeats K and V, dense mask).
 decode and rope_append start with a cold last-level cache."""
 
 

@@ -211,3 +211,15 @@ def test_scale_is_of_the_scores():
     twice_out, twice_lse = attend(twice, scale=0.25)
     torch.testing.assert_close(out, twice_out)
     torch.testing.assert_close(lse, twice_lse)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1])
+@pytest.mark.parametrize("shape", BATCHES)
+def test_every_nan_stays_a_nan(bits, shape):
+    """Also one with other bits set, such as memory full of ones."""
+    inputs = make_inputs((60,), heads=4, kv_heads=2, head_dim=32, **shape)
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    inputs.k[0, 0] = nan.expand(2, 32)
+    out, _ = attend(inputs)
+    last = -1 if inputs.layout is None else int(inputs.layout.raw_rows()[inputs.layout.window - 1])
+    assert out[0, last].isnan().all()

@@ -165,3 +165,44 @@ LINEAR = {
 def test_linear(name, value, message):
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
         vst_linear(**{**LINEAR, name: value})
+
+
+def test_memory_that_is_shared_is_not_written():
+    inv_freq = inverse_frequencies(16)
+    call = inputs()
+    for name in ("q", "k"):
+        shared = dataclasses.replace(
+            call, **{name: getattr(call, name)[:1].expand_as(getattr(call, name))}
+        )
+        rope_append(*shared.args(), inv_freq)
+        with pytest.raises(ValueError, match=f"{name}: got an expanded tensor"):
+            rope_append(*shared.args(), inv_freq, inplace=True)
+    shared = dataclasses.replace(call, v_cache=call.v_cache[:1].expand_as(call.v_cache))
+    with pytest.raises(ValueError, match="v_cache: got an expanded tensor"):
+        rope_append(*shared.args(), inv_freq)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_inplace_has_no_gradient(backend):
+    call = inputs()
+    call.q.requires_grad_()
+    before = call.k_cache.clone()
+    with pytest.raises(ValueError, match="require a gradient"):
+        rope_append(*call.args(), inverse_frequencies(16), inplace=True, backend=backend)
+    assert torch.equal(before.nan_to_num(), call.k_cache.nan_to_num())
+
+
+def test_operators_called_by_name_check_too():
+    x = inputs()
+    op, cache = torch.ops.vxl.vst_attention, x.args()[3:7]
+    for q, k, v, rest in (
+        (x.q, x.k[:, :1], x.v[:, :1], cache),
+        (x.q, x.k.half(), x.v, cache),
+        (x.q, x.k, x.v, (x.k_cache[:, :0], x.v_cache[:, :0], *cache[2:])),
+        (x.q, x.k, x.v, (*cache[:2], x.block_table[:1], x.cache_lens)),
+        (x.q, x.k, x.v, (x.k_cache, None, None, None)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            op(q, k, v, *rest, [], 1.0)
+    with pytest.raises(ValueError, match="inv_freq"):
+        torch.ops.vxl.rope_append(*x.args()[:-1], [], torch.ones(3))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,13 +60,22 @@ print(*sorted(m for m in set(sys.modules) - before if not m.startswith("vxl_kern
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_every_instruction_set_passes(isa):
     """The attention and RoPE tests again, on the kernels of lesser machines."""
+    ask = "import vxl_kernels._ext as e; print(e.extension.cpu_isa())"
+    if run(ask).stdout.strip() == "baseline":
+        pytest.skip("this machine has one instruction set")
+    assert run(ask, VXL_CPU_ISA=isa).stdout.strip() == isa
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_attention.py",
          "tests/test_rope.py", "tests/test_goldens.py"],
         capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "VXL_CPU_ISA": isa},
+        cwd=Path(__file__).parents[1], env={**os.environ, "VXL_CPU_ISA": isa},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = run("import vxl_kernels._ext as e; e.extension.cpu_isa()", VXL_CPU_ISA="AVX512")
+    assert "VXL_CPU_ISA: got AVX512, expected avx512, avx2 or baseline" in done.stderr
 
 
 def test_without_the_extension_the_reference_warns_once():
@@ -84,6 +94,16 @@ assert "reference" in str(caught[0].message)
 causal = torch.nn.functional.scaled_dot_product_attention
 expected = causal(*[x.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
 torch.testing.assert_close(out, expected)
+from vxl_kernels.testing import inverse_frequencies, make_inputs
+for inplace in (False, True):
+    ours, theirs = make_inputs((5,), rows=3), make_inputs((5,), rows=3)
+    inv_freq = inverse_frequencies(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pair = vxl_kernels.rope_append(*ours.args(), inv_freq, inplace=inplace)
+    expected = vxl_kernels.rope_append(*theirs.args(), inv_freq, backend="reference")
+    for x_, y_ in zip((*pair, ours.k_cache), (*expected, theirs.k_cache)):
+        torch.testing.assert_close(x_, y_, equal_nan=True)
 try:
     vxl_kernels.vst_attention(x, x, x, backend="cpu")
 except ValueError as error:

@@ -1,5 +1,6 @@
 """ChunkLayout against a plain walk over the tokens."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -92,3 +93,9 @@ def test_refusals_name_the_argument(arguments, name):
         ChunkLayout(**arguments)
     with pytest.raises(ValueError, match="cache_len: got -1"):
         ChunkLayout(8, 2).materialize(-1)
+
+
+def test_numpy_integers_are_integers():
+    layout = ChunkLayout(np.int64(1440), np.int32(8))
+    assert layout == ChunkLayout(1440, 8)
+    assert type(layout.window) is int

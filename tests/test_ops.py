@@ -125,3 +125,29 @@ def test_gradients_of_the_kernel(layout):
     q = inputs.q.requires_grad_()
     vst_attention(q, inputs.k, inputs.v, backend="cpu").sum().backward()
     assert q.grad is not None
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 3), (2, 0)])
+def test_gradients_of_nothing(batch, rows):
+    inputs = make_inputs((4,) * batch, rows=rows)
+    q = inputs.q.requires_grad_()
+    vst_attention(*inputs.args()).sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_there_is_no_second_derivative():
+    inputs = make_inputs((0,), rows=4)
+    q = inputs.q.requires_grad_()
+    out = vst_attention(q, inputs.k, inputs.v).square().sum()
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(out, q, create_graph=True)
+
+
+def test_autocast_does_not_depend_on_the_order():
+    dtypes = set()
+    for order in ("split", "interleaved"):
+        layout = ChunkLayout(4, 2, order=order)
+        with torch.autocast("cpu", torch.bfloat16):
+            x, w = torch.randn(1, layout.rows, 8), torch.randn(2, 5, 8)
+            dtypes.add(vst_linear(x, w[0], None, w[1], None, layout).dtype)
+    assert dtypes == {torch.bfloat16}

@@ -145,3 +145,18 @@ def test_gradients_flow_through_the_reference():
     assert torch.autograd.gradcheck(step, leaves)
     with pytest.raises(ValueError, match="require a gradient"):
         rope_append(*dataclasses.replace(inputs, q=leaves[0]).to(torch.float32).args(), inv_freq)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_written_counts_as_written(inplace):
+    """Autograd refuses a backward whose saved tensors were overwritten."""
+    inputs = make_inputs((4,), rows=3)
+    append(inputs, inplace=inplace)
+    versions = {n: getattr(inputs, n)._version for n in ("q", "k", "v", "k_cache", "v_cache")}
+    before = {n: x._version for n, x in zip("qkv", (inputs.q, inputs.k, inputs.v), strict=True)}
+    append(inputs, inplace=inplace)
+    assert inputs.k_cache._version > versions["k_cache"]
+    assert inputs.v_cache._version > versions["v_cache"]
+    assert (inputs.q._version > before["q"]) == inplace
+    assert (inputs.k._version > before["k"]) == inplace
+    assert inputs.v._version == before["v"]

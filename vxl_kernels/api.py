@@ -114,8 +114,10 @@ def vst_attention(
     `[cache | rows]`; one row a sequence is decode. The call's own rows are read from k and v,
     not from the cache, whether or not `rope_append` has put them there.
 
-    A sequence's result depends neither on the other sequences of the batch nor on the
-    number of threads, to the bit.
+    Finite inputs: a sequence's result depends neither on the other sequences of the batch nor
+    on the number of threads, to the bit. Inf or NaN in a sequence stays in that sequence, but
+    which of its earlier rows it reaches is not defined (a masked key weighs 0, and 0 * inf is
+    NaN).
 
     Args:
         q: `(batch, rows, heads, head_dim)`, rotated; head_dim 16 to 256.
@@ -194,17 +196,25 @@ def rope_append(
     checks.qkv_shapes(q, k, v, layout)
     checks.cache_shapes(k, k_cache, v_cache, block_table, cache_lens, required=True)
     checks.inv_freq_shape(inv_freq, k)
+    checks.writable(k_cache=k_cache, v_cache=v_cache)
+    if inplace:
+        checks.writable(q=q, k=k)
+    use_reference = _use_reference(backend, q)
+    wants_grad = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (q, k, v, k_cache, v_cache)
+    )
+    if wants_grad and (inplace or not use_reference):
+        raise ValueError(
+            "rope_append: got inputs that require a gradient, expected none (the kernels have "
+            "no backward yet, and inplace=True never has); use backend='reference' without "
+            "inplace, or torch.no_grad() for inference"
+        )
     cache = (k_cache, v_cache, block_table, cache_lens)
-    if _use_reference(backend, q):
+    if use_reference:
         rotated = reference.rope_append(q, k, v, *cache, layout, inv_freq)
         if inplace:
             return q.copy_(rotated[0]), k.copy_(rotated[1])
         return rotated
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, k_cache, v_cache)):
-        raise ValueError(
-            "rope_append: got inputs that require a gradient, expected none (the kernels have "
-            "no backward yet); use backend='reference', or torch.no_grad() for inference"
-        )
     ints = ops.layout_to_ints(layout)
     inv_freq = inv_freq.float()
     if inplace:
@@ -231,6 +241,7 @@ def vst_linear(
             layout.
         bias, vst_bias: `(out_features,)` or None.
         layout: what the rows are; None sends all through `weight`.
+        backend: by default the platform's own dense products, for any device and dtype.
 
     Returns:
         `(batch, rows, out_features)`; differentiable.
@@ -243,11 +254,7 @@ def vst_linear(
     """
     sets = {"weight": weight, "bias": bias, "vst_weight": vst_weight, "vst_bias": vst_bias}
     checks.linear_shapes(x, sets, layout)
-    if backend is not None and backend not in _REASONS:
-        checks.fail("backend", repr(backend), "'cpu', 'triton', 'reference' or None")
-    if backend == "reference":
+    if backend is not None and _use_reference(backend, x):
         return reference.vst_linear(x, weight, bias, vst_weight, vst_bias, layout)
-    if backend == "triton":
-        _use_reference(backend, x)
     ints = ops.layout_to_ints(layout)
     return torch.ops.vxl.vst_linear(x, weight, bias, vst_weight, vst_bias, ints)

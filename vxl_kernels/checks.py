@@ -114,6 +114,13 @@ def cache_shapes(
     return True
 
 
+def writable(**tensors: torch.Tensor) -> None:
+    """Refuses tensors of which several elements share memory."""
+    for name, x in tensors.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            fail(name, f"an expanded tensor (strides {x.stride()})", "memory of its own, to write")
+
+
 def inv_freq_shape(inv_freq: torch.Tensor, k: torch.Tensor) -> None:
     _tensor("inv_freq", inv_freq, 1, "(head_dim / 2,)")
     head_dim = k.shape[3]

@@ -99,15 +99,16 @@ def _vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
         return torch.cat([linear(raw, weight, bias), linear(vst, vst_weight, vst_bias)], dim=1)
     # Interleaved: gather each kind, multiply, put the rows back.
     raw_rows, vst_rows = shape.raw_rows(x.device), shape.vst_rows(x.device)
-    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
-    out = out.index_copy(1, raw_rows, linear(x.index_select(1, raw_rows), weight, bias))
-    return out.index_copy(1, vst_rows, linear(x.index_select(1, vst_rows), vst_weight, vst_bias))
+    raw = linear(x.index_select(1, raw_rows), weight, bias)
+    vst = linear(x.index_select(1, vst_rows), vst_weight, vst_bias)
+    out = raw.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+    return out.index_copy(1, raw_rows, raw).index_copy(1, vst_rows, vst)
 
 
 _library.impl("vst_linear", _vst_linear, "CompositeImplicitAutograd")
 
 
-# -- the reference, behind every device that has no kernel of its own ----------------------
+# -- the reference, where CPU or CUDA have no kernel of their own ---------------------------
 
 _warned: set[str] = set()
 
@@ -134,6 +135,7 @@ def _reference_rope(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, 
     from . import reference
 
     shape = layout_from_ints(layout)
+    torch.autograd.graph.increment_version([k_cache, v_cache])
     return reference.rope_append(
         q, k, v, k_cache, v_cache, block_table, cache_lens, shape, inv_freq
     )
@@ -145,12 +147,18 @@ def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
     )
     q.copy_(q_out)
     k.copy_(k_out)
+    torch.autograd.graph.increment_version([q, k])
 
 
 def _reference_attention_backward(
     grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale
 ):
     """Recomputes the reference and differentiates it."""
+    if q.numel() == 0:
+        return tuple(
+            q.new_empty(0) if x is None else torch.zeros_like(x)
+            for x in (q, k, v, k_cache, v_cache)
+        )
     inputs = [q, k, v, k_cache, v_cache]
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
@@ -192,6 +200,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_lse):
+    if torch.is_grad_enabled():  # create_graph=True: the result would silently be constant
+        raise NotImplementedError(
+            "vst_attention has no second derivative; use backend='reference' for it"
+        )
     q, k, v, k_cache, v_cache, block_table, cache_lens = ctx.saved_tensors
     dq, dk, dv, dk_cache, dv_cache = torch.ops.vxl.vst_attention_backward(
         grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens,

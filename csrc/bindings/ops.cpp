@@ -14,6 +14,7 @@
 #endif
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -63,6 +64,11 @@ Tensor empty_rows(const Tensor& like) {
   return x;
 }
 
+// Tells autograd that these were written, so that a backward that saved them refuses.
+void bump_versions(std::initializer_list<const Tensor*> written) {
+  for (const Tensor* x : written) x->unsafeGetTensorImpl()->bump_version();
+}
+
 vxl::RowTensor row_tensor(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -75,6 +81,37 @@ vxl::ChunkGeometry geometry_of(at::IntArrayRef layout, int64_t rows) {
   TORCH_CHECK_VALUE(g.window > 0 && g.ratio > 0 && g.chunks > 0 && g.rows() == rows,
                     "layout: got ", layout, ", expected a layout of ", rows, " rows");
   return g;
+}
+
+// What would read or write outside a tensor. Calls through vxl_kernels/api.py never get
+// here with it; the operators can be called by name, too.
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() &&
+                        k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
+                        k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0 &&
+                        q.size(3) > 0 && q.size(3) <= 256,
+                    "q, k, v: got shapes ", q.sizes(), ", ", k.sizes(), ", ", v.sizes(),
+                    ", expected (batch, rows, heads, head_dim), k and v with a divisor of heads");
+  TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                    "k, v: got ", k.scalar_type(), ", ", v.scalar_type(), ", expected ",
+                    q.scalar_type(), " as q");
+}
+
+void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& block_table, const Tensor& cache_lens) {
+  TORCH_CHECK_VALUE(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() &&
+                        k_cache.size(1) > 0 && k_cache.size(2) == k.size(2) &&
+                        k_cache.size(3) == k.size(3) && k_cache.stride(3) == 1 &&
+                        v_cache.stride(3) == 1 && k_cache.scalar_type() == k.scalar_type() &&
+                        v_cache.scalar_type() == k.scalar_type(),
+                    "k_cache, v_cache: got ", k_cache.scalar_type(), " ", k_cache.sizes(), ", ",
+                    v_cache.scalar_type(), " ", v_cache.sizes(), ", expected ", k.scalar_type(),
+                    " (pages, page_size, ", k.size(2), ", ", k.size(3), "), head_dim contiguous");
+  TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == k.size(0) &&
+                        block_table.scalar_type() == at::kInt && cache_lens.dim() == 1 &&
+                        cache_lens.size(0) == k.size(0) && cache_lens.scalar_type() == at::kInt,
+                    "block_table, cache_lens: got shapes ", block_table.sizes(), ", ",
+                    cache_lens.sizes(), ", expected int32 (batch, max_pages) and (batch,)");
 }
 
 // Every sequence's first cache_lens + extra tokens lie in existing pages. The words are
@@ -127,6 +164,7 @@ std::tuple<Tensor, Tensor> vst_attention(
     const std::optional<Tensor>& k_cache, const std::optional<Tensor>& v_cache,
     const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_lens,
     at::IntArrayRef layout, double scale) {
+  check_shapes(q_in, k_in, v_in);
   const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in), v = rows_contiguous(v_in);
   Tensor out = empty_rows(q);
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
@@ -147,6 +185,9 @@ std::tuple<Tensor, Tensor> vst_attention(
 
   std::optional<Paging> paging;
   if (k_cache.has_value()) {
+    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_lens.has_value(),
+                      "v_cache: got None, expected all four cache arguments or none");
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_lens);
     paging.emplace(*k_cache, *v_cache, *block_table, *cache_lens,
                    (p.geometry.chunks - 1) * p.geometry.vsts());
     p.cache = paging->cache;
@@ -161,6 +202,12 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
+  check_shapes(q, k, v_in);
+  check_cache(k, k_cache, v_cache, block_table, cache_lens);
+  TORCH_CHECK_VALUE(inv_freq_in.dim() == 1 && 2 * inv_freq_in.size(0) == q.size(3) &&
+                        inv_freq_in.scalar_type() == at::kFloat,
+                    "inv_freq: got ", inv_freq_in.scalar_type(), " ", inv_freq_in.sizes(),
+                    ", expected float32 (head_dim / 2,)");
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
   p.dtype = dtype_of(q);
@@ -179,6 +226,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
   p.cache = paging.cache;
   p.inv_freq = inv_freq.const_data_ptr<float>();
   if (q.numel() > 0) vxl::rope_append_cpu(p, thread_pool());
+  bump_versions({&k_cache, &v_cache});
 }
 
 std::tuple<Tensor, Tensor> rope_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v,
@@ -197,12 +245,14 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                   at::IntArrayRef layout, const Tensor& inv_freq) {
   if (q.stride(-1) == 1 && k.stride(-1) == 1) {
     rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q, k);
+    bump_versions({&q, &k});
     return;
   }
   auto [q_out, k_out] = rope_append(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
                                     inv_freq);
   q.copy_(q_out);
   k.copy_(k_out);
+  bump_versions({&q, &k});
 }
 
 }  // namespace

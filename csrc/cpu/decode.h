@@ -29,7 +29,7 @@ VXL_INLINE void fetch_row(const T* row, int64_t dims) {
 
 // out[r * keys + c] = q[r] . k[c] for kLanes / R keys: as many sums as lanes, so that one
 // butterfly reduces them all. Only the first A rows are computed (28 query heads on 4 KV
-// heads make 7 rows of 8). Each vector read from k has its like at `ahead` fetched into L1.
+// heads make 7 rows of 8). As many rows at `ahead` are fetched into L1.
 // Out of line for the registers' sake.
 template <int R, int A, typename T>
 VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* ahead, int64_t dims,
@@ -311,7 +311,7 @@ void decode_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, 
   x.m = take(p.kv_heads * groups * kLanes);
   x.l = take(p.kv_heads * groups * kLanes);
   x.alpha = take(p.kv_heads * groups * kLanes);
-  x.padded = take(kLanes * dims);
+  x.padded = take(most(kLanes, kWeighKeys) * dims);
   x.groups = groups;
   x.dims = dims;
 

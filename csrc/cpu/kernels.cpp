@@ -2,9 +2,10 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 namespace vxl {
 
@@ -18,9 +19,12 @@ namespace {
 
 const CpuKernels& choose() {
 #if defined(__x86_64__)
-  const char* cap = std::getenv("VXL_CPU_ISA");
-  const bool no_512 = cap != nullptr && std::strcmp(cap, "avx512") != 0;
-  const bool no_256 = no_512 && std::strcmp(cap, "avx2") != 0;
+  const char* wish = std::getenv("VXL_CPU_ISA");
+  const std::string cap = wish == nullptr || *wish == '\0' ? "avx512" : wish;
+  if (cap != "avx512" && cap != "avx2" && cap != "baseline") {
+    throw std::invalid_argument("VXL_CPU_ISA: got " + cap + ", expected avx512, avx2 or baseline");
+  }
+  const bool no_512 = cap != "avx512", no_256 = cap == "baseline";
   __builtin_cpu_init();
   if (!no_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
@@ -105,7 +109,7 @@ void attention_cpu(const AttentionParams& p, const ThreadPool& pool) {
   const CpuKernels& k = kernels();
   const int type = static_cast<int>(p.dtype);
   const AttentionPlan plan = plan_attention(p, k.lanes, pool.threads);
-  thread_local Arena arena;
+  thread_local Arena arena;  // at most 64 splits a row, however long the cache
   float* workspace = plan.workspace_floats > 0 ? arena.floats(plan.workspace_floats) : nullptr;
   each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t task, float* scratch) {
     k.attention_task[type](p, plan, task, scratch, workspace);

@@ -56,7 +56,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   constexpr int64_t key_block = 128, slack = 64;
   if (plan.decode) {
     const int64_t n = round_up(rows * plan.group, 8) * p.kv_heads;
-    plan.scratch_floats = 2 * n * dims + lanes * dims + n * (key_block + 3 * lanes) + slack;
+    plan.scratch_floats = 2 * n * dims + std::max(lanes, 8) * dims + n * (key_block + 3 * lanes) + slack;
   } else {
     const int64_t n = round_up(plan.tile_rows * plan.group, lanes);
     plan.scratch_floats = 2 * n * dims + 2 * key_block * dims + key_block * unit + 3 * n +

@@ -29,13 +29,13 @@ struct AttentionPlan {
   // Up to this many query rows of a KV head the keys are the long side.
   static constexpr int64_t kDecodeRows = 32;
   static constexpr int64_t kSplitAlign = 128;
-  int64_t split_length(int64_t keys) const {
+  VXL_ALWAYS_INLINE int64_t split_length(int64_t keys) const {
     if (split_unit == 0) return keys > 0 ? keys : 1;
     int64_t length = (keys + kMostSplits - 1) / kMostSplits;
     if (length < split_unit) length = split_unit;
     return (length + kSplitAlign - 1) / kSplitAlign * kSplitAlign;
   }
-  int64_t split_count(int64_t keys) const {
+  VXL_ALWAYS_INLINE int64_t split_count(int64_t keys) const {
     const int64_t length = split_length(keys);
     return keys > 0 ? (keys + length - 1) / length : 1;
   }
@@ -45,7 +45,7 @@ struct AttentionPlan {
 AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads);
 
 // All keys that the last chunk of sequence b sees.
-inline int64_t sequence_keys(const AttentionParams& p, int64_t b) {
+VXL_ALWAYS_INLINE int64_t sequence_keys(const AttentionParams& p, int64_t b) {
   const int64_t cached = p.cache.lens ? p.cache.lens[b] : 0;
   return cached + (p.geometry.chunks - 1) * p.geometry.vsts() + p.geometry.chunk_rows();
 }

@@ -78,8 +78,8 @@ VXL_INLINE Vec exp2v(Vec x) {
   return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)(shifted - magic));
 #else
   const IVec bits = ((IVec)shifted << 23) + (IVec)p;
-  const IVec zero = x < splat(-126.0f);
-  return (Vec)(bits & ~zero);
+  const IVec zero = x < splat(-126.0f), nan = x != x;
+  return (Vec)((bits & ~(zero | nan)) | ((IVec)x & nan));
 #endif
 }
 

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+// The per-ISA units include these: never a copy that the linker could share between them.
+#define VXL_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace vxl {
 
 enum class DType : int32_t { f32, bf16, f16 };
@@ -17,18 +20,18 @@ struct ChunkGeometry {
   int64_t chunks = 1;
   bool split = true;  // [all raw | all VST], else as published (interleaved)
 
-  int64_t vsts() const { return ratio > 0 ? window / ratio : 0; }
-  int64_t chunk_rows() const { return window + vsts(); }
-  int64_t rows() const { return chunks * chunk_rows(); }
+  VXL_ALWAYS_INLINE int64_t vsts() const { return ratio > 0 ? window / ratio : 0; }
+  VXL_ALWAYS_INLINE int64_t chunk_rows() const { return window + vsts(); }
+  VXL_ALWAYS_INLINE int64_t rows() const { return chunks * chunk_rows(); }
 
   // VST index if the row at this position of a chunk is a VST, else -1.
-  int64_t vst_at(int64_t position) const {
+  VXL_ALWAYS_INLINE int64_t vst_at(int64_t position) const {
     if (ratio == 0) return -1;
     return position % (ratio + 1) == ratio ? position / (ratio + 1) : -1;
   }
 
   // Storage row of the token at `position` of `chunk`.
-  int64_t row_of(int64_t chunk, int64_t position) const {
+  VXL_ALWAYS_INLINE int64_t row_of(int64_t chunk, int64_t position) const {
     if (ratio == 0) return position;
     if (!split) return chunk * chunk_rows() + position;
     const int64_t group = position / (ratio + 1);
