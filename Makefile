@@ -9,12 +9,13 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench test lint format sanitize info clean
+.PHONY: help bench test lint format sanitize fuzz info clean
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make test       the test suite"
 	@echo "make lint       ruff, mypy and formatting"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
+	@echo "make fuzz       random operations on the page manager against a model"
 	@echo "make info       what is installed, what runs where, and why not"
 	@echo "make format     format Python"
 	@echo "make clean      remove everything that was built"
@@ -73,6 +74,17 @@ $(BUILD)/$(1)/test: $$(TEST_SOURCES) $$(ISAS:%=$(BUILD)/$(1)/%.o)
 	$$(CXX) -std=c++17 -O2 -g $$(WARNINGS) $$(FLAGS_$(1)) $$^ -pthread -o $$@
 endef
 $(foreach s,address thread,$(eval $(call sanitizer,$(s))))
+
+# Random operations on the page manager's C API against a model, in the same sanitizers.
+# Built with clang and -fsanitize=fuzzer instead of -DVXL_FUZZ_STANDALONE it is a libFuzzer target.
+FUZZ_OPERATIONS ?= 300000
+$(BUILD)/address/fuzz: tests/cpp/fuzz_page_manager.cpp $(SOURCES)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -g -Wall -Wextra $(FLAGS_address) -DVXL_FUZZ_STANDALONE $< \
+	  csrc/cache/page_manager.cpp csrc/cache/page_manager_c.cpp -o $@
+
+fuzz: $(BUILD)/address/fuzz
+	$(BUILD)/address/fuzz $(FUZZ_OPERATIONS)
 
 sanitize: $(BUILD)/address/test $(BUILD)/thread/test
 	@for isa in $(ISAS); do VXL_CPU_ISA=$$isa $(BUILD)/address/test || exit 1; done

@@ -108,6 +108,8 @@ def extension_arguments() -> dict:
         sources=[
             "csrc/bindings/module.cpp",
             "csrc/bindings/ops.cpp",
+            "csrc/bindings/page_manager.cpp",
+            "csrc/cache/page_manager.cpp",
             "csrc/cpu/kernels.cpp",
             "csrc/cpu/plan.cpp",
         ],

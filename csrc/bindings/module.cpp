@@ -3,9 +3,12 @@
 
 #include "../cpu/kernels.h"
 
+void bind_page_manager(pybind11::module_& m);  // page_manager.cpp
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of vxl_kernels; loading it registers the vxl:: operators.";
   m.def("cpu_isa", &vxl::cpu_isa,
         "Instruction set of the CPU kernels in this process: 'avx512', 'avx2' or 'baseline'. "
         "The environment variable VXL_CPU_ISA, read once, lowers it.");
+  bind_page_manager(m);
 }

@@ -1,0 +1,260 @@
+// vxl::PageManager for Python. Calls give up the GIL before they wait for the manager's lock,
+// so that a long call in one thread never stalls Python in the others.
+#include "../cache/page_manager.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+using vxl::PageManager;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+using Ids = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<py::object> pool_exhausted_class;
+
+void raise_pool_exhausted(const vxl::PoolExhausted& e) {
+  const py::object& type = pool_exhausted_class.get_stored();
+  py::object error = type(e.what());
+  error.attr("pages_needed") = e.pages_needed;
+  error.attr("pages_free") = e.pages_free;
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const vxl::PoolExhausted& e) {
+    raise_pool_exhausted(e);
+  } catch (const vxl::UnknownSequence& e) {
+    py::set_error(PyExc_KeyError, e.what());
+  }  // std::invalid_argument is a ValueError, std::bad_alloc a MemoryError anyway
+}
+
+// An integer argument, by __index__ only: 1.5 is refused, not rounded.
+py::arg integer(const char* name) { return py::arg(name).noconvert(); }
+
+// Ids from whatever NumPy makes integers (n,) of. Ids alone would round 1.5.
+Ids ids(const py::object& seqs) {
+  const py::array given = py::array::ensure(seqs);
+  if (!given) throw py::type_error("seqs: expected integers (n,)");
+  const char kind = given.dtype().kind();
+  if (given.size() > 0 && kind != 'i' && kind != 'u') {
+    throw py::type_error("seqs: got " + std::string(py::str(given.dtype())) +
+                         ", expected integers");
+  }
+  if (given.ndim() != 1) {
+    throw std::invalid_argument("seqs: got " + std::to_string(given.ndim()) +
+                                " dimensions, expected 1");
+  }
+  return Ids(given);
+}
+
+py::array_t<int32_t> copies_array(const std::vector<vxl::PageCopy>& copies) {
+  static_assert(sizeof(vxl::PageCopy) == 3 * sizeof(int32_t), "a row of the array");
+  return py::array_t<int32_t>({static_cast<py::ssize_t>(copies.size()), py::ssize_t{3}},
+                              reinterpret_cast<const int32_t*>(copies.data()));
+}
+
+// A writable, C-contiguous int32 array with a row for each sequence: written in place, so
+// nothing may be converted.
+int32_t* output(py::array& out, py::ssize_t ndim, int64_t rows) {
+  const bool dtype_fits = py::isinstance<py::array_t<int32_t>>(out);
+  const bool contiguous = (out.flags() & py::array::c_style) != 0;
+  if (!dtype_fits || !contiguous || !out.writeable() || out.ndim() != ndim ||
+      out.shape(0) != rows) {
+    throw std::invalid_argument(
+        "out: got " + std::string(py::str(out.dtype())) + " of shape " +
+        std::string(py::str(out.attr("shape"))) + (contiguous ? "" : ", not contiguous") +
+        (out.writeable() ? "" : ", read-only") + ", expected a writable C-contiguous int32 " +
+        "array of shape (" + std::to_string(rows) + (ndim == 1 ? ",)" : ", stride)"));
+  }
+  return static_cast<int32_t*>(out.mutable_data());
+}
+
+py::array_t<int32_t> reserve(PageManager& self, int64_t seq, int64_t rows) {
+  std::vector<vxl::PageCopy> copies;
+  {
+    const py::gil_scoped_release release;
+    copies = self.reserve(seq, rows);
+  }
+  return copies_array(copies);
+}
+
+py::array_t<int32_t> reserve_many(PageManager& self, const py::object& seqs, int64_t rows) {
+  const Ids batch = ids(seqs);
+  std::vector<vxl::PageCopy> copies;
+  {
+    const py::gil_scoped_release release;
+    copies = self.reserve(batch.data(), batch.size(), rows);
+  }
+  return copies_array(copies);
+}
+
+void commit_many(PageManager& self, const py::object& seqs, int64_t rows) {
+  const Ids batch = ids(seqs);
+  const py::gil_scoped_release release;
+  self.commit(batch.data(), batch.size(), rows);
+}
+
+py::array_t<int32_t> block_table(const PageManager& self, int64_t seq) {
+  std::vector<int32_t> table;
+  {
+    const py::gil_scoped_release release;
+    table = self.block_table(seq);
+  }
+  return py::array_t<int32_t>(static_cast<py::ssize_t>(table.size()), table.data());
+}
+
+void fill_block_tables(const PageManager& self, const py::object& seqs, py::array out,
+                       int32_t pad) {
+  const Ids batch = ids(seqs);
+  int32_t* const to = output(out, 2, batch.size());
+  const int64_t stride = out.shape(1);
+  const py::gil_scoped_release release;
+  self.fill_block_tables(batch.data(), batch.size(), to, stride, pad);
+}
+
+void fill_lengths(const PageManager& self, const py::object& seqs, py::array out) {
+  const Ids batch = ids(seqs);
+  int32_t* const to = output(out, 1, batch.size());
+  const py::gil_scoped_release release;
+  self.fill_lengths(batch.data(), batch.size(), to);
+}
+
+py::dict stats(const PageManager& self) {
+  vxl::PageStats s{};
+  {
+    const py::gil_scoped_release release;
+    s = self.stats();
+  }
+  using py::literals::operator""_a;
+  return py::dict("free_pages"_a = s.free_pages, "used_pages"_a = s.used_pages,
+                  "shared_pages"_a = s.shared_pages, "peak_used_pages"_a = s.peak_used_pages,
+                  "sequences"_a = s.sequences, "tokens"_a = s.tokens,
+                  "page_copies"_a = s.page_copies);
+}
+
+std::string repr(const PageManager& self) {
+  vxl::PageStats s{};
+  {
+    const py::gil_scoped_release release;
+    s = self.stats();
+  }
+  return "PageManager(num_pages=" + std::to_string(self.num_pages()) +
+         ", page_size=" + std::to_string(self.page_size()) + "): " +
+         std::to_string(s.sequences) + " sequences, " + std::to_string(s.free_pages) +
+         " pages free";
+}
+
+void bind_pool_exhausted(py::module_& m) {
+  pool_exhausted_class.call_once_and_store_result([&] {
+    py::object type = py::exception<vxl::PoolExhausted>(m, "PoolExhausted", PyExc_MemoryError);
+    type.attr("__doc__") =
+        "The pool has too few free pages for a reserve(); nothing has changed.\n\n"
+        "pages_needed, pages_free: int, what the call would have taken and what there was.";
+    return type;
+  });
+  py::register_local_exception_translator(translate);
+}
+
+constexpr const char* kClassDoc =
+    R"(Pages of a cache: which sequence holds which, and which may be written.
+
+PageManager(num_pages, page_size): page_size is a page's rows, a power of two. It holds no
+cache contents; a step is
+
+    copies = manager.reserve(seq, rows)    # room; perform the copies before writing
+    ...                                    # write rows [length, length + rows)
+    manager.commit(seq, rows)              # now they count
+
+Row r of a sequence lies in page block_table(seq)[r // page_size], at r % page_size.
+fork() shares pages; a shared, partly filled last page is copied when one of its holders
+next reserves.
+
+A call that raises has changed nothing. ValueError: an argument out of range, named in the
+message. KeyError: no such live sequence. PoolExhausted, a MemoryError: too few free pages.
+TypeError: not an integer, or beyond int64.
+
+Calls are safe from any thread and return copies. The manager can't order writes to the
+pages themselves: perform the copies of a reserve before any later write to the pool.)";
+
+void bind_sequences(py::class_<PageManager>& c) {
+  c.def("new_sequence", &PageManager::new_sequence, ReleaseGil(),
+        "Id of a new, empty sequence. Ids are never reused.");
+  c.def("fork", &PageManager::fork, integer("seq"), ReleaseGil(),
+        "Id of a new sequence with the committed rows of seq, sharing its pages. Takes no page.\n"
+        "A reservation of seq stays with seq alone.");
+  c.def("truncate", &PageManager::truncate, integer("seq"), integer("length"), ReleaseGil(),
+        "Keeps the first `length` committed rows, 0 to length(seq), and drops any reservation.");
+  c.def("free", &PageManager::free, integer("seq"), ReleaseGil(),
+        "Ends a sequence. Pages that nobody else holds are free again.");
+}
+
+void bind_growing(py::class_<PageManager>& c) {
+  c.def("reserve", &reserve, integer("seq"), integer("rows"),
+        R"(Makes room for `rows` rows behind the committed ones.
+
+Absolute, not additive: reserve(seq, 8) after reserve(seq, 5) makes room for 8. Never shrinks
+a reservation, and keeps what was written into it.
+
+Returns int32 (copies, 3), each row [source page, target page, rows]: copy the first `rows`
+rows of the source page to the target before anything is written. Mostly empty; one row where
+seq's last page is partly filled and shared.
+
+Raises PoolExhausted, with pages_needed and pages_free.)");
+  c.def("reserve_many", &reserve_many, py::arg("seqs"), integer("rows"),
+        R"(reserve() for every one of `seqs`, int (n,), distinct; for all or for none.
+
+Returns int32 (copies, 3), at most one copy a sequence. No page is source and target, so the
+copies may run in any order or at once.)");
+  c.def("commit", py::overload_cast<int64_t, int64_t>(&PageManager::commit), integer("seq"),
+        integer("rows"), ReleaseGil(),
+        "The first `rows` reserved rows have been written; what is left stays reserved.");
+  c.def("commit_many", &commit_many, py::arg("seqs"), integer("rows"),
+        "commit() for every one of `seqs`, int (n,), distinct; for all or for none.");
+}
+
+void bind_reading(py::class_<PageManager>& c) {
+  c.def_property_readonly("num_pages", &PageManager::num_pages, "Pages of the pool.");
+  c.def_property_readonly("page_size", &PageManager::page_size, "Rows of a page.");
+  c.def("length", &PageManager::length, integer("seq"), ReleaseGil(), "Committed rows.");
+  c.def("reserved", &PageManager::reserved, integer("seq"), ReleaseGil(),
+        "Rows behind the committed ones that may be written.");
+  c.def("capacity", &PageManager::capacity, integer("seq"), ReleaseGil(),
+        "Rows in the pages of the block table: page_size times its length.");
+  c.def("block_table", &block_table, integer("seq"),
+        "int32 (pages,): the pages of the committed and the reserved rows, a copy.");
+  c.def("fill_block_tables", &fill_block_tables, py::arg("seqs"), py::arg("out"),
+        integer("pad") = 0,
+        R"(Writes the block table of seqs[i] to out[i], `pad` behind its last page.
+
+seqs int (n,), may repeat; out int32 (n, stride), C-contiguous, e.g. a pinned tensor's numpy().
+The default pad is a page that exists, so a kernel that reads ahead stays in the pool.)");
+  c.def("fill_lengths", &fill_lengths, py::arg("seqs"), py::arg("out"),
+        "Writes the committed rows of seqs[i] to out[i]; seqs int (n,), out int32 (n,).");
+  c.def("free_pages", &PageManager::free_pages, ReleaseGil(), "Pages that nobody holds.");
+  c.def("ref_count", &PageManager::ref_count, integer("page"), ReleaseGil(),
+        "Sequences that hold a page; 0: free.");
+  c.def("stats", &stats,
+        R"(dict of int: free_pages; used_pages (held by at least one sequence); shared_pages (by
+two or more); peak_used_pages; sequences; tokens (committed rows of all sequences, shared ones
+counted for each); page_copies (asked for so far).)");
+  c.def("__repr__", &repr);
+}
+
+}  // namespace
+
+void bind_page_manager(py::module_& m) {
+  bind_pool_exhausted(m);
+  py::class_<PageManager> c(m, "PageManager", kClassDoc);
+  c.def(py::init<int64_t, int64_t>(), integer("num_pages"), integer("page_size"));
+  bind_sequences(c);
+  bind_growing(c);
+  bind_reading(c);
+}
