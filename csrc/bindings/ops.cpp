@@ -138,6 +138,21 @@ void check_paging(const Tensor& block_table, const Tensor& cache_lens, const Ten
   }
 }
 
+// What both kernels take: AttentionParams and RopeParams name these alike.
+template <typename Params>
+void set_call(Params& p, const Tensor& q, const Tensor& k, const Tensor& v,
+              at::IntArrayRef layout) {
+  p.dtype = dtype_of(q);
+  p.batch = q.size(0);
+  p.heads = q.size(2);
+  p.kv_heads = k.size(2);
+  p.head_dim = q.size(3);
+  p.geometry = geometry_of(layout, q.size(1));
+  p.q = row_tensor(q);
+  p.k = row_tensor(k);
+  p.v = row_tensor(v);
+}
+
 struct Paging {  // owns what PagedCache points to
   Tensor block_table, cache_lens;
   vxl::PagedCache cache;
@@ -170,15 +185,7 @@ std::tuple<Tensor, Tensor> vst_attention(
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
 
   vxl::AttentionParams p;
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0);
-  p.heads = q.size(2);
-  p.kv_heads = k.size(2);
-  p.head_dim = q.size(3);
-  p.geometry = geometry_of(layout, q.size(1));
-  p.q = row_tensor(q);
-  p.k = row_tensor(k);
-  p.v = row_tensor(v);
+  set_call(p, q, k, v, layout);
   p.out = row_tensor(out);
   p.lse = lse.mutable_data_ptr<float>();
   p.scale = static_cast<float>(scale);
@@ -210,15 +217,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
                     ", expected float32 (head_dim / 2,)");
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0);
-  p.heads = q.size(2);
-  p.kv_heads = k.size(2);
-  p.head_dim = q.size(3);
-  p.geometry = geometry_of(layout, q.size(1));
-  p.q = row_tensor(q);
-  p.k = row_tensor(k);
-  p.v = row_tensor(v);
+  set_call(p, q, k, v, layout);
   p.q_out = row_tensor(q_out);
   p.k_out = row_tensor(k_out);
   const int64_t kept = layout.empty() ? q.size(1) : p.geometry.chunks * p.geometry.vsts();

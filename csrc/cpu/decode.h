@@ -4,7 +4,7 @@
 // Measured on a Zen 5 core, 7 query rows, head_dim 128, ns per key and KV head (1 KiB): 30
 // from cache, 95 from memory without prefetch (the multiply-adds fill the reorder window, so
 // few loads are in flight), 44 with rows fetched 8 keys ahead into L1 in the order of memory.
-// Slower: fetching every other line (the hardware does not fill in), reading lines instead of
+// No faster: fetching every other line (the hardware does not fill in), reading lines instead of
 // prefetching them, pulling whole blocks into L2 first, copying rows aside.
 // Lanes hold head dimensions; R query rows are blocked so that each vector of K or V that is
 // loaded feeds R multiply-adds.
@@ -163,7 +163,7 @@ struct BlockRows {
 
   const T* k(int64_t i, int64_t head) const { return k_of(here[i], head); }
   const T* v(int64_t i, int64_t head) const { return v_of(here[i], head); }
-  // Reading order is K, then V of this block, then K of the next; behind the end, itself.
+  // Reading order is K, then V of this block, then K of the next; behind the end, the last row.
   const T* after_k(int64_t i, int64_t head) const {
     const int64_t j = i + kDistance;
     return j < count ? k(j, head) : v(least(j - count, count - 1), head);
@@ -205,17 +205,16 @@ struct DecodeState {
   int64_t groups, dims;
 };
 
-// Operands straight from memory, or copied and padded with zeros: a vector load must not
-// leave the tensor.
+// Rows of a head_dim that is no multiple of the vector, copied and padded with zeros: a vector
+// load must not leave the tensor.
 template <typename T>
-VXL_INLINE const float* const* pad_rows(const T* const* rows, int64_t n, int64_t head_dim,
-                                        int64_t dims, float* out, const float** padded) {
+VXL_INLINE void pad_rows(const T* const* rows, int64_t n, int64_t head_dim, int64_t dims,
+                         float* out, const float** padded) {
   for (int64_t i = 0; i < n; ++i) {
     padded[i] = out + i * dims;
     load_row(rows[i], out + i * dims, head_dim);
     for (int64_t d = head_dim; d < dims; ++d) out[i * dims + d] = 0.0f;
   }
-  return padded;
 }
 
 template <int R, int A, typename T>
@@ -235,7 +234,7 @@ void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
       if (!whole) pad_rows(rows, kKeys, p.head_dim, x.dims, x.padded, padded);
       for (int64_t g = h * x.groups; g < (h + 1) * x.groups; ++g) {
         const float* q = x.q + g * R * x.dims;
-        float* s = x.s + g * kDecodeBlock * R + c * R;
+        float* s = x.s + g * kDecodeBlock * R + score_at<R>(c);
         if (whole) {
           dots<R, A>(q, rows, ahead, x.dims, s);
         } else {

@@ -116,6 +116,16 @@ vxl::RowTensor tensor(std::vector<float>& x, int64_t rows, int64_t heads, int64_
   return {x.data(), rows * heads * dim, heads * dim, dim};
 }
 
+template <typename Params>
+void set_call(Params& p, Call& c) {
+  p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.head_dim = c.dim;
+  p.geometry = c.geometry;
+  p.q = tensor(c.q, c.rows, c.heads, c.dim);
+  p.k = tensor(c.k, c.rows, c.kv_heads, c.dim);
+  p.v = tensor(c.v, c.rows, c.kv_heads, c.dim);
+  p.cache = c.cache;
+}
+
 int failures = 0;
 void expect_near(double actual, double expected, double tolerance, const char* what) {
   if (std::abs(actual - expected) <= tolerance) return;
@@ -136,14 +146,9 @@ void check_rotated(const Call& c, const float* x, const float* actual, int64_t p
 
 void check_rope(Call& c, const vxl::ThreadPool& pool) {
   vxl::RopeParams p;
-  p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.head_dim = c.dim;
-  p.geometry = c.geometry;
-  p.q = tensor(c.q, c.rows, c.heads, c.dim);
-  p.k = tensor(c.k, c.rows, c.kv_heads, c.dim);
-  p.v = tensor(c.v, c.rows, c.kv_heads, c.dim);
+  set_call(p, c);
   p.q_out = tensor(c.q_out, c.rows, c.heads, c.dim);
   p.k_out = tensor(c.k_out, c.rows, c.kv_heads, c.dim);
-  p.cache = c.cache;
   p.inv_freq = c.inv_freq.data();
   vxl::rope_append_cpu(p, pool);
   const ChunkGeometry& g = c.geometry;
@@ -174,13 +179,8 @@ void check_rope(Call& c, const vxl::ThreadPool& pool) {
 
 void check_attention(Call& c, const vxl::ThreadPool& pool) {
   vxl::AttentionParams p;
-  p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.head_dim = c.dim;
-  p.geometry = c.geometry;
-  p.q = tensor(c.q, c.rows, c.heads, c.dim);
-  p.k = tensor(c.k, c.rows, c.kv_heads, c.dim);
-  p.v = tensor(c.v, c.rows, c.kv_heads, c.dim);
+  set_call(p, c);
   p.out = tensor(c.out, c.rows, c.heads, c.dim);
-  p.cache = c.cache;
   p.lse = c.lse.data();
   p.scale = 1.0f / std::sqrt(float(c.dim));
   vxl::attention_cpu(p, pool);
