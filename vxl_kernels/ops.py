@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from . import _ext
+from . import _ext, _pages
 from .layout import ChunkLayout
 
 __all__ = ["layout_from_ints", "layout_to_ints"]
@@ -38,6 +38,15 @@ SCHEMAS = {
     "vst_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
         "int[] layout) -> Tensor"
+    ),
+    # Pages of all layers, k_cache and v_cache (layers, pages, page_size, kv_heads, head_dim).
+    # copies: int32 (n, 3), source page, target page, rows; targets are distinct and no
+    # sources; rows == 0 marks an unused entry, so that n may be fixed in a CUDA graph.
+    "copy_pages_": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor copies) -> ()",
+    # Rows [first, first + rows) of a sequence, (layers, rows, kv_heads, head_dim) dense.
+    "gather_rows": ("(Tensor cache, Tensor block_table_row, SymInt first, SymInt rows) -> Tensor"),
+    "scatter_rows_": (
+        "(Tensor(a!) cache, Tensor block_table_row, SymInt first, Tensor rows) -> ()"
     ),
 }
 
@@ -84,6 +93,27 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
 @torch.library.register_fake("vxl::rope_append_", lib=_library)
 def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return None
+
+
+@torch.library.register_fake("vxl::copy_pages_", lib=_library)
+def _(k_cache, v_cache, copies):
+    return None
+
+
+@torch.library.register_fake("vxl::gather_rows", lib=_library)
+def _(cache, block_table_row, first, rows):
+    return cache.new_empty((cache.shape[0], rows, *cache.shape[3:]))
+
+
+@torch.library.register_fake("vxl::scatter_rows_", lib=_library)
+def _(cache, block_table_row, first, rows):
+    return None
+
+
+# -- pages: plain PyTorch wherever the extension registers nothing better --------------------
+
+for _name in ("copy_pages_", "gather_rows", "scatter_rows_"):
+    _library.impl(_name, getattr(_pages, _name), "CompositeExplicitAutograd")
 
 
 # -- vst_linear: two dense products, the same on every device -----------------------------

@@ -1,11 +1,18 @@
 // Plain parameters of the operators: raw pointers, strides in elements, no torch.
-// Shared by the CPU kernels, the bindings and the stand-alone tests.
+// Shared by the CPU and CUDA kernels, the bindings and the stand-alone tests.
 #pragma once
 
 #include <cstdint>
 
+// Callable from CUDA kernels too, where nvcc compiles this.
+#if defined(__CUDACC__)
+#define VXL_HD __host__ __device__
+#else
+#define VXL_HD
+#endif
+
 // The per-ISA units include these: never a copy that the linker could share between them.
-#define VXL_ALWAYS_INLINE inline __attribute__((always_inline))
+#define VXL_ALWAYS_INLINE VXL_HD inline __attribute__((always_inline))
 
 namespace vxl {
 
@@ -77,6 +84,31 @@ struct RopeParams {
   RowTensor q, k, v, q_out, k_out;
   PagedCache cache;
   const float* inv_freq = nullptr;  // (head_dim / 2,)
+};
+
+// One cache tensor of all layers, (layers, pages, page_size, kv_heads, head_dim), as bytes: to
+// copy is to know no dtype. A page is dense; strides, in bytes, are free between pages and layers.
+struct PagePool {
+  char* data = nullptr;
+  int64_t layers = 0, page_size = 1, row_bytes = 0;
+  int64_t layer_stride = 0, page_stride = 0;
+};
+
+// For each (source, target, rows) of `copies`: the first rows of page source to page target, in
+// every layer of k and v. Targets are distinct and no source; rows == 0 marks an unused entry.
+struct PageCopyParams {
+  PagePool k, v;  // alike in shape
+  const int32_t* copies = nullptr;  // (count, 3)
+  int64_t count = 0;
+};
+
+// Rows [first, first + rows) of one sequence, between its pages and a dense buffer
+// (layers, rows, row_bytes).
+struct RowTransferParams {
+  PagePool pool;
+  const int32_t* block_table = nullptr;
+  int64_t first = 0, rows = 0;
+  char* buffer = nullptr;
 };
 
 }  // namespace vxl
