@@ -37,12 +37,15 @@ from .planning import plan_memory
 
 __all__ = ["CacheBatch", "HostSequence", "VstCache"]
 
-Seqs = int | Iterable[int]
+Seqs = int | Iterable[int] | np.ndarray
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_WIDTH = 8  # pages that a batch's block table has room for at first
 
 
-def _ids(seqs: Seqs) -> list[int]:
+def _ids(seqs: Seqs) -> list[int] | np.ndarray:
+    if isinstance(seqs, np.ndarray):
+        return seqs
     return list(seqs) if isinstance(seqs, Iterable) else [seqs]
 
 
@@ -181,9 +184,8 @@ class VstCache:
         """
         with self._lock:
             copies = self._manager.reserve_many(_ids(seqs), rows)
-            for source, target, used in copies.tolist():
-                for cache in (self.k_cache, self.v_cache):
-                    cache[:, target, :used].copy_(cache[:, source, :used])
+            if len(copies):
+                torch.ops.vxl.copy_pages_(self.k_cache, self.v_cache, self._upload(copies))
 
     def commit(self, seqs: Seqs, rows: int) -> None:
         """Makes the first `rows` reserved rows, which have been written, part of the sequences.
@@ -200,7 +202,7 @@ class VstCache:
             max_tokens: fixes the width of the block table for sequences of up to so many rows,
                 and with it all addresses, for capture in a CUDA graph. By default it grows.
         """
-        return CacheBatch(self, _ids(seqs), max_tokens)
+        return CacheBatch(self, list(_ids(seqs)), max_tokens)
 
     # -- contents --------------------------------------------------------------------
 
@@ -209,10 +211,12 @@ class VstCache:
         head_dim)` each."""
         if not 0 <= layer < self.num_layers:
             fail("layer", layer, f"0 to {self.num_layers - 1}")
-        pages, length = self._pages(seq)
-        return self._rows(self.k_cache[layer], pages, length), self._rows(
-            self.v_cache[layer], pages, length
+        table, length = self._table(seq)
+        k, v = (
+            torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
+            for cache in (self.k_cache, self.v_cache)
         )
+        return k, v
 
     def save(
         self, path: str | os.PathLike[str], seq: int, metadata: Mapping[str, str] | None = None
@@ -231,12 +235,12 @@ class VstCache:
         """
         child = self.fork(seq)  # holds the rows still while they are written
         try:
-            pages, length = self._pages(child)
+            table, length = self._table(child)
             header = cache_file.Header(
                 self.num_layers, self.kv_heads, self.head_dim, self.dtype, length
             )
             tensors = (
-                self._rows(cache[layer], pages, length).cpu()
+                torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length).cpu()
                 for layer in range(self.num_layers)
                 for cache in (self.k_cache, self.v_cache)
             )
@@ -269,14 +273,13 @@ class VstCache:
         From a GPU the copy goes to page-locked memory without waiting for it.
         """
         pinned = self.device.type == "cuda"
-        pages, length = self._pages(seq)
+        table, length = self._table(seq)
         shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
         data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
         for side, cache in enumerate((self.k_cache, self.v_cache)):
             for layer in range(self.num_layers):
-                data[side, layer].copy_(
-                    self._rows(cache[layer], pages, length), non_blocking=pinned
-                )
+                rows = torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
+                data[side, layer].copy_(rows, non_blocking=pinned)
         event = None
         if pinned:
             event = torch.cuda.Event()
@@ -300,12 +303,10 @@ class VstCache:
 
     # -- private ---------------------------------------------------------------------
 
-    def _pages(self, seq: int, length: int | None = None) -> tuple[torch.Tensor, int]:
-        """Page indices on the device of a sequence's first rows, by default of the committed
-        ones, and how many rows these are."""
-        length = self._manager.length(seq) if length is None else length
-        table = self._manager.block_table(seq)[: -(-length // self.page_size)]
-        return self._upload(table.astype(np.int64)), length
+    def _table(self, seq: int) -> tuple[torch.Tensor, int]:
+        """Block table of a sequence, on the device, and its committed rows."""
+        length = self._manager.length(seq)
+        return self._upload(self._manager.block_table(seq)), length
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         """An array on the device, without waiting for the copy."""
@@ -314,32 +315,21 @@ class VstCache:
             return host.pin_memory().to(self.device, non_blocking=True)
         return host.to(self.device)
 
-    def _rows(self, cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-        """The first `length` rows behind `pages` of one layer, contiguous."""
-        return cache.index_select(0, pages).flatten(0, 1)[:length]
-
     def _filled(self, length: int, tensors: Iterable[torch.Tensor]) -> int:
         """A new sequence of `length` rows; `tensors` yields K and V of each layer in turn."""
         seq = self.new()
         try:
             self.reserve(seq, length)
-            pages, _ = self._pages(seq, length)
+            table, _ = self._table(seq)
             for i, rows in enumerate(tensors):
-                self._write_rows((self.k_cache, self.v_cache)[i % 2][i // 2], pages, rows)
+                layer, cache = i // 2, (self.k_cache, self.v_cache)[i % 2]
+                on_device = rows.to(self.device, non_blocking=True)[None]
+                torch.ops.vxl.scatter_rows_(cache[layer : layer + 1], table, 0, on_device)
             self.commit(seq, length)
         except BaseException:
             self.free(seq)
             raise
         return seq
-
-    def _write_rows(self, cache: torch.Tensor, pages: torch.Tensor, rows: torch.Tensor) -> None:
-        """Writes rows from the first page on; the inverse of `_rows`."""
-        rows = rows.to(self.device, non_blocking=True)
-        whole, rest = divmod(len(rows), self.page_size)
-        in_pages = rows[: len(rows) - rest].unflatten(0, (whole, self.page_size))
-        cache.index_copy_(0, pages[:whole], in_pages)
-        if rest:
-            cache[:, :rest].index_copy_(0, pages[whole:], rows[None, -rest:])
 
 
 class HostSequence:
