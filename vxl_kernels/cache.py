@@ -239,12 +239,12 @@ class VstCache:
             header = cache_file.Header(
                 self.num_layers, self.kv_heads, self.head_dim, self.dtype, length
             )
-            tensors = (
-                torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length).cpu()
-                for layer in range(self.num_layers)
-                for cache in (self.k_cache, self.v_cache)
-            )
-            cache_file.write(path, header, tensors, dict(metadata or {}))
+
+            def piece(tensor: int, first: int, rows: int) -> torch.Tensor:
+                cache = self._tensor(tensor)
+                return torch.ops.vxl.gather_rows(cache, table, first, rows).cpu()
+
+            cache_file.write(path, header, piece, dict(metadata or {}))
         finally:
             self.free(child)
 
@@ -265,7 +265,7 @@ class VstCache:
                 head_dim=self.head_dim,
                 dtype=self.dtype,
             )
-            return self._filled(file.header.length, file.tensors())
+            return self._filled(file.header.length, file.pieces())
 
     def offload(self, seq: int) -> HostSequence:
         """Moves a sequence to host memory and frees its pages; `restore` brings it back.
@@ -299,7 +299,8 @@ class VstCache:
         want = (self.num_layers, self.kv_heads, self.head_dim, self.dtype)
         if got != want:
             fail("host", f"(layers, kv_heads, head_dim, dtype) {got}", want)
-        return self._filled(length, host.data.transpose(0, 1).flatten(0, 1))
+        tensors = host.data.transpose(0, 1).flatten(0, 1)
+        return self._filled(length, ((i, 0, rows) for i, rows in enumerate(tensors)))
 
     # -- private ---------------------------------------------------------------------
 
@@ -315,16 +316,20 @@ class VstCache:
             return host.pin_memory().to(self.device, non_blocking=True)
         return host.to(self.device)
 
-    def _filled(self, length: int, tensors: Iterable[torch.Tensor]) -> int:
-        """A new sequence of `length` rows; `tensors` yields K and V of each layer in turn."""
+    def _tensor(self, i: int) -> torch.Tensor:
+        """K of layer i / 2 or V of layer (i - 1) / 2, `(1, pages, page_size, ...)`."""
+        layer, side = divmod(i, 2)
+        return (self.k_cache, self.v_cache)[side][layer : layer + 1]
+
+    def _filled(self, length: int, pieces: Iterable[tuple[int, int, torch.Tensor]]) -> int:
+        """A new sequence of `length` rows; `pieces` yields (tensor, first row, rows)."""
         seq = self.new()
         try:
             self.reserve(seq, length)
             table, _ = self._table(seq)
-            for i, rows in enumerate(tensors):
-                layer, cache = i // 2, (self.k_cache, self.v_cache)[i % 2]
+            for tensor, first, rows in pieces:
                 on_device = rows.to(self.device, non_blocking=True)[None]
-                torch.ops.vxl.scatter_rows_(cache[layer : layer + 1], table, 0, on_device)
+                torch.ops.vxl.scatter_rows_(self._tensor(tensor), table, first, on_device)
             self.commit(seq, length)
         except BaseException:
             self.free(seq)

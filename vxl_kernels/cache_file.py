@@ -5,8 +5,8 @@ any safetensors reader opens the file. The header's metadata holds geometry, a C
 tensor and of the header itself. They find damage, not forgery.
 
 Writing is done here and not by the safetensors package because that one wants all tensors at
-once: a second copy of the sequence in host memory. Layers are written one at a time while a
-thread computes their checksums.
+once: a second copy of the sequence in host memory. Both ways go in pieces that stay in the
+processor's cache between the disk, the checksum and the pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,6 +31,7 @@ __all__ = ["Header", "Reader", "read_metadata", "write"]
 
 FORMAT = "vxl-cache-1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PIECE_BYTES = 4 << 20  # 16 MiB: 0.9 of the speed, fresh memory each time
 _NO_CHECKSUM = "0" * 8  # as wide as a real one, so that the header keeps its length
 
 
@@ -57,6 +58,14 @@ class Header:
     @property
     def tensor_bytes(self) -> int:
         return self.length * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """`(tensor, first, rows)` of every piece in the order of the file; tensor 2i is K of
+        layer i, 2i + 1 its V."""
+        each = max(1, _PIECE_BYTES // max(1, self.tensor_bytes // max(1, self.length)))
+        for tensor in range(2 * self.num_layers):
+            for first in range(0, self.length, each):
+                yield tensor, first, min(each, self.length - first)
 
     def tensor_names(self) -> list[str]:
         return [f"{kind}.{i}" for i in range(self.num_layers) for kind in ("key", "value")]
@@ -102,14 +111,14 @@ def _raw(x: torch.Tensor) -> memoryview:
 def write(
     path: str | os.PathLike[str],
     header: Header,
-    tensors: Iterable[torch.Tensor],
+    piece: Callable[[int, int, int], torch.Tensor],
     user: Mapping[str, str],
 ) -> None:
     """Writes a whole file or none: beside its place first, moved there when it is complete and
     on the disk.
 
     Args:
-        tensors: K and V of every layer in turn, on the host.
+        piece: the rows of a piece, on the host; arguments as `Header.pieces`.
         user: strings to keep with it.
     """
     for name, text in user.items():
@@ -121,7 +130,7 @@ def write(
         with open(unfinished, "xb", buffering=0) as file:
             blank = [_NO_CHECKSUM] * (2 * header.num_layers)
             file.write(_encode(header, blank, user))
-            checksums = _write_tensors(file, tensors)
+            checksums = _write_pieces(file, header, piece)
             file.seek(0)
             file.write(_encode(header, checksums, user))
             os.fsync(file.fileno())
@@ -139,20 +148,22 @@ def _encode(header: Header, checksums: list[str], user: Mapping[str, str]) -> by
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensors(file, tensors: Iterable[torch.Tensor]) -> list[str]:
-    """Writes one tensor while the next is gathered and its checksum computed."""
-    checksums: list[str] = []
+def _write_pieces(
+    file, header: Header, piece: Callable[[int, int, int], torch.Tensor]
+) -> list[str]:
+    """Writes one piece while the next is gathered and added to its tensor's checksum."""
+    checksums = [0] * (2 * header.num_layers)
     with ThreadPoolExecutor(1) as pool:
         writing: Future[None] | None = None
-        for tensor in tensors:
-            data = _raw(tensor)
-            checksums.append(_hex(zlib.crc32(data)))
+        for tensor, first, rows in header.pieces():
+            data = _raw(piece(tensor, first, rows))
+            checksums[tensor] = zlib.crc32(data, checksums[tensor])
             if writing is not None:
-                writing.result()  # one tensor in flight, and no write behind one that failed
+                writing.result()  # one piece in flight, and no write behind one that failed
             writing = pool.submit(_write_all, file, data)
         if writing is not None:
             writing.result()
-    return checksums
+    return [_hex(checksum) for checksum in checksums]
 
 
 def _write_all(file, data: memoryview) -> None:
@@ -226,25 +237,33 @@ class Reader:
                 self._refuse(f"whose tensor {name} is not what its header says")
         return header, fields["crc32"].split(), json.loads(fields["user"])
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """K and V of every layer in turn, `(length, kv_heads, head_dim)` on the host, each
-        after its checksum was found right. Use a tensor before you take the next: two buffers
-        serve them all, and one is filled while the other is used."""
+    def pieces(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """`(tensor, first row, rows (n, kv_heads, head_dim))` of every piece, on the host.
+
+        A tensor's last piece comes after its checksum was found right; a wrong one raises
+        ValueError. Use a piece before you take the next: two buffers serve them all, and one
+        is filled while the other is used.
+        """
         (header_bytes,) = struct.unpack("<Q", self._stream.read(8))
         self._stream.seek(8 + header_bytes)
         if hasattr(os, "posix_fadvise"):  # read ahead of us: 1.25 times as fast from a cold disk
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        h, names = self.header, self.header.tensor_names()
-        buffers = [torch.empty(h.length, h.kv_heads, h.head_dim, dtype=h.dtype) for _ in range(2)]
+        h = self.header
+        pieces = list(h.pieces())
+        longest = max((rows for *_, rows in pieces), default=0)
+        buffers = [torch.empty(longest, h.kv_heads, h.head_dim, dtype=h.dtype) for _ in range(2)]
+        parts = [buffers[i % 2][:rows] for i, (*_, rows) in enumerate(pieces)]
+        checksums = [0] * len(self._checksums)
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self._fill, buffers[0])
-            for i, (name, expected) in enumerate(zip(names, self._checksums, strict=True)):
-                coming.result()
-                if i + 1 < len(names):
-                    coming = pool.submit(self._fill, buffers[(i + 1) % 2])
-                if _hex(zlib.crc32(_raw(buffers[i % 2]))) != expected:
-                    self._refuse(f"whose tensor {name} is damaged")
-                yield buffers[i % 2]
+            coming = [pool.submit(self._fill, part) for part in parts[:1]]
+            for i, (tensor, first, rows) in enumerate(pieces):
+                coming.pop().result()
+                coming += [pool.submit(self._fill, part) for part in parts[i + 1 : i + 2]]
+                checksums[tensor] = zlib.crc32(_raw(parts[i]), checksums[tensor])
+                is_last = first + rows == h.length
+                if is_last and _hex(checksums[tensor]) != self._checksums[tensor]:
+                    self._refuse(f"whose tensor {h.tensor_names()[tensor]} is damaged")
+                yield tensor, first, parts[i]
 
     def _fill(self, tensor: torch.Tensor) -> None:
         data = _raw(tensor)
