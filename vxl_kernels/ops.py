@@ -23,13 +23,17 @@ SCHEMAS = {
     ),
     "vst_attention_backward": (
         "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor? k_cache, "
-        "Tensor? v_cache, Tensor? block_table, Tensor? cache_lens, int[] layout, float scale) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? v_cache, Tensor? block_table, Tensor? cache_lens, Tensor out, Tensor lse, "
+        "int[] layout, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "rope_append": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) "
         "-> (Tensor, Tensor)"
+    ),
+    "rope_append_copy": (
+        "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+        "Tensor cache_lens, int[] layout, Tensor inv_freq) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "rope_append_": (
         "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, "
@@ -79,7 +83,9 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
 
 
 @torch.library.register_fake("vxl::vst_attention_backward", lib=_library)
-def _(grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+def _(
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout, scale
+):
     none = q.new_empty(0)
     caches = [none if c is None else c.new_empty(c.shape) for c in (k_cache, v_cache)]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *caches
@@ -88,6 +94,11 @@ def _(grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, la
 @torch.library.register_fake("vxl::rope_append", lib=_library)
 def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("vxl::rope_append_copy", lib=_library)
+def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    return tuple(x.new_empty(x.shape) for x in (q, k, k_cache, v_cache))
 
 
 @torch.library.register_fake("vxl::rope_append_", lib=_library)
@@ -138,6 +149,18 @@ def _vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
 _library.impl("vst_linear", _vst_linear, "CompositeImplicitAutograd")
 
 
+# -- rope_append that returns new caches, for gradients: the same on every device -------------
+
+
+def _rope_append_copy(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    caches = k_cache.clone(), v_cache.clone()
+    rotated = torch.ops.vxl.rope_append(q, k, v, *caches, block_table, cache_lens, layout, inv_freq)
+    return *rotated, *caches
+
+
+_library.impl("rope_append_copy", _rope_append_copy, "CompositeExplicitAutograd")
+
+
 # -- the reference, where CPU or CUDA have no kernel of their own ---------------------------
 
 _warned: set[str] = set()
@@ -181,7 +204,7 @@ def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
 
 
 def _reference_attention_backward(
-    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout, scale
 ):
     """Recomputes the reference and differentiates it."""
     if q.numel() == 0:
@@ -216,32 +239,6 @@ def _install_reference(key: str, device: str, reason: str) -> None:
 if _ext.extension is None:
     _install_reference("CPU", "CPU", f"extension not loaded: {_ext.reason_missing}")
 _install_reference("CUDA", "CUDA", "this version has no GPU kernels")
-for _key in ("CPU", "CUDA"):
-    _library.impl("vst_attention_backward", _reference_attention_backward, _key)
-
-
-# -- gradient of vst_attention ---------------------------------------------------------------
-
-
-def _save(ctx, inputs, output):
-    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale = inputs
-    ctx.save_for_backward(q, k, v, k_cache, v_cache, block_table, cache_lens)
-    ctx.layout, ctx.scale = layout, scale
-
-
-def _backward(ctx, grad_out, grad_lse):
-    if torch.is_grad_enabled():  # create_graph=True: the result would silently be constant
-        raise NotImplementedError(
-            "vst_attention has no second derivative; use backend='reference' for it"
-        )
-    q, k, v, k_cache, v_cache, block_table, cache_lens = ctx.saved_tensors
-    dq, dk, dv, dk_cache, dv_cache = torch.ops.vxl.vst_attention_backward(
-        grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens,
-        ctx.layout, ctx.scale,
-    )  # fmt: skip
-    if k_cache is None:
-        dk_cache = dv_cache = None
-    return dq, dk, dv, dk_cache, dv_cache, None, None, None, None
-
-
-torch.library.register_autograd("vxl::vst_attention", _backward, setup_context=_save, lib=_library)
+_library.impl("vst_attention_backward", _reference_attention_backward, "CUDA")
+if _ext.extension is None:
+    _library.impl("vst_attention_backward", _reference_attention_backward, "CPU")

@@ -91,6 +91,60 @@ std::tuple<Tensor, Tensor> vst_attention(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vst_attention_backward(
+    const Tensor& grad_out_in, const Tensor& grad_lse_in, const Tensor& q_in, const Tensor& k_in,
+    const Tensor& v_in, const std::optional<Tensor>& k_cache, const std::optional<Tensor>& v_cache,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_lens,
+    const Tensor& out_in, const Tensor& lse_in, at::IntArrayRef layout, double scale) {
+  check_shapes(q_in, k_in, v_in);
+  for (const Tensor* x : {&grad_out_in, &out_in}) {
+    TORCH_CHECK_VALUE(x->sizes() == q_in.sizes() && x->scalar_type() == q_in.scalar_type(),
+                      "grad_out, out: got ", x->scalar_type(), " ", x->sizes(), ", expected ",
+                      q_in.scalar_type(), " ", q_in.sizes(), " as q");
+  }
+  const int64_t lse_sizes[] = {q_in.size(0), q_in.size(2), q_in.size(1)};
+  for (const Tensor* x : {&grad_lse_in, &lse_in}) {
+    TORCH_CHECK_VALUE(x->sizes() == at::IntArrayRef(lse_sizes) && x->scalar_type() == at::kFloat,
+                      "grad_lse, lse: got ", x->scalar_type(), " ", x->sizes(),
+                      ", expected float32 ", at::IntArrayRef(lse_sizes));
+  }
+  const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in), v = rows_contiguous(v_in);
+  const Tensor grad_out = rows_contiguous(grad_out_in), out = rows_contiguous(out_in);
+  const Tensor grad_lse = grad_lse_in.contiguous(), lse = lse_in.contiguous();
+  Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
+
+  vxl::AttentionBackwardParams p;
+  set_call(p.call, q, k, v, layout);
+  p.call.scale = static_cast<float>(scale);
+  p.call.out = row_tensor(out);
+  p.call.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  p.grad_lse = grad_lse.const_data_ptr<float>();
+  p.grad_out = row_tensor(grad_out);
+  p.grad_q = row_tensor(grad_q);
+  p.grad_k = row_tensor(grad_k);
+  p.grad_v = row_tensor(grad_v);
+
+  std::optional<Paging> paging;
+  Tensor grad_k_cache = at::empty({0}, q.options()), grad_v_cache = grad_k_cache.clone();
+  if (k_cache.has_value()) {
+    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_lens.has_value(),
+                      "v_cache: got None, expected all four cache arguments or none");
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_lens);
+    const vxl::ChunkGeometry& g = p.call.geometry;
+    paging.emplace(*k_cache, *v_cache, *block_table, *cache_lens, (g.chunks - 1) * g.vsts());
+    p.call.cache = paging->cache;
+    grad_k_cache = at::zeros(k_cache->sizes(), q.options());
+    grad_v_cache = at::zeros(k_cache->sizes(), q.options());
+    p.grad_k_cache = grad_k_cache.data_ptr();
+    p.grad_v_cache = grad_v_cache.data_ptr();
+    for (int i = 0; i < 3; ++i) p.grad_cache_strides[i] = grad_k_cache.stride(i);
+  } else {
+    TORCH_CHECK_VALUE(p.call.geometry.chunks == 1, "k_cache: got None, expected a tensor");
+  }
+  if (q.numel() > 0) vxl::attention_backward_cpu(p, thread_pool());
+  return {grad_q, grad_k, grad_v, grad_k_cache, grad_v_cache};
+}
+
 void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, const Tensor& k_cache,
                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
@@ -144,6 +198,7 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 
 TORCH_LIBRARY_IMPL(vxl, CPU, m) {
   m.impl("vst_attention", vst_attention);
+  m.impl("vst_attention_backward", vst_attention_backward);
   m.impl("rope_append", rope_append);
   m.impl("rope_append_", rope_append_);
 }

@@ -77,6 +77,17 @@ struct AttentionParams {
   float scale = 1.0f;
 };
 
+// Gradients of attention: what `call` took and gave, and where the gradients go. Those of the
+// cache are cache-shaped and zero where the caller has put nothing else.
+struct AttentionBackwardParams {
+  AttentionParams call;  // `out` is read here
+  RowTensor grad_out, grad_q, grad_k, grad_v;
+  const float* grad_lse = nullptr;  // (batch, heads, rows) contiguous
+  void* grad_k_cache = nullptr;     // contiguous, shaped and laid out as the pages
+  void* grad_v_cache = nullptr;
+  int64_t grad_cache_strides[3] = {0, 0, 0};  // page, slot, head
+};
+
 struct RopeParams {
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
