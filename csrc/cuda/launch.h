@@ -1,6 +1,7 @@
 // The CUDA backend's entry points: plain parameters in, a stream, no torch. Each is at most one
 // kernel launch; none synchronises, allocates, or reads a length on the host, so all can be
-// captured in a CUDA graph. cudaErrorInvalidValue: a head_dim that is odd or over 512.
+// captured in a CUDA graph. cudaErrorInvalidValue: a head_dim that is odd or over 512, or 2^31 rows
+// and more.
 #pragma once
 
 #include <cuda_runtime_api.h>

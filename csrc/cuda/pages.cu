@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(cuda::kBlockThreads) transfer_rows_kernel(
 template <bool kGather>
 cudaError_t transfer(const RowTransferParams& p, cudaStream_t stream) {
   const cuda::Plan plan = cuda::plan_row_transfer(p);
+  if (plan.word == 0) return cudaErrorInvalidValue;
   if (plan.grid.x == 0) return cudaSuccess;
   switch (plan.word) {
     case 16: return cuda::launch(transfer_rows_kernel<cuda::Word16, kGather>, plan, p, stream);

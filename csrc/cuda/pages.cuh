@@ -42,19 +42,21 @@ VXL_DEVICE void copy_pages_thread(const PageCopyParams& p) {
   }
 }
 
+// Rows of one sequence are fewer than 2^31 (the launcher has checked), so 32 bits count them.
 template <typename W, bool kGather>
 VXL_DEVICE void transfer_rows_thread(const RowTransferParams& p) {
   const PagePool& c = p.pool;
-  const int64_t end = p.first + p.rows, last_page = (end - 1) / c.page_size;
-  for (int64_t page = p.first / c.page_size + blockIdx.y; page <= last_page; page += gridDim.y) {
-    const int64_t page_begin = page * c.page_size;
-    const int64_t from = page_begin > p.first ? page_begin : p.first;
-    const int64_t to = page_begin + c.page_size < end ? page_begin + c.page_size : end;
+  const uint32_t first = static_cast<uint32_t>(p.first), end = static_cast<uint32_t>(p.first + p.rows);
+  const uint32_t page_size = static_cast<uint32_t>(c.page_size), last_page = (end - 1) / page_size;
+  for (uint32_t page = first / page_size + blockIdx.y; page <= last_page; page += gridDim.y) {
+    const uint32_t page_begin = page * page_size;
+    const uint32_t from = page_begin > first ? page_begin : first;
+    const uint32_t to = end - page_begin > page_size ? page_begin + page_size : end;
     const int64_t in_pool = load_meta(p.block_table + page) * c.page_stride +
                             (from - page_begin) * c.row_bytes;
     for (int64_t layer = blockIdx.z; layer < c.layers; layer += gridDim.z) {
       char* cached = c.data + layer * c.layer_stride + in_pool;
-      char* dense = p.buffer + (layer * p.rows + from - p.first) * c.row_bytes;
+      char* dense = p.buffer + (layer * p.rows + from - first) * c.row_bytes;
       if (kGather) {
         copy_run<W>(cached, dense, (to - from) * c.row_bytes);
       } else {

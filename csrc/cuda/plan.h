@@ -106,6 +106,7 @@ inline Plan plan_copy_pages(const PageCopyParams& p) {
 inline Plan plan_row_transfer(const RowTransferParams& p) {
   Plan plan;
   const PagePool& c = p.pool;
+  if (p.first + p.rows > INT32_MAX || c.page_size > INT32_MAX) return plan;
   plan.word = widest_word({pool_word(c), address(p.buffer)});
   plan.block = {static_cast<uint32_t>(kBlockThreads), 1, 1};
   if (p.rows == 0 || c.layers == 0 || c.row_bytes == 0) return plan;

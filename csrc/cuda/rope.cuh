@@ -66,14 +66,13 @@ VXL_DEVICE BasicGeometry<int32_t> narrow(const ChunkGeometry& g) {
 template <typename T, int N>
 VXL_DEVICE void rope_append_thread(const RopeParams& p) {
   // 32 bits for what counts rows and heads (the launcher has checked): a 64-bit division is a
-  // subroutine, and there are six to a row. 64 bits for what is multiplied by a stride.
+  // subroutine, and there are five to a row. 64 bits for what is multiplied by a stride.
   const BasicGeometry<int32_t> g = narrow(p.geometry);
   const int32_t half = static_cast<int32_t>(p.head_dim / 2), first = threadIdx.x * N;
   const int32_t heads = static_cast<int32_t>(p.heads), kv_heads = static_cast<int32_t>(p.kv_heads);
   const int32_t group = threadIdx.y, groups = blockDim.y;
-  // KV heads are dealt on after the query heads, so that no group gets more than one head more.
-  int32_t kv_group = group - heads % groups;
-  if (kv_group < 0) kv_group += groups;
+  // KV heads are dealt from the other end: to the groups that had one query head less.
+  const int32_t kv_group = groups - 1 - group;
   const int32_t call_chunks = static_cast<int32_t>(p.batch) * g.chunks;
   using P = Pairs<T, N>;
 

@@ -324,6 +324,9 @@ void check_extremes() {
   expect(!vxl::cuda::rope_shim(odd.params(false), false), "a huge head_dim was served");
   odd.dim = 6, odd.batch = 0;
   expect(vxl::cuda::plan_rope(odd.params(false)).grid.x == 0, "a batch of none has a grid");
+  vxl::RowTransferParams rows;
+  rows.first = INT32_MAX, rows.rows = 1;
+  expect(vxl::cuda::plan_row_transfer(rows).word == 0, "a row beyond 2^31 - 1 was served");
 }
 
 // ---- pages -----------------------------------------------------------------------------------
