@@ -79,7 +79,7 @@ $(foreach s,address thread,$(eval $(call sanitizer,$(s))))
 
 # Random operations on the page manager's C API against a model, in the same sanitizers.
 # Built with clang and -fsanitize=fuzzer instead of -DVXL_FUZZ_STANDALONE it is a libFuzzer target.
-FUZZ_OPERATIONS ?= 300000
+FUZZ_OPERATIONS ?= 1000000
 $(BUILD)/address/fuzz: tests/cpp/fuzz_page_manager.cpp $(SOURCES)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O2 -g -Wall -Wextra $(FLAGS_address) -DVXL_FUZZ_STANDALONE $< \
