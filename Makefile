@@ -98,8 +98,8 @@ SHIM_SOURCES := tests/cpp/test_cuda_kernels.cpp csrc/cpu/kernels.cpp csrc/cpu/pl
   csrc/cpu/pages.cpp
 $(BUILD)/address/cuda_shim: $(SHIM_SOURCES) $(wildcard tests/cpp/*shim*.h) $(SOURCES) \
     $(ISAS:%=$(BUILD)/address/%.o)
-	$(CXX) -std=c++17 -O2 -g $(WARNINGS) -Wno-unknown-pragmas $(FLAGS_address) $(filter %.cpp %.o,$^) \
-	  -pthread -o $@
+	$(CXX) -std=c++17 -O2 -g $(WARNINGS) -Wno-unknown-pragmas $(FLAGS_address) $(SHIM_SOURCES) \
+	  $(ISAS:%=$(BUILD)/address/%.o) -pthread -o $@
 
 cuda-check: $(BUILD)/address/cuda_shim
 	$(BUILD)/address/cuda_shim
