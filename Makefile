@@ -122,7 +122,7 @@ cuda-build-check: $(CUDA_VENV)/.installed
 	  vxl_model benchmarks tests setup.py pyproject.toml README.md LICENSE | tar -x -C $(CUDA_TREE)
 	cd $(CUDA_TREE) && VXL_BUILD_CUDA=1 $(CURDIR)/$(CUDA_VENV)/bin/python setup.py -q build_ext --inplace
 	cd $(CUDA_TREE) && $(CURDIR)/$(CUDA_VENV)/bin/python -m vxl_kernels
-	cd $(CUDA_TREE) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest $(ARGS)
+	cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info vxl_kernels/*.so vxl_kernels/_build_info.json

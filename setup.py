@@ -36,7 +36,8 @@ except ImportError:
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # GCC's own AVX-512 headers trip these two.
 ISA_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
+# No -std: torch adds the one that its headers need (2.14's want C++20).
+COMMON = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
 # sm_80 code runs on 8.6 and 8.9 too; PTX for what comes after. Without a GPU to ask.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # One unit an instruction set, chosen at run time: no wheel needs the machine it was built on.
@@ -105,7 +106,7 @@ def extension_arguments() -> dict:
                 objects = self.compiler.compile(
                     [f"csrc/cpu/isa_{isa}.cpp"],
                     output_dir=self.build_temp,
-                    extra_postargs=[*COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
+                    extra_postargs=["-std=c++17", *COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
                     depends=headers,
                 )
                 for extension in self.extensions:

@@ -161,7 +161,8 @@ def main() -> int:
     nvcc = find_nvcc()
     if nvcc is None:
         print("cuda-check: compilation skipped: nvcc not found (CUDA_HOME or PATH)")
-        print("\n".join(wrong))
+        for line in wrong:
+            print(line)
         return bool(wrong)
     cuobjdump = find_cuobjdump(nvcc)
     jobs = [(source, sm) for sm in ARCHITECTURES for source in SOURCES]

@@ -41,7 +41,9 @@ void run_threads(int threads, void (*body)(void*, int), void* arg) {
   body(arg, 0);
   for (std::thread& t : others) t.join();
 }
-vxl::ThreadPool cpu_threads() { return {static_cast<int>(pick(1, 3)), run_threads}; }
+vxl::ThreadPool cpu_threads(int least = 1) {
+  return {static_cast<int>(pick(least, 3)), run_threads};
+}
 
 // Bytes at a distance below 16 from a 64-byte border, with random bytes on both sides.
 struct Buffer {
@@ -130,8 +132,8 @@ struct RopeCall {
 
 template <typename T>
 RopeCall<T> rope_call(int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim,
-                      int64_t page_size, ChunkGeometry g, std::vector<int32_t> lens, int64_t gap,
-                      int64_t misaligned) {
+                      int64_t page_size, ChunkGeometry g, std::vector<int32_t> lens,
+                      int64_t gap = 0, int64_t misaligned = 0, int odd_one = -1) {
   RopeCall<T> c;
   c.batch = batch, c.heads = heads, c.kv_heads = kv_heads, c.dim = dim, c.page_size = page_size;
   c.g = g, c.lens = std::move(lens);
@@ -150,14 +152,19 @@ RopeCall<T> rope_call(int64_t batch, int64_t heads, int64_t kv_heads, int64_t di
       c.table.push_back(static_cast<int32_t>(c.pages - 1 - (b * each + slot)));
     }
   }
-  c.q = Strided<T>({batch, rows, heads, dim}, gap, misaligned);
-  c.q_out = Strided<T>({batch, rows, heads, dim}, gap, misaligned);
-  c.k = Strided<T>({batch, rows, kv_heads, dim}, gap, misaligned);
-  c.k_out = Strided<T>({batch, rows, kv_heads, dim}, gap, misaligned);
-  c.v = Strided<T>({batch, rows, kv_heads, dim}, gap, misaligned);
-  c.k_cache = Strided<T>({c.pages, page_size, kv_heads, dim}, gap, misaligned);
-  c.v_cache = Strided<T>({c.pages, page_size, kv_heads, dim}, 2 * gap, misaligned);
-  c.inv_freq = Buffer(dim / 2 * 4, 0);
+  int made = 0;
+  auto make = [&](int64_t a, int64_t b, int64_t n) {  // gap and misalignment for one or for all
+    const bool plain = odd_one >= 0 && odd_one != made++;
+    return Strided<T>({a, b, n, dim}, plain ? 0 : gap, plain ? 0 : misaligned);
+  };
+  c.q = make(batch, rows, heads);
+  c.q_out = make(batch, rows, heads);
+  c.k = make(batch, rows, kv_heads);
+  c.k_out = make(batch, rows, kv_heads);
+  c.v = make(batch, rows, kv_heads);
+  c.k_cache = make(c.pages, page_size, kv_heads);
+  c.v_cache = make(c.pages, page_size, kv_heads);
+  c.inv_freq = Buffer(dim / 2 * 4, odd_one == 7 ? 4 : 0);
   for (int64_t i = 0; i < dim / 2; ++i) {
     const float f = std::pow(1e6f, -2.0f * float(i) / float(dim));
     std::memcpy(c.inv_freq.data() + 4 * i, &f, 4);
@@ -309,15 +316,30 @@ void check_angles() {
   for (float angle : {0.0f, -0.0f, 1e-30f, 2147483520.0f, -2147483520.0f}) one(angle);
 }
 
+// One tensor alone off the 16-byte borders, by its base or by its strides.
+template <typename T>
+void check_odd_ones() {
+  const int64_t per_word = 16 / int64_t{sizeof(T)};
+  for (int one = 0; one < 8; ++one) {
+    for (int64_t gap : {int64_t{0}, per_word / 2}) {
+      auto c = rope_call<T>(2, 4, 2, 4 * per_word, 8, {9, 4, 2, one % 2 == 0}, {3, 11}, gap,
+                            gap == 0 ? int64_t{sizeof(T)} : 0, one);
+      const bool odd = one < 7 || vxl::cuda::address(c.frequencies()) % 16 != 0;
+      expect((vxl::cuda::plan_rope(c.params(false)).word == 16) != odd, "which path an odd one takes");
+      check_rope(c, coin());
+    }
+  }
+}
+
 // Counts beyond a grid's limits in y and z, positions far out, nothing to do, and refusals.
 void check_extremes() {
-  auto many = rope_call<float>(1, 1, 1, 2, 4, {1, 1, 70000, false}, {3}, 0, 0);
+  auto many = rope_call<float>(1, 1, 1, 2, 4, {1, 1, 70000, false}, {3});
   check_rope(many, false);
-  auto batch = rope_call<F16>(2, 7, 1, 128, 64, {5, 0, 1, true}, {1 << 20, 1 << 20}, 0, 0);
+  auto batch = rope_call<F16>(2, 7, 1, 128, 64, {5, 0, 1, true}, {1 << 20, 1 << 20});
   check_rope(batch, true);
   auto deep = rope_call<Bf16>(1, 3, 1, 512, 16, {9, 4, 2, true}, {0}, 8, 0);
   check_rope(deep, false);
-  auto odd = rope_call<float>(1, 1, 1, 6, 4, {1, 0, 1, true}, {0}, 0, 0);
+  auto odd = rope_call<float>(1, 1, 1, 6, 4, {1, 0, 1, true}, {0});
   odd.dim = 5;
   expect(!vxl::cuda::rope_shim(odd.params(false), false), "an odd head_dim was served");
   odd.dim = 1026;
@@ -352,7 +374,8 @@ struct Pool {
   }
 };
 
-void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t unit) {
+void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t unit,
+                  int threads = 1) {
   const int64_t layers = pick(1, 3);
   const int64_t gap = unit * pick(0, 2), misaligned = unit < 16 ? unit * pick(0, 16 / unit - 1) : 0;
   Pool k(layers, pages, page_size, row_bytes, gap, misaligned);
@@ -378,7 +401,7 @@ void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t u
   Pool cpu_k = k, cpu_v = v;
   const int64_t count = int64_t(copies.size()) / 3;
   vxl::cuda::copy_pages_shim({k.at(), v.at(), copies.data(), count}, coin());
-  vxl::copy_pages_cpu({cpu_k.at(), cpu_v.at(), copies.data(), count}, cpu_threads());
+  vxl::copy_pages_cpu({cpu_k.at(), cpu_v.at(), copies.data(), count}, cpu_threads(threads));
   expect(k.buffer == want_k.buffer && v.buffer == want_v.buffer, "copy_pages");
   expect(cpu_k.buffer == want_k.buffer && cpu_v.buffer == want_v.buffer, "copy_pages on the CPU");
 
@@ -398,10 +421,10 @@ void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t u
   Pool back = k, cpu_back = k;
   const Buffer others_before = others;
   vxl::cuda::transfer_rows_shim<true>({k.at(), order.data(), first, rows, dense.data()}, coin());
-  vxl::gather_rows_cpu({k.at(), order.data(), first, rows, cpu.data()}, cpu_threads());
+  vxl::gather_rows_cpu({k.at(), order.data(), first, rows, cpu.data()}, cpu_threads(threads));
   vxl::cuda::transfer_rows_shim<false>({back.at(), order.data(), first, rows, others.data()},
                                        coin());
-  vxl::scatter_rows_cpu({cpu_back.at(), order.data(), first, rows, others.data()}, cpu_threads());
+  vxl::scatter_rows_cpu({cpu_back.at(), order.data(), first, rows, others.data()}, cpu_threads(threads));
   expect(dense == want, "gather_rows");
   expect(cpu == want, "gather_rows on the CPU");
   expect(k.buffer == want_k.buffer && others == others_before, "a source changed");
@@ -423,7 +446,7 @@ void print_traffic(const std::string& what, int64_t elements, int64_t minimum, b
 template <typename T>
 void rope_traffic(const char* name, int64_t batch, ChunkGeometry g, int64_t heads,
                   int64_t kv_heads, int64_t dim, bool wide = true) {
-  auto c = rope_call<T>(batch, heads, kv_heads, dim, 64, g, std::vector<int32_t>(batch, 100), 0, 0);
+  auto c = rope_call<T>(batch, heads, kv_heads, dim, 64, g, std::vector<int32_t>(batch, 100));
   traffic = {};
   vxl::cuda::rope_shim(c.params(true), false);
   const int64_t rows = batch * g.rows();
@@ -475,6 +498,9 @@ int main(int argc, char** argv) {
   const int calls = argc > 1 ? std::atoi(argv[1]) : 60;
   check_angles();
   check_extremes();
+  check_odd_ones<float>();
+  check_odd_ones<Bf16>();
+  check_odd_ones<F16>();
   for (int i = 0; i < calls; ++i) {
     random_rope<float>();
     random_rope<Bf16>();
@@ -482,8 +508,8 @@ int main(int argc, char** argv) {
     const int64_t unit = int64_t{1} << pick(0, 4);
     random_pages(pick(1, 9), pick(1, 20), unit * pick(1, 40), unit);
   }
-  random_pages(20, 64, 2048, 16);      // runs of several blocks, several threads on the CPU
-  random_pages(140001, 1, 2, 2);       // more copies and pages than a grid has in y and z
+  random_pages(60, 32, 2048, 16, 2);  // runs of several blocks, several threads on the CPU
+  random_pages(140001, 1, 2, 2);      // more copies and pages than a grid has in y and z
   expect(vector_calls > 0 && scalar_calls > 0, "one of the two access widths never ran");
   std::printf("CUDA kernels on the CPU: %d calls with 16-byte accesses, %d elementwise, %d failures\n",
               vector_calls, scalar_calls, failures);
