@@ -53,7 +53,10 @@ struct Buffer {
 
   Buffer() = default;
   Buffer(int64_t n, int64_t misaligned) : bytes(n + 2 * kMargin + 64), size(n) {
-    for (char& b : bytes) b = static_cast<char>(pick(0, 255));
+    for (size_t i = 0; i < bytes.size(); i += 8) {
+      const uint64_t random = rng();
+      std::memcpy(&bytes[i], &random, std::min<size_t>(8, bytes.size() - i));
+    }
     align(misaligned);
   }
   Buffer(const Buffer& other) { *this = other; }
@@ -376,7 +379,7 @@ struct Pool {
 
 void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t unit,
                   int threads = 1) {
-  const int64_t layers = pick(1, 3);
+  const int64_t layers = threads > 1 ? 2 : pick(1, 3);
   const int64_t gap = unit * pick(0, 2), misaligned = unit < 16 ? unit * pick(0, 16 / unit - 1) : 0;
   Pool k(layers, pages, page_size, row_bytes, gap, misaligned);
   Pool v(layers, pages, page_size, row_bytes, unit * pick(0, 2), misaligned);
@@ -508,7 +511,7 @@ int main(int argc, char** argv) {
     const int64_t unit = int64_t{1} << pick(0, 4);
     random_pages(pick(1, 9), pick(1, 20), unit * pick(1, 40), unit);
   }
-  random_pages(60, 32, 2048, 16, 2);  // runs of several blocks, several threads on the CPU
+  random_pages(60, 64, 4096, 16, 2);  // runs of several blocks, several threads on the CPU
   random_pages(140001, 1, 2, 2);      // more copies and pages than a grid has in y and z
   expect(vector_calls > 0 && scalar_calls > 0, "one of the two access widths never ran");
   std::printf("CUDA kernels on the CPU: %d calls with 16-byte accesses, %d elementwise, %d failures\n",
