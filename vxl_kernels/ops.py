@@ -232,13 +232,15 @@ def _install_reference(key: str, device: str, reason: str) -> None:
         return call
 
     _library.impl("vst_attention", warned(_reference_attention), key)
+    if key == "CUDA" and _ext.has_cuda:
+        return  # the extension has registered its rope_append
     _library.impl("rope_append", warned(_reference_rope), key)
     _library.impl("rope_append_", warned(_reference_rope_), key)
 
 
 if _ext.extension is None:
     _install_reference("CPU", "CPU", f"extension not loaded: {_ext.reason_missing}")
-_install_reference("CUDA", "CUDA", "this version has no GPU kernels")
+_install_reference("CUDA", "CUDA", "this version has no attention kernels for GPUs")
 _library.impl("vst_attention_backward", _reference_attention_backward, "CUDA")
 if _ext.extension is None:
     _library.impl("vst_attention_backward", _reference_attention_backward, "CPU")

@@ -47,16 +47,7 @@ struct Paging {  // owns what PagedCache points to
          int64_t extra)
       : block_table(table.contiguous()), cache_lens(lens.contiguous()) {
     check_paging(block_table, cache_lens, k_cache, extra);
-    cache.k = k_cache.data_ptr();
-    cache.v = v_cache.data_ptr();
-    for (int i = 0; i < 3; ++i) {
-      cache.k_strides[i] = k_cache.stride(i);
-      cache.v_strides[i] = v_cache.stride(i);
-    }
-    cache.page_size = k_cache.size(1);
-    cache.block_table = block_table.const_data_ptr<int32_t>();
-    cache.block_table_stride = block_table.size(1);
-    cache.lens = cache_lens.const_data_ptr<int32_t>();
+    cache = paged_cache(k_cache, v_cache, block_table, cache_lens);
   }
 };
 
@@ -149,12 +140,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
-  check_shapes(q, k, v_in);
-  check_cache(k, k_cache, v_cache, block_table, cache_lens);
-  TORCH_CHECK_VALUE(inv_freq_in.dim() == 1 && 2 * inv_freq_in.size(0) == q.size(3) &&
-                        inv_freq_in.scalar_type() == at::kFloat,
-                    "inv_freq: got ", inv_freq_in.scalar_type(), " ", inv_freq_in.sizes(),
-                    ", expected float32 (head_dim / 2,)");
+  check_rope(q, k, v_in, k_cache, v_cache, block_table, cache_lens, inv_freq_in);
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
   set_call(p, q, k, v, layout);

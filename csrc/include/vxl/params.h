@@ -21,33 +21,41 @@ enum class DType : int32_t { f32, bf16, f16 };
 // Which row of a call is what. A call holds `chunks` chunks of `window` raw tokens
 // and vsts() VSTs each. `ratio == 0` means "no layout": one causal chunk of raw rows.
 // The Python twin with the documentation is vxl_kernels/layout.py.
-struct ChunkGeometry {
-  int64_t window = 0;
-  int64_t ratio = 0;
-  int64_t chunks = 1;
+template <typename Int>
+struct BasicGeometry {
+  Int window = 0;
+  Int ratio = 0;
+  Int chunks = 1;
   bool split = true;  // [all raw | all VST], else as published (interleaved)
 
-  VXL_ALWAYS_INLINE int64_t vsts() const { return ratio > 0 ? window / ratio : 0; }
-  VXL_ALWAYS_INLINE int64_t chunk_rows() const { return window + vsts(); }
-  VXL_ALWAYS_INLINE int64_t rows() const { return chunks * chunk_rows(); }
+  VXL_ALWAYS_INLINE Int vsts() const { return ratio > 0 ? window / ratio : 0; }
+  VXL_ALWAYS_INLINE Int chunk_rows() const { return window + vsts(); }
+  VXL_ALWAYS_INLINE Int rows() const { return chunks * chunk_rows(); }
 
   // VST index if the row at this position of a chunk is a VST, else -1.
-  VXL_ALWAYS_INLINE int64_t vst_at(int64_t position) const {
+  VXL_ALWAYS_INLINE Int vst_at(Int position) const {
     if (ratio == 0) return -1;
     return position % (ratio + 1) == ratio ? position / (ratio + 1) : -1;
   }
 
+  // Cache entry, behind those kept before the chunk, of the row at this position; -1 if it is
+  // dropped. Without a layout every row is kept.
+  VXL_ALWAYS_INLINE Int kept_at(Int position) const {
+    return ratio == 0 ? position : vst_at(position);
+  }
+
   // Storage row of the token at `position` of `chunk`.
-  VXL_ALWAYS_INLINE int64_t row_of(int64_t chunk, int64_t position) const {
+  VXL_ALWAYS_INLINE Int row_of(Int chunk, Int position) const {
     if (ratio == 0) return position;
     if (!split) return chunk * chunk_rows() + position;
-    const int64_t group = position / (ratio + 1);
+    const Int group = position / (ratio + 1);
     if (position - group * (ratio + 1) == ratio) {
       return chunks * window + chunk * vsts() + group;
     }
     return chunk * window + position - group;
   }
 };
+using ChunkGeometry = BasicGeometry<int64_t>;
 
 // (batch, rows, heads, head_dim), head_dim contiguous.
 struct RowTensor {
