@@ -1,0 +1,1 @@
+"""The Triton kernels. Nothing here is imported before one of them is called."""
