@@ -96,17 +96,22 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _attention(
-    arch: str, dtype: torch.dtype, head_dim: int, layout: list[int], rows: int, page_size: int | None
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    layout: list[int],
+    rows: int,
+    page_size: int | None,
 ) -> Iterator[Compilation]:
     rows = layout[2] * (layout[0] + layout[0] // layout[1]) if layout else rows
     q = _empty(1, rows, _HEADS, head_dim, dtype=dtype)
     k = _empty(1, rows, _KV_HEADS, head_dim, dtype=dtype)
-    cache: tuple = (None, None, None, None)
+    pages = table = lens = None
     if page_size is not None:
         pages = _empty(512, page_size, _KV_HEADS, head_dim, dtype=dtype)
         table = _empty(1, 256, dtype=torch.int32)
-        cache = (pages, pages, table, _empty(1, dtype=torch.int32))
-    planned, _, _ = launch.plan_attention(q, k, k, *cache, layout, 1.0, arch)
+        lens = _empty(1, dtype=torch.int32)
+    planned, _, _ = launch.plan_attention(q, k, k, pages, pages, table, lens, layout, 1.0, arch)
     for each in planned:
         tile, how = each.tile, [f"{_TYPES[dtype]} d{head_dim}"]
         if each.name == "merge":
@@ -138,9 +143,7 @@ def _rope(dtype: torch.dtype, layout: list[int]) -> Compilation:
     pages = _empty(512, 64, _KV_HEADS, 128, dtype=dtype)
     table, lens = _empty(1, 256, dtype=torch.int32), _empty(1, dtype=torch.int32)
     inv_freq = _empty(64, dtype=torch.float32)
-    planned = launch.plan_rope_append(
-        q, k, k, pages, pages, table, lens, layout, inv_freq, q, k
-    )
+    planned = launch.plan_rope_append(q, k, k, pages, pages, table, lens, layout, inv_freq, q, k)
     return compilation(planned, f"{_TYPES[dtype]} d128 {'chunk' if layout else 'plain'}", dtype)
 
 

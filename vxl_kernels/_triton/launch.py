@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import configs
+from . import architecture, configs
 from .decode import decode_kernel, merge_kernel
 from .linear import linear_kernel
 from .prefill import prefill_kernel
@@ -20,7 +20,6 @@ from .rope import rope_append_kernel
 
 __all__ = [
     "Launch",
-    "architecture",
     "plan_attention",
     "plan_linear",
     "plan_rope_append",
@@ -61,16 +60,6 @@ class Launch:
         )
 
 
-def architecture(device: torch.device) -> str:
-    """ "cuda:90", "hip:gfx942"; for the interpreter and meta tensors "cuda:80"."""
-    if device.type != "cuda":
-        return "cuda:80"
-    if torch.version.hip:
-        return "hip:" + torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{major}{minor}"
-
-
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -95,9 +84,10 @@ def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> st
     return "part" if block_n % page_size == 0 else "any"
 
 
-def _cache_arguments(k_cache, v_cache, block_table, cache_lens, config) -> tuple[dict, dict]:
+def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
     """Arguments and constexprs of the attention kernels' cache; all None without one."""
     names = ("k_cache_ptr", "v_cache_ptr", "block_table_ptr", "cache_lens_ptr")
+    k_cache, v_cache, block_table, _ = cache
     if k_cache is None or block_table.shape[1] == 0:
         strides = dict.fromkeys(
             ("kc_page", "kc_slot", "kc_head", "vc_page", "vc_slot", "vc_head"), 0
@@ -108,7 +98,7 @@ def _cache_arguments(k_cache, v_cache, block_table, cache_lens, config) -> tuple
     page_size, max_pages = k_cache.shape[1], block_table.shape[1]
     kc, vc = k_cache.stride(), v_cache.stride()
     arguments = {
-        **dict(zip(names, (k_cache, v_cache, block_table, cache_lens), strict=True)),
+        **dict(zip(names, cache, strict=True)),
         **dict(zip(("kc_page", "kc_slot", "kc_head"), kc[:3], strict=True)),
         **dict(zip(("vc_page", "vc_slot", "vc_head"), vc[:3], strict=True)),
         "page_size": page_size,
@@ -157,7 +147,7 @@ def plan_attention(
 
 def _shared(q, k, cache, config, arch) -> tuple[dict, dict]:
     """What prefill and decode take alike."""
-    arguments, constexprs = _cache_arguments(*cache, config)
+    arguments, constexprs = _cache_arguments(cache, config)
     head_dim = q.shape[3]
     constexprs = {
         "KV_HEADS": k.shape[2],
@@ -377,9 +367,11 @@ def plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out, arch=None) -
 
 def vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
     """Both weight sets in one launch."""
-    dense = [None if t is None else t.contiguous() for t in (weight, bias, vst_weight, vst_bias)]
+    weight, bias, vst_weight, vst_bias = (
+        None if t is None else t.contiguous() for t in (weight, bias, vst_weight, vst_bias)
+    )
     x = x if x.stride(2) == 1 else x.contiguous()
     out = torch.empty((*x.shape[:2], weight.shape[0]), dtype=x.dtype, device=x.device)
     if out.numel():
-        plan_linear(x, *dense, layout, out)()
+        plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out)()
     return out
