@@ -7,6 +7,7 @@ would be compiled and how often memory is read, which is how `catalog.py` and th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,8 +130,10 @@ def plan_attention(
     """
     arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
-    if scale < 0:  # the kernels take the largest product for the largest score
+    # The kernels take the largest product for the largest score, so scale has to be positive.
+    if scale < 0:
         q, scale = -q, -scale
+    scale = max(scale, 1e-30) * math.log2(math.e)
     block_table = None if block_table is None else block_table.contiguous()
     cache_lens = None if cache_lens is None else cache_lens.contiguous()
     group = heads // k.shape[2]
