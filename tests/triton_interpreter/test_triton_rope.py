@@ -55,7 +55,7 @@ def test_against_the_reference(shape, dtype):
     check(make_inputs((9, 0), page_size=4, dtype=dtype, **shape))
 
 
-@settings(max_examples=12, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
 @given(calls(dtypes=(torch.float32, torch.float16), even_head_dim=True))
 def test_random_calls(inputs):
     check(inputs)

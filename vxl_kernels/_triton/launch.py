@@ -179,7 +179,7 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, _) -> list[Laun
     config = configs.prefill_config(arch, _power_of_two(head_dim), q.element_size())
     arguments, constexprs = _shared(q, k, cache, config, arch)
     window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
-    constexprs["SPLIT"] = bool(split)
+    constexprs["SPLIT"] = split == 1
     constexprs["EDGE_N"] = config.edge_n
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
@@ -289,7 +289,7 @@ def plan_rope_append(
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": _power_of_two(head_dim // 2),
-        "SPLIT": bool(split),
+        "SPLIT": split == 1,
         "KEEP_ALL": not layout,
         "BLOCK_H": min(_power_of_two(heads), 32),
         "BLOCK_KV": _power_of_two(kv_heads),
@@ -352,7 +352,7 @@ def plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out, arch=None) -
     constexprs = {
         "OUT": weight.shape[0],
         "IN": features,
-        "SPLIT": bool(split),
+        "SPLIT": split == 1,
         "BIAS": bias is not None,
         "VST_BIAS": vst_bias is not None,
         "BLOCK_M": config.block_m,
