@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,31 @@ def test_an_unknown_architecture_is_refused():
 )  # fmt: skip
 def test_families(arch, family):
     assert configs.family(arch) == family
+
+
+# -- tuning ------------------------------------------------------------------------------------
+
+
+def test_a_tuned_file_is_used_where_it_was_made(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    entry = {configs.tuning_name(128, 2): [64, 32, 32, 4, 3]}
+    path.write_text(json.dumps({"GPU A, triton 3.9.0": entry}))
+    monkeypatch.setenv("VXL_TRITON_CONFIGS", str(path))
+    for key, block_m in (("GPU A, triton 3.9.0", 64), ("GPU B, triton 3.9.0", 128)):
+        monkeypatch.setattr(configs, "tuning_key", lambda key=key: key)
+        configs._tuned.cache_clear()
+        assert plan(ChunkLayout(1440, 8))[0].tile["rows"] == block_m
+    configs._tuned.cache_clear()
+
+
+def test_the_tuner_needs_a_gpu(capsys, tmp_path):
+    from vxl_kernels._triton import tune
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert tune.main([str(tmp_path / "a.json")]) == 1
+    assert "no GPU" in capsys.readouterr().err
+    assert len(tune.candidates(128, 2)) > 10
 
 
 # -- reasons -----------------------------------------------------------------------------------

@@ -15,7 +15,11 @@ needed: 64, for less masked waste and fewer registers.
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = [
     "ARCHITECTURES",
@@ -26,6 +30,8 @@ __all__ = [
     "linear_config",
     "prefill_config",
     "split_keys",
+    "tuning_key",
+    "tuning_name",
 ]
 
 # Families that have a table: what an architecture is compiled as when it has none of its own.
@@ -117,7 +123,29 @@ _PREFILL_32 = {
 }
 
 
+def tuning_key() -> str:
+    """What a tuned entry holds for: this GPU and this Triton."""
+    import torch
+    import triton
+
+    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+
+
+def tuning_name(block_d: int, itemsize: int) -> str:
+    return f"prefill head_dim {block_d}, {8 * itemsize} bit"
+
+
+@functools.cache
+def _tuned() -> dict[str, list[int]]:
+    """Entries of the file that VXL_TRITON_CONFIGS names (`tune.py` writes it); read once."""
+    path = os.environ.get("VXL_TRITON_CONFIGS")
+    return json.loads(Path(path).read_text()).get(tuning_key(), {}) if path else {}
+
+
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
+    tuned = _tuned().get(tuning_name(max(block_d, 64), itemsize))
+    if tuned is not None:
+        return AttentionConfig(*tuned)
     table = (_PREFILL_16 if itemsize == 2 else _PREFILL_32)[family(arch)]
     return table[max(block_d, 64)]
 

@@ -122,11 +122,12 @@ def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def plan_attention(
-    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale, arch=None
+    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale, arch=None, config=None
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """Launches of `vst_attention` in their order, and the tensors that they fill.
 
-    layout: `[window, ratio, chunks, split]`, or `[]` for plain rows.
+    layout: `[window, ratio, chunks, split]`, or `[]` for plain rows. arch, config: instead of
+    the device's own and of the table's.
     """
     arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
@@ -142,10 +143,16 @@ def plan_attention(
     q, k, v = (_dense_heads(x, 128) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_lens)
     each = configs.split_keys(rows * group) if not layout else None
-    plan = _plan_prefill if each is None else _plan_decode
     if 0 in (batch, rows):
         return [], out, lse
-    return plan(q, k, v, cache, layout, scale, out, lse, arch, each), out, lse
+    block_d, itemsize = _power_of_two(head_dim), q.element_size()
+    if each is None:
+        config = config or configs.prefill_config(arch, block_d, itemsize)
+        launches = _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config)
+    else:
+        config = config or configs.decode_config(arch, block_d, itemsize, rows * group)
+        launches = _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each)
+    return launches, out, lse
 
 
 def _shared(q, k, cache, config, arch) -> tuple[dict, dict]:
@@ -174,9 +181,8 @@ def _tile(config: configs.AttentionConfig, constexprs: dict) -> dict[str, int]:
     }
 
 
-def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, _) -> list[Launch]:
-    batch, rows, _, head_dim = q.shape
-    config = configs.prefill_config(arch, _power_of_two(head_dim), q.element_size())
+def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list[Launch]:
+    batch, rows = q.shape[:2]
     arguments, constexprs = _shared(q, k, cache, config, arch)
     window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
     constexprs["SPLIT"] = split == 1
@@ -201,10 +207,9 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, _) -> list[Laun
     ]
 
 
-def _plan_decode(q, k, v, cache, layout, scale, out, lse, arch, each) -> list[Launch]:
+def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[Launch]:
     batch, rows, heads, head_dim = q.shape
     lanes = rows * (heads // k.shape[2])
-    config = configs.decode_config(arch, _power_of_two(head_dim), q.element_size(), lanes)
     arguments, constexprs = _shared(q, k, cache, config, arch)
     constexprs["SPLIT_KEYS"] = each
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
