@@ -27,6 +27,7 @@ __all__ = [
     "LinearConfig",
     "decode_config",
     "family",
+    "has_tma",
     "linear_config",
     "prefill_config",
     "split_keys",
@@ -80,13 +81,13 @@ def _table(*entries: tuple[int, tuple[int, int, int, int, int]]) -> dict[int, At
 # By head_dim (up to this many, a power of two), for 16-bit types and for float32.
 _PREFILL_16 = {
     "cuda:80": _table(
-        (64, (128, 64, 64, 4, 3)),
-        (128, (128, 64, 64, 8, 3)),
+        (64, (128, 64, 64, 4, 2)),
+        (128, (128, 128, 32, 8, 2)),
         (256, (64, 64, 32, 8, 2)),
     ),
     "cuda:86": _table(
         (64, (128, 64, 64, 8, 2)),
-        (128, (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2)),
         (256, (64, 32, 32, 8, 2)),
     ),
     "cuda:90": _table(
@@ -140,6 +141,11 @@ def _tuned() -> dict[str, list[int]]:
     """Entries of the file that VXL_TRITON_CONFIGS names (`tune.py` writes it); read once."""
     path = os.environ.get("VXL_TRITON_CONFIGS")
     return json.loads(Path(path).read_text()).get(tuning_key(), {}) if path else {}
+
+
+def has_tma(arch: str) -> bool:
+    """Whether blocks of K and V may come by the copy engine: fewer registers and instructions."""
+    return family(arch) in ("cuda:90", "cuda:100")
 
 
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
