@@ -167,7 +167,9 @@ def plan_attention(
     group = heads // k.shape[2]
     out = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
-    q, k, v = (_dense_heads(x, 128) for x in (q, k, v))
+    # The kernels' offsets are 32 bits wide within a block of keys, interleaved within a chunk.
+    reach = 128 if not layout or layout[3] else layout[0] + layout[0] // layout[1]
+    q, k, v = (_dense_heads(x, reach) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_lens)
     each = configs.split_keys(rows * group) if not layout else None
     if 0 in (batch, rows):

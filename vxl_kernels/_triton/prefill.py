@@ -123,7 +123,9 @@ def prefill_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
-    raw_bound, vst_bound = visible_own(position, ratio)
+    # Positions once more, for few of the loops' registers: see the end.
+    lane = first_lane + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    raw_bound, vst_bound = visible_own(tl.minimum(lane, last_lane) // GROUP, ratio)
     raw_least, vst_least = visible_own(first_lane // GROUP, ratio)
     raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
     raw_full = raw_least // BLOCK_N

@@ -116,12 +116,13 @@ def own_offset(
 ):
     """Elements from the call's first row to own keys `start + offs_n`: int64 [N, 1]. In split
     order they follow one another, so what differs per key does not change from block to block."""
+    first = own_row(is_vst, start, chunk, window, ratio, chunks, SPLIT)
+    base = first.to(tl.int64) * row_stride
     if SPLIT:
-        row = own_row(is_vst, start, chunk, window, ratio, chunks, SPLIT)
-        return row.to(tl.int64) * row_stride + (offs_n * row_stride)[:, None]
-    else:
+        return base + (offs_n * row_stride)[:, None]
+    else:  # 32 bits within a chunk: half the registers
         rows = own_row(is_vst, start + offs_n, chunk, window, ratio, chunks, SPLIT)
-        return (rows.to(tl.int64) * row_stride)[:, None]
+        return base + ((rows - first) * row_stride)[:, None]
 
 
 @triton.jit
