@@ -86,4 +86,5 @@ def main() -> None:
         vst_linear(*(guard(torch.randn(s)) for s in shapes), layout, backend="triton")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from strategies import calls
 
 from vxl_kernels import ChunkLayout, ops, vst_attention
-from vxl_kernels._triton import launch
+from vxl_kernels._triton import configs, launch
 from vxl_kernels.testing import check_attention, make_inputs, poisoned_memory
 
 core = pytest.mark.triton_core  # also with the oldest Triton
@@ -57,6 +57,28 @@ def test_the_cases_take_every_branch():
     for kernel in ("prefill", "decode"):
         assert {b[2] for b in taken[kernel]} == {"whole", "part", "any"}
     assert {b[3] for b in taken["decode"]} == {True, False}
+
+
+@core
+@pytest.mark.parametrize(
+    "name", ["split, whole pages", "interleaved", "text", "one page a sequence", "split, no cache"]
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_the_copy_engine_brings_the_same(name, monkeypatch):
+    """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
+    cache = name in CASES
+    inputs = make_inputs(**CASES[name] | {"page_size": 64}) if name == "text" else call(name)
+    out, lse = attend(inputs, cache)
+    launches = []
+    plan = launch._plan_prefill
+    monkeypatch.setattr(configs, "has_tma", lambda arch: True)
+    monkeypatch.setattr(
+        launch, "_plan_prefill", lambda *args: launches.extend(plan(*args)) or launches
+    )
+    tma_out, tma_lse = attend(inputs, cache)
+    assert launches[0].constexprs["TMA"]
+    assert torch.equal(out, tma_out)
+    assert torch.equal(lse, tma_lse)
 
 
 @core
