@@ -35,7 +35,8 @@ class Limits:
     warp: int
     # -- throughput, per clock and SM --
     matrix_flops: dict[str, int]
-    """Dense 16-bit FLOP of each kind of matrix instruction; `peak` is the fastest one's."""
+    """Dense FLOP of each kind of matrix instruction: 16-bit ones, and behind a dot 32-bit ones,
+    which run at half the rate on tf32 [a100] [h100] [b200]."""
     slots: int
     """Instructions issued, in lanes: 4 schedulers x one warp instruction."""
     fma: int
@@ -56,16 +57,17 @@ class Limits:
     ctas: int
     tensor_memory_columns: int = 0
 
-    @property
-    def peak(self) -> int:
-        return max(self.matrix_flops.values())
+    def peak(self, dtype: str) -> int:
+        """FLOP per clock of the fastest matrix instruction for "bf16", "fp16" or "fp32"."""
+        wide = dtype == "fp32"
+        return max(n for kind, n in self.matrix_flops.items() if ("." in kind) == wide)
 
 
 LIMITS = {
     "cuda:80": Limits(
         name="sm_80",
         warp=32,
-        matrix_flops={"HMMA": 2048},  # [a100]
+        matrix_flops={"HMMA": 2048, "HMMA.TF32": 1024},  # [a100]
         slots=128,  # [a100] 4 sub-cores, one warp instruction a clock each
         fma=64,  # [guide] 32-bit add, multiply, multiply-add; 32-bit integer multiply-add
         alu=64,  # [guide] integer add, compare, minimum, maximum, shift, logic
@@ -86,7 +88,7 @@ LIMITS = {
         warp=32,
         # [h100]; warp-level mma.sync is measured at about 62 % of wgmma's rate (Luo et al.,
         # "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking", 2025)
-        matrix_flops={"HGMMA": 4096, "HMMA": 2540},
+        matrix_flops={"HGMMA": 4096, "HMMA": 2540, "HGMMA.TF32": 2048, "HMMA.TF32": 1270},
         slots=128,
         fma=128,  # [guide]
         alu=64,  # [guide]
@@ -105,7 +107,8 @@ LIMITS = {
     "cuda:100": Limits(
         name="sm_100",
         warp=32,
-        matrix_flops={"UTCHMMA": 8192, "HMMA": 2048},  # [b200]; HMMA [assumed]
+        # [b200]; HMMA [assumed]
+        matrix_flops={"UTCHMMA": 8192, "HMMA": 2048, "UTCHMMA.TF32": 4096, "HMMA.TF32": 1024},
         slots=128,
         fma=128,  # [guide]; FFMA2 and its kin hold the unit twice as long
         alu=64,  # [guide]
@@ -125,7 +128,7 @@ LIMITS = {
     "hip:gfx942": Limits(
         name="gfx942",
         warp=64,
-        matrix_flops={"MFMA": 2048},  # [cdna3]
+        matrix_flops={"MFMA": 2048, "MFMA.F32": 256, "MFMA.XF32": 1024},  # [cdna3]
         slots=64,  # [cdna3] every SIMD issues one vector instruction in 4 clocks
         fma=64,  # [cdna3]
         alu=64,

@@ -115,7 +115,9 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
     name = built.metadata.name
     if "amdgcn" in built.asm:
         text = built.asm["amdgcn"]
-        spills = 4 * _amd_number(text, "vgpr_spill_count") + 4 * _amd_number(text, "sgpr_spill_count")
+        spills = 4 * _amd_number(text, "vgpr_spill_count") + 4 * _amd_number(
+            text, "sgpr_spill_count"
+        )
         stack = _amd_number(text, "private_segment_fixed_size")
         return Compiled(
             read_amdgcn(text, name), text, "", built.metadata.num_warps,

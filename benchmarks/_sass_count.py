@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from _sass_parse import Instruction, ParseError
 
-__all__ = ["Counts", "count", "matrix_flops", "tensor_core_shapes"]
+__all__ = ["Counts", "Shape", "classify", "count", "matrix_flops", "tensor_core_shapes"]
 
 FMA = "fma"
 ALU = "alu"
@@ -76,6 +77,15 @@ _AMD = (
 )
 
 
+class Shape(NamedTuple):
+    """What a tcgen05 instruction multiplies: M x K by K x N; `element` bytes each."""
+
+    m: int
+    n: int
+    k: int
+    element: int = 2
+
+
 def classify(instruction: Instruction) -> str:
     if instruction.opcode[:1].isupper():
         base = instruction.base
@@ -88,12 +98,13 @@ def classify(instruction: Instruction) -> str:
 
 
 # -- FLOPs of matrix instructions, for one warp ---------------------------------------------------
-_HMMA = re.compile(r"^HMMA\.(\d+)\.F")
-_HMMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "884": (8, 8, 4)}
-_HGMMA = re.compile(r"^HGMMA\.(\d+)x(\d+)x(\d+)\.")
-_MFMA = re.compile(r"^v_mfma_f32_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_(bf16|f16)")
-_IDESC_USE = re.compile(r"tcgen05\.mma\.cta_group::1\.kind::f16\s+\[[^\]]+\],\s*\S+.*?,\s*(%r\d+),")
-_IDESC_MMA = re.compile(r"tcgen05\.mma\.")
+_HMMA = re.compile(r"^HMMA\.(\d+)\.F(?:16|32)(\.TF32)?")
+_HMMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
+_HGMMA = re.compile(r"^HGMMA\.(\d+)x(\d+)x(\d+)\.F(?:16|32)(\.TF32)?")
+_MFMA = re.compile(r"^v_mfma_f32_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_(bf16|f16|f32|xf32)")
+_IDESC_USE = re.compile(
+    r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)\s+\[[^\]]+\],\s*\S+.*?,\s*(%r\d+),"
+)
 
 
 def matrix_flops(instruction: Instruction) -> tuple[str, int]:
@@ -105,32 +116,37 @@ def matrix_flops(instruction: Instruction) -> tuple[str, int]:
         if found.group(1) not in _HMMA_SHAPES:
             raise ParseError(f"{opcode}: a shape that is not in the table")
         m, n, k = _HMMA_SHAPES[found.group(1)]
-        return "HMMA", 2 * m * n * k
+        return "HMMA" + (found.group(2) or ""), 2 * m * n * k
     if found := _HGMMA.match(opcode):
-        m, n, k = (int(g) for g in found.groups())
-        return "HGMMA", 2 * m * n * k // 4
+        m, n, k = (int(g) for g in found.groups()[:3])
+        return "HGMMA" + (found.group(4) or ""), 2 * m * n * k // 4
     if found := _MFMA.match(opcode):
         m, n, k = (int(g) for g in found.groups()[:3])
-        return "MFMA", 2 * m * n * k * int(found.group(4) or 1)
+        wide = {"f32": ".F32", "xf32": ".XF32"}.get(found.group(5), "")
+        return "MFMA" + wide, 2 * m * n * k * int(found.group(4) or 1)
     raise ParseError(f"{opcode}: a matrix instruction whose FLOPs are not known")
 
 
-def tensor_core_shapes(ptx: str) -> list[tuple[int, int, int]]:
-    """`(M, N, K)` of every `tcgen05.mma` of 16-bit floats, in the order of the text.
+def tensor_core_shapes(ptx: str) -> list[Shape]:
+    """The shape of every `tcgen05.mma`, in the order of the text.
 
-    The shape stands in the instruction descriptor (PTX ISA, "Instruction descriptor", kind::f16:
-    bits 17-22 hold N / 8, bits 24-28 M / 16; K is 16), which Triton moves from a constant."""
+    It stands in the instruction descriptor (PTX ISA, "Instruction descriptor", kinds f16 and
+    tf32: bits 17-22 hold N / 8, bits 24-28 M / 16; K is 32 bytes), which Triton moves from a
+    constant."""
     constants: dict[str, int] = {}
     shapes = []
     for line in ptx.splitlines():
         if move := re.search(r"mov\.[bu]32\s+(%r\d+),\s*(-?\d+);", line):
             constants[move.group(1)] = int(move.group(2))
-        elif _IDESC_MMA.search(line):
+        elif "tcgen05.mma." in line:
             use = _IDESC_USE.search(line)
-            if use is None or use.group(1) not in constants:
+            if use is None or use.group(2) not in constants:
                 raise ParseError(f"the shape of this instruction is not known: {line.strip()}")
-            descriptor = constants[use.group(1)]
-            shapes.append(((descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8, 16))
+            bits = constants[use.group(2)]
+            element = 2 if use.group(1) == "f16" else 4
+            shapes.append(
+                Shape((bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8, 32 // element, element)
+            )
     return shapes
 
 
@@ -152,19 +168,17 @@ def _access_bytes(instruction: Instruction, warp: int) -> int:
     return 0
 
 
-def _operand_bytes(instruction: Instruction, shape: tuple[int, int, int] | None) -> int:
+def _operand_bytes(instruction: Instruction, shape: Shape | None) -> int:
     """Shared memory that a wgmma or tcgen05 instruction reads, per warp for wgmma. B is always
     there; A only if its operand is a descriptor too."""
     operands = instruction.operands.split(",")
     if instruction.base == "HGMMA" and (found := _HGMMA.match(instruction.opcode)):
-        m, n, k = (int(g) for g in found.groups())
-        in_shared = sum("gdesc" in o for o in operands)
-        # one gdesc register pair names both operands where A is in shared memory too
-        both = "gdesc" in operands[1]
-        return (n * k * 2 + (m * k * 2 if both else 0)) // 4 if in_shared else 0
+        m, n = int(found.group(1)), int(found.group(2))
+        # K is 32 bytes of either type; one gdesc names both operands where A is in shared
+        # memory too
+        return (n + (m if "gdesc" in operands[1] else 0)) * 32 // 4
     if shape is not None:
-        m, n, k = shape
-        return n * k * 2 + (m * k * 2 if "gdesc" in operands[0] else 0)
+        return (shape.n + (shape.m if "gdesc" in operands[0] else 0)) * 32
     return 0
 
 
@@ -179,6 +193,7 @@ class Counts:
     cta_matrix_flops: Counter[str] = field(default_factory=Counter)
     double: int = 0
     shared_bytes: int = 0
+    async_bytes: int = 0
     cta_shared_bytes: int = 0
     tensor_memory_bytes: int = 0
 
@@ -190,6 +205,16 @@ class Counts:
     def other_instructions(self) -> int:
         """Everything but matrix instructions."""
         return self.instructions - self.classes[MATRIX]
+
+    def without(self, other: Counts) -> Counts:
+        """These counts less those of instructions that are jumped over. They are arithmetic:
+        no matrix instruction, no memory."""
+        return replace(
+            self,
+            classes=self.classes - other.classes,
+            opcodes=self.opcodes - other.opcodes,
+            double=self.double - other.double,
+        )
 
     @property
     def scalar_math(self) -> int:
@@ -206,11 +231,11 @@ def count(
     instructions: Iterable[Instruction],
     *,
     warp: int,
-    shapes: Sequence[tuple[int, int, int]] = (),
+    shapes: Sequence[Shape] = (),
 ) -> Counts:
     """Counts over instructions. `shapes` are those of the tcgen05 instructions among them."""
     result = Counts()
-    remaining: Iterator[tuple[int, int, int]] = iter(shapes)
+    remaining: Iterator[Shape] = iter(shapes)
     for instruction in instructions:
         name = classify(instruction)
         result.classes[name] += 1
@@ -221,9 +246,9 @@ def count(
             shape = next(remaining, None)
             if shape is None:
                 raise ParseError("more UTC*MMA instructions than shapes known for them")
-            m, n, k = shape
-            result.matrix["UTCHMMA"] += 1
-            result.cta_matrix_flops["UTCHMMA"] += 2 * m * n * k
+            kind = "UTCHMMA" + (".TF32" if shape.element == 4 else "")
+            result.matrix[kind] += 1
+            result.cta_matrix_flops[kind] += 2 * shape.m * shape.n * shape.k
             result.cta_shared_bytes += _operand_bytes(instruction, shape)
         elif name == MATRIX:
             kind, flops = matrix_flops(instruction)
@@ -232,6 +257,7 @@ def count(
             result.shared_bytes += _operand_bytes(instruction, None)
         elif name == TMEM and instruction.base in ("LDTM", "STTM"):
             result.tensor_memory_bytes += _tmem_bytes(instruction, warp)
-        elif name in (SHARED, ASYNC):
+        elif name in (SHARED, ASYNC, LOCAL):
             result.shared_bytes += _access_bytes(instruction, warp)
+            result.async_bytes += _access_bytes(instruction, warp) * (name == ASYNC)
     return result

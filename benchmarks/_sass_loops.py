@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from _sass_count import MATRIX, Counts, classify, count
+from _sass_count import MATRIX, Counts, Shape, classify, count
 from _sass_parse import Function, Instruction, Loop, ParseError
 
 __all__ = ["TileLoop", "full_tile_loops", "tile_flops"]
@@ -28,7 +28,8 @@ __all__ = ["TileLoop", "full_tile_loops", "tile_flops"]
 
 @dataclass(frozen=True)
 class TileLoop:
-    """`tiles` per iteration; `counts` are those of one iteration; `warps` of a block run it."""
+    """`tiles` per iteration; `counts` are those of one iteration with every branch taken; `warps`
+    of a block run it."""
 
     loop: Loop
     counts: Counts
@@ -36,6 +37,8 @@ class TileLoop:
     warps: int
     masks: int
     instructions: list[Instruction]
+    skipped: Counts
+    """What a branch leaves out while the running maximum stands: see `_rescaling`."""
 
 
 def tile_flops(tile: Mapping[str, int]) -> int:
@@ -78,9 +81,25 @@ def _body(function: Function, loop: Loop, loops: Sequence[Loop]) -> list[int]:
     return sorted(loop.blocks - waiting)
 
 
-def _shapes_in(
-    function: Function, blocks: Sequence[int], shapes: Sequence[tuple[int, int, int]]
-) -> list[tuple[int, int, int]]:
+def _rescaling(function: Function, blocks: Sequence[int]) -> list[int]:
+    """The blocks that a warp jumps over unless the accumulator has to be rescaled: an `if` with
+    no `else` whose body is 16 or more multiplications and next to nothing else."""
+    found = []
+    for b in blocks:
+        block = function.blocks[b]
+        multiplies = sum(i.base in ("FMUL", "FMUL2") for i in block.instructions)
+        before = [p for p in blocks if b in function.blocks[p].successors]
+        if (
+            multiplies >= 16
+            and multiplies >= 0.9 * len(block.instructions)
+            and len(before) == len(block.successors) == 1
+            and block.successors[0] in function.blocks[before[0]].successors
+        ):
+            found.append(b)
+    return found
+
+
+def _shapes_in(function: Function, blocks: Sequence[int], shapes: Sequence[Shape]) -> list[Shape]:
     """The tcgen05 shapes of these blocks: the text of PTX and of SASS has the same order."""
     total = [
         (b, i)
@@ -96,15 +115,42 @@ def _shapes_in(
     return [shape for (b, _), shape in zip(total, shapes, strict=True) if b in chosen]
 
 
+def _tiles(
+    name: str, counts: Counts, tile: Mapping[str, int], wanted: int, warps: int, element: int
+) -> int:
+    """Tiles in an iteration, by FLOPs and, where the threads copy K and V, by bytes as well:
+    warps that repeat one another's products would else look like more tiles."""
+    flops = sum(counts.matrix_flops.values()) * warps + sum(counts.cta_matrix_flops.values())
+    tiles, rest = divmod(flops, wanted)
+    if rest or not tiles:
+        raise ParseError(
+            f"{name}: a loop does {flops} matrix FLOP an iteration, which is no multiple of the "
+            f"tile's {wanted}: warps repeat one another's work, or the tile is wrong"
+        )
+    copied = counts.async_bytes * warps
+    if "keys" in tile and copied:
+        fetched = copied / (tile["keys"] * tile["head_dim"] * 2 * element)
+        if fetched != tiles:
+            raise ParseError(
+                f"{name}: a loop does the FLOPs of {tiles} tiles an iteration and copies the keys "
+                f"of {fetched:g}: warps repeat one another's work, or the tile is wrong"
+            )
+    return tiles
+
+
 def full_tile_loops(
     function: Function,
     tile: Mapping[str, int],
     *,
     warp: int,
     warps: int,
-    shapes: Sequence[tuple[int, int, int]] = (),
+    shapes: Sequence[Shape] = (),
+    passes: int = 1,
+    element: int = 2,
 ) -> list[TileLoop]:
-    """The loops over full tiles of a kernel whose blocks have `warps` warps.
+    """The loops over full tiles of a kernel whose blocks have `warps` warps. `passes` is how many
+    products of the matrix unit make one (3 of tf32 for one of float32), `element` the bytes of
+    a key's number.
 
     Raises:
         ParseError: no loop with matrix instructions, FLOPs that are no whole number of tiles, or
@@ -117,23 +163,18 @@ def full_tile_loops(
         instructions = function.instructions(blocks)
         counts = count(instructions, warp=warp, shapes=_shapes_in(function, blocks, shapes))
         selects, compares = _mask_work(instructions)
-        found.append((loop, counts, selects, compares, instructions))
+        skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)
+        found.append((loop, counts, selects, compares, instructions, skipped))
     if not found:
         raise ParseError(f"{function.name}: no loop with matrix instructions")
 
-    wanted = tile_flops(tile)
+    wanted = tile_flops(tile) * passes
     threads = warps * warp
     result = []
-    for loop, counts, selects, compares, instructions in found:
-        flops = sum(counts.matrix_flops.values()) * warps + sum(counts.cta_matrix_flops.values())
-        tiles, rest = divmod(flops, wanted)
-        if rest or not tiles:
-            raise ParseError(
-                f"{function.name}: a loop does {flops} matrix FLOP an iteration, which is no "
-                f"multiple of the tile's {wanted}"
-            )
+    for loop, counts, selects, compares, instructions, skipped in found:
+        tiles = _tiles(function.name, counts, tile, wanted, warps, element)
         scores = tiles * tile["rows"] * tile["keys"] / threads if "keys" in tile else 0
-        body = TileLoop(loop, counts, tiles, warps, selects + compares, instructions)
+        body = TileLoop(loop, counts, tiles, warps, selects + compares, instructions, skipped)
         result.append((body, scores, compares))
     if "keys" not in tile:
         return [entry[0] for entry in result]

@@ -13,15 +13,14 @@ one architecture; it does not predict a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from _gpu_limits import LIMITS, Limits
 from _sass_compile import Compiled, Kernel
 from _sass_count import ALU, FMA, MUFU, SHUFFLE, Counts, tensor_core_shapes
 from _sass_loops import TileLoop, full_tile_loops
 
-__all__ = ["Cycles", "Report", "ctas_per_sm", "cycles", "kv_bytes_per_row", "report"]
+__all__ = ["Cycles", "Measured", "ctas_per_sm", "cycles", "kv_bytes_per_output", "measure"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,12 @@ class Cycles:
     @property
     def bound(self) -> str:
         """The unit that a perfect overlap would wait for."""
-        every = {"matrix": self.matrix, "issue": self.issue, "mufu": self.mufu, "memory": self.memory}
+        every = {
+            "matrix": self.matrix,
+            "issue": self.issue,
+            "mufu": self.mufu,
+            "memory": self.memory,
+        }
         return max(every, key=lambda unit: every[unit])
 
     def share(self, flops: float, peak: float) -> float:
@@ -103,34 +107,60 @@ def ctas_per_sm(
     return fit[least], least
 
 
-def kv_bytes_per_row(tile: Mapping[str, int], element: int = 2) -> float | None:
-    """Bytes of K and V that a block fetches per key and row of output (one query head of one
-    token). A tile's rows share what it fetches, whichever heads they are of."""
-    if "keys" not in tile:
-        return None
-    return 2 * tile["head_dim"] * element / tile["rows"]
+def kv_bytes_per_output(
+    rows: int, heads: int, kv_heads: int, tile_rows: int, bytes_per_key: int
+) -> tuple[float, float]:
+    """Bytes of K and V fetched per key and output row (one query head of one token): `(heads of a
+    KV head packed into the tile, one head a tile)`, from the number of blocks a launch has."""
+    group = heads // kv_heads
+    packed = -(-rows * group // tile_rows) * kv_heads
+    single = -(-rows // tile_rows) * heads
+    return packed * bytes_per_key / (rows * heads), single * bytes_per_key / (rows * heads)
 
 
 @dataclass(frozen=True)
-class Report:
-    """One line of the table. The cycles and counts are those of the worst full loop; None where
-    the kernel has no product."""
+class Measured:
+    """One kernel in one configuration, measured: a line of the table, plain data only.
 
-    kernel: Kernel
-    arch: str
-    compiled: Compiled
-    ctas: int
-    limited_by: str
-    loop: TileLoop | None
-    loops: int
-    time: Cycles | None
-    flops: int
-    share: float | None
-    overlapped: float | None
-    instructions_per_mflop: float | None
+    Cycles, counts and FLOPs are those of one tile of the worst full loop, for a whole block;
+    None where the kernel has no product. `share_of_peak` is the no-overlap share while the
+    running maximum stands, `share_rescaling` that of a tile in which every branch is taken: the
+    same number unless the kernel branches around the rescaling of its accumulator.
+    """
+
+    kernel: str
+    config: str
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ctas_per_sm: int
+    mma_flops: int | None = None
+    mma_cycles: float | None = None
+    issue_cycles: float | None = None
+    mufu_cycles: float | None = None
+    bound: str | None = None
+    share_of_peak: float | None = None
+    baseline: float | None = None
+    # -- beyond what the file format asks for --
+    share_rescaling: float | None = None
+    share_overlapped: float | None = None
+    memory_cycles: float | None = None
+    instructions_per_mflop: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    matrix: dict[str, int] = field(default_factory=dict)
+    full_loops: int = 0
+    tiles_per_iteration: int = 0
+    ctas_limited_by: str = ""
+    tile: dict[str, int] = field(default_factory=dict)
+    head_dim: int = 0
+    dtype: str = ""
+    dots: int = 0
+    compile_seconds: float = 0.0
+    error: str = ""
 
 
-def report(kernel: Kernel, arch: str, compiled: Compiled) -> Report:
+def measure(kernel: Kernel, arch: str, compiled: Compiled) -> Measured:
     """Measures one compiled kernel.
 
     Raises:
@@ -145,23 +175,63 @@ def report(kernel: Kernel, arch: str, compiled: Compiled) -> Report:
         shared_bytes=compiled.shared_bytes,
         tensor_memory_columns=compiled.tensor_memory_columns,
     )
+    row = Measured(
+        kernel=kernel.kernel,
+        config=kernel.config,
+        target=limits.name,
+        registers=compiled.registers,
+        spill_bytes=compiled.spill_bytes,
+        shared_bytes=compiled.shared_bytes,
+        ctas_per_sm=ctas,
+        ctas_limited_by=limited_by,
+        tile=dict(kernel.tile),
+        head_dim=kernel.head_dim,
+        dtype=kernel.dtype,
+        dots=compiled.dots,
+        compile_seconds=compiled.seconds,
+    )
     if not compiled.dots:
-        return Report(
-            kernel, arch, compiled, ctas, limited_by, None, 0, None, 0, None, None, None
-        )  # fmt: skip
+        return row
     shapes = tensor_core_shapes(compiled.ptx) if compiled.ptx else []
     loops = full_tile_loops(
-        compiled.function, kernel.tile, warp=limits.warp, warps=compiled.warps, shapes=shapes
+        compiled.function,
+        kernel.tile,
+        warp=limits.warp,
+        warps=compiled.warps,
+        shapes=shapes,
+        passes=3 if "tf32x3" in kernel.constexprs.values() else 1,
+        element=4 if kernel.dtype == "fp32" else 2,
     )
-    lines = []
-    for loop in loops:
-        per_warp = sum(loop.counts.matrix_flops.values()) * loop.warps
-        flops = (per_warp + sum(loop.counts.cta_matrix_flops.values())) // loop.tiles
-        time = cycles(loop.counts, limits, warps=loop.warps, tiles=loop.tiles)
-        other = loop.counts.other_instructions * loop.warps / loop.tiles
-        lines.append((time.share(flops, limits.peak), loop, time, flops, other / flops * 1e6))
-    share, loop, time, flops, per_mflop = min(lines, key=lambda line: line[0])
-    return Report(
-        kernel, arch, compiled, ctas, limited_by, loop, len(loops), time, flops, share,
-        time.share_overlapped(flops, limits.peak), max(line[4] for line in lines),
-    )  # fmt: skip
+    rows = [_measure_loop(row, loop, limits) for loop in loops]
+    worst = min(rows, key=lambda r: r.share_of_peak or 0.0)
+    return replace(
+        worst,
+        full_loops=len(loops),
+        instructions_per_mflop=max(r.instructions_per_mflop or 0.0 for r in rows),
+    )
+
+
+def _measure_loop(row: Measured, loop: TileLoop, limits: Limits) -> Measured:
+    per_block = sum(loop.counts.matrix_flops.values()) * loop.warps
+    flops = (per_block + sum(loop.counts.cta_matrix_flops.values())) // loop.tiles
+    peak = limits.peak(row.dtype)
+    steady = loop.counts.without(loop.skipped)
+    time = cycles(steady, limits, warps=loop.warps, tiles=loop.tiles)
+    every = cycles(loop.counts, limits, warps=loop.warps, tiles=loop.tiles)
+    other = steady.other_instructions * loop.warps / loop.tiles
+    return replace(
+        row,
+        mma_flops=flops,
+        mma_cycles=time.matrix,
+        issue_cycles=time.issue,
+        mufu_cycles=time.mufu,
+        memory_cycles=time.memory,
+        bound=time.bound,
+        share_of_peak=time.share(flops, peak),
+        share_rescaling=every.share(flops, peak),
+        share_overlapped=time.share_overlapped(flops, peak),
+        instructions_per_mflop=other / flops * 1e6,
+        counts=dict(steady.classes),
+        matrix=dict(loop.counts.matrix),
+        tiles_per_iteration=loop.tiles,
+    )
