@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from . import _ext
+from . import _ext, _triton
 from .layout import ChunkLayout
 
 __all__ = ["layout_from_ints", "layout_to_ints"]
@@ -36,6 +36,11 @@ SCHEMAS = {
         "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) -> ()"
     ),
     "vst_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
+        "int[] layout) -> Tensor"
+    ),
+    # The same in one launch over both weight sets; without a gradient, for inference.
+    "vst_linear_one_launch": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
         "int[] layout) -> Tensor"
     ),
@@ -86,10 +91,30 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return None
 
 
+@torch.library.register_fake("vxl::vst_linear_one_launch", lib=_library)
+def _(x, weight, bias, vst_weight, vst_bias, layout):
+    return x.new_empty((*x.shape[:2], weight.shape[0]))
+
+
 # -- vst_linear: two dense products, the same on every device -----------------------------
 
 
+def _one_launch_is_better(x, weight, bias, vst_weight, vst_bias, layout) -> bool:
+    """On a GPU, in inference, where all tiles of both products fit the GPU at once. Two products
+    are two rounds then, each as long as one tile takes; with more tiles than that, the library's
+    faster product wins. Modelled, not measured: `_triton.configs.one_wave`."""
+    if x.device.type != "cuda" or not layout:
+        return False
+    tensors = (x, weight, bias, vst_weight, vst_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return _triton.one_wave(x, weight, layout) and not _triton.reasons(x)
+
+
 def _vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
+    if _one_launch_is_better(x, weight, bias, vst_weight, vst_bias, layout):
+        args = (x, weight, bias, vst_weight, vst_bias, layout)
+        return torch.ops.vxl.vst_linear_one_launch(*args)
     shape = layout_from_ints(layout)
     linear = torch.nn.functional.linear
     if shape is None:
@@ -170,6 +195,13 @@ def _reference_attention_backward(
     return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
 
 
+_REFERENCE = {
+    "vst_attention": _reference_attention,
+    "rope_append": _reference_rope,
+    "rope_append_": _reference_rope_,
+}
+
+
 def _install_reference(key: str, device: str, reason: str) -> None:
     def warned(fn):
         def call(*args):
@@ -178,14 +210,43 @@ def _install_reference(key: str, device: str, reason: str) -> None:
 
         return call
 
-    _library.impl("vst_attention", warned(_reference_attention), key)
-    _library.impl("rope_append", warned(_reference_rope), key)
-    _library.impl("rope_append_", warned(_reference_rope_), key)
+    for name, fn in _REFERENCE.items():
+        _library.impl(name, warned(fn), key)
+
+
+# Which arguments an op of `_REFERENCE` writes.
+_WRITTEN = {"vst_attention": (), "rope_append": (3, 4), "rope_append_": (0, 1, 3, 4)}
+
+
+def _install_triton(name: str) -> None:
+    """The Triton kernel under the CUDA key, looked up when it is called."""
+
+    def call(*args):
+        reasons = _triton.reasons(args[0])
+        if reasons:
+            _warn_once("CUDA", "; ".join(reasons))
+            return _REFERENCE[name](*args)
+        with torch.cuda.device(args[0].device):
+            result = getattr(_triton.kernels(), name)(*args)
+        if _WRITTEN[name]:
+            torch.autograd.graph.increment_version([args[i] for i in _WRITTEN[name]])
+        return result
+
+    _library.impl(name, call, "CUDA")
 
 
 if _ext.extension is None:
     _install_reference("CPU", "CPU", f"extension not loaded: {_ext.reason_missing}")
-_install_reference("CUDA", "CUDA", "this version has no GPU kernels")
+for _name in _REFERENCE:
+    _install_triton(_name)
+
+
+def _triton_linear(x, *args):
+    with torch.cuda.device(x.device):
+        return _triton.kernels().vst_linear(x, *args)
+
+
+_library.impl("vst_linear_one_launch", _triton_linear, "CUDA")
 for _key in ("CPU", "CUDA"):
     _library.impl("vst_attention_backward", _reference_attention_backward, _key)
 

@@ -1,0 +1,145 @@
+"""Tile shapes, warps and stages, per architecture. Nothing is tuned at import or in a call:
+`tune.py` can be asked to, and writes a file that is read here.
+
+How they were chosen: compiled for each target and read as machine code, for 0 spilled bytes and
+few instructions beside the matrix ones in the loop of unmasked tiles. For prefill at head_dim
+128, bf16, instructions of a warp per 128 x 64 scores:
+
+    sm_90   128 x 128, 8 warps: 290   128 x 64: 374       64 rows or 4 warps: spills
+    sm_80   128 x 64, 8 warps: 417    128 x 128 or 4 warps: spills inside the loop
+    sm_100  128 x 128, 8 warps: 258   128 x 64: 367       4 warps: spills
+
+A wider block of keys rescales the accumulator less often. EDGE_N is the block where masks are
+needed: 64, for less masked waste and fewer registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "ARCHITECTURES",
+    "AttentionConfig",
+    "LinearConfig",
+    "decode_config",
+    "family",
+    "linear_config",
+    "prefill_config",
+    "split_keys",
+]
+
+# Families that have a table: what an architecture is compiled as when it has none of its own.
+# "cuda:86" stands for GPUs with 100 KiB of shared memory (RTX 30, 40 and 50).
+ARCHITECTURES = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """BLOCK_M lanes (rows x heads) against blocks of BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    edge_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+def family(arch: str) -> str:
+    """The table's name for "cuda:<major><minor>" or "hip:<gfx name>"."""
+    kind, _, name = arch.partition(":")
+    if kind == "hip":
+        return "hip:gfx942"
+    capability = int(name)
+    if capability in (80, 87) or capability < 80:
+        return "cuda:80"
+    if capability < 90 or capability >= 120:
+        return "cuda:86"
+    return "cuda:90" if capability < 100 else "cuda:100"
+
+
+def _table(*entries: tuple[int, tuple[int, int, int, int, int]]) -> dict[int, AttentionConfig]:
+    return {block_d: AttentionConfig(*values) for block_d, values in entries}
+
+
+# By head_dim (up to this many, a power of two), for 16-bit types and for float32.
+_PREFILL_16 = {
+    "cuda:80": _table(
+        (64, (128, 64, 64, 4, 3)),
+        (128, (128, 64, 64, 8, 3)),
+        (256, (64, 32, 32, 4, 2)),
+    ),
+    "cuda:86": _table(
+        (64, (128, 64, 64, 4, 2)),
+        (128, (128, 64, 64, 8, 2)),
+        (256, (64, 32, 32, 4, 2)),
+    ),
+    "cuda:90": _table(
+        (64, (128, 128, 64, 8, 3)),
+        (128, (128, 128, 64, 8, 2)),
+        (256, (128, 64, 32, 8, 2)),
+    ),
+    "cuda:100": _table(
+        (64, (128, 128, 64, 8, 3)),
+        (128, (128, 128, 64, 8, 2)),
+        (256, (128, 64, 32, 8, 2)),
+    ),
+    "hip:gfx942": _table(
+        (64, (128, 64, 64, 4, 2)),
+        (128, (128, 64, 64, 4, 2)),
+        (256, (64, 32, 32, 4, 2)),
+    ),
+}
+# float32 counts on three tf32 products for one: registers decide, so tiles are small.
+_PREFILL_32 = {
+    name: _table((64, (64, 32, 32, 4, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1)))
+    for name in ARCHITECTURES
+}
+
+
+def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
+    table = (_PREFILL_16 if itemsize == 2 else _PREFILL_32)[family(arch)]
+    return table[max(block_d, 64)]
+
+
+def split_keys(lanes: int) -> int | None:
+    """Cache entries of a split, from `lanes` = rows x heads of a KV head; None where rows fill
+    the GPU by themselves. It depends on nothing else: not on batch or lengths.
+
+    At 8100 cached tokens and 4 KV heads, 256 entries make 128 programs for the 132 SMs of an
+    H100, each reading 128 KiB (bf16, head_dim 128). With more rows a program does more work on
+    its keys, and its parts cost more to write and merge.
+    """
+    if lanes <= 64:
+        return 256
+    return 1024 if lanes <= 512 else None
+
+
+def decode_config(arch: str, block_d: int, itemsize: int, lanes: int) -> AttentionConfig:
+    """Decode waits for memory: the tile is what the matrix instruction needs at least, and the
+    stages keep several blocks of K and V in flight."""
+    block_m = 16 if lanes <= 16 else 32 if lanes <= 32 else 64
+    block_n = 64 if block_d * itemsize <= 256 else 32 if block_d * itemsize <= 512 else 16
+    stages = 2 if family(arch) in ("cuda:86", "hip:gfx942") or block_d * itemsize > 256 else 3
+    return AttentionConfig(block_m, block_n, block_n, 4, stages)
+
+
+def linear_config(arch: str, itemsize: int) -> LinearConfig:
+    if itemsize == 4:
+        return LinearConfig(64, 64, 32, 8, 4, 2)
+    return {
+        "cuda:80": LinearConfig(128, 128, 32, 8, 4, 4),
+        "cuda:86": LinearConfig(128, 128, 32, 8, 4, 3),
+        "cuda:90": LinearConfig(128, 256, 64, 8, 8, 3),
+        "cuda:100": LinearConfig(128, 256, 64, 8, 8, 3),
+        "hip:gfx942": LinearConfig(128, 128, 64, 8, 4, 2),
+    }[family(arch)]
