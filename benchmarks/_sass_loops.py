@@ -4,13 +4,15 @@ How it is told from the others, in this order:
 
 1. A *matrix loop* holds matrix instructions and no smaller loop that does. (Loops that wait on a
    barrier sit inside it, as loops of two instructions; they are left out of the counts.)
-2. Its FLOPs are those of a whole number of tiles: 4 * rows * keys * head_dim per tile of
-   attention, 2 * m * n * k of a product. Anything else is an error, since then either the
-   parser or the tile is wrong.
-3. A loop over *masked* tiles compares and selects once per score: each thread holds
-   rows * keys / threads of them. Loops with fewer than half as many integer comparisons or
-   selects beyond the leanest loop are full. The leanest must itself have fewer compares than
-   half its scores, or there is no full loop, which is an error.
+2. A loop over *masked* tiles compares integers and selects about once per score. A loop's FLOPs say
+   how many scores that is: FLOPs / (4 * head_dim) for the block, of which a thread has its part.
+   From 0.4 comparisons and 0.75 selects per score on, a loop is masked. (Some comparisons are
+   shared by several scores, and some selects serve other ends: rounding to bf16 on AMD, wrapping
+   the buffers of a pipeline.)
+3. The FLOPs of what is left must be those of a whole number of tiles, 4 * rows * keys * head_dim
+   each, or 2 * m * n * k of a product; else warps repeat one another's work or the parser is
+   wrong, which is an error. No full loop at all is an error too. (Exempt is float32, which is
+   made of several tf32 products.)
 
 Several full loops (cache, chunk) are all returned; the table shows the worst of them.
 """
@@ -35,8 +37,6 @@ class TileLoop:
     counts: Counts
     tiles: int
     warps: int
-    masks: int
-    instructions: list[Instruction]
     skipped: Counts
     """What a branch leaves out while the running maximum stands: see `_rescaling`."""
 
@@ -115,12 +115,14 @@ def _shapes_in(function: Function, blocks: Sequence[int], shapes: Sequence[Shape
     return [shape for (b, _), shape in zip(total, shapes, strict=True) if b in chosen]
 
 
-def _tiles(
-    name: str, counts: Counts, tile: Mapping[str, int], wanted: int, warps: int, element: int
-) -> int:
+def _flops(counts: Counts, warps: int) -> int:
+    return sum(counts.matrix_flops.values()) * warps + sum(counts.cta_matrix_flops.values())
+
+
+def _tiles(name: str, counts: Counts, tile: Mapping[str, int], warps: int, element: int) -> int:
     """Tiles in an iteration, by FLOPs and, where the threads copy K and V, by bytes as well:
     warps that repeat one another's products would else look like more tiles."""
-    flops = sum(counts.matrix_flops.values()) * warps + sum(counts.cta_matrix_flops.values())
+    flops, wanted = _flops(counts, warps), tile_flops(tile)
     tiles, rest = divmod(flops, wanted)
     if rest or not tiles:
         raise ParseError(
@@ -145,46 +147,33 @@ def full_tile_loops(
     warp: int,
     warps: int,
     shapes: Sequence[Shape] = (),
-    passes: int = 1,
     element: int = 2,
 ) -> list[TileLoop]:
-    """The loops over full tiles of a kernel whose blocks have `warps` warps. `passes` is how many
-    products of the matrix unit make one (3 of tf32 for one of float32), `element` the bytes of
-    a key's number.
+    """The loops over full tiles of a kernel whose blocks have `warps` warps. `element`: the bytes
+    of a key's number.
 
     Raises:
         ParseError: no loop with matrix instructions, FLOPs that are no whole number of tiles, or
             nothing but masked loops.
     """
     every = function.loops()
-    found = []
+    full = []
+    seen = 0
     for loop in _matrix_loops(function):
+        seen += 1
         blocks = _body(function, loop, every)
         instructions = function.instructions(blocks)
         counts = count(instructions, warp=warp, shapes=_shapes_in(function, blocks, shapes))
         selects, compares = _mask_work(instructions)
+        if "keys" in tile:
+            scores = _flops(counts, warps) / (4 * tile["head_dim"]) / (warps * warp)
+            if compares >= 0.4 * scores and selects >= 0.75 * scores:
+                continue
+        tiles = _tiles(function.name, counts, tile, warps, element) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)
-        found.append((loop, counts, selects, compares, instructions, skipped))
-    if not found:
+        full.append(TileLoop(loop, counts, tiles, warps, skipped))
+    if not seen:
         raise ParseError(f"{function.name}: no loop with matrix instructions")
-
-    wanted = tile_flops(tile) * passes
-    threads = warps * warp
-    result = []
-    for loop, counts, selects, compares, instructions, skipped in found:
-        tiles = _tiles(function.name, counts, tile, wanted, warps, element)
-        scores = tiles * tile["rows"] * tile["keys"] / threads if "keys" in tile else 0
-        body = TileLoop(loop, counts, tiles, warps, selects + compares, instructions, skipped)
-        result.append((body, scores, compares))
-    if "keys" not in tile:
-        return [entry[0] for entry in result]
-    leanest = min(entry[0].masks / entry[0].tiles for entry in result)
-    full = [
-        entry
-        for entry in result
-        if entry[0].masks / entry[0].tiles <= leanest + 0.5 * entry[1] / entry[0].tiles
-        and entry[2] < 0.5 * entry[1]
-    ]
     if not full:
         raise ParseError(f"{function.name}: every loop compares and selects once per score")
-    return [entry[0] for entry in full]
+    return full

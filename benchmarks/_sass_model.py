@@ -199,7 +199,6 @@ def measure(kernel: Kernel, arch: str, compiled: Compiled) -> Measured:
         warp=limits.warp,
         warps=compiled.warps,
         shapes=shapes,
-        passes=3 if "tf32x3" in kernel.constexprs.values() else 1,
         element=4 if kernel.dtype == "fp32" else 2,
     )
     rows = [_measure_loop(row, loop, limits) for loop in loops]
