@@ -6,13 +6,14 @@ How it is told from the others, in this order:
    barrier sit inside it, as loops of two instructions; they are left out of the counts.)
 2. A loop over *masked* tiles compares integers and selects about once per score. A loop's FLOPs say
    how many scores that is: FLOPs / (4 * head_dim) for the block, of which a thread has its part.
-   From 0.4 comparisons and 0.75 selects per score on, a loop is masked. (Some comparisons are
-   shared by several scores, and some selects serve other ends: rounding to bf16 on AMD, wrapping
-   the buffers of a pipeline.)
-3. The FLOPs of what is left must be those of a whole number of tiles, 4 * rows * keys * head_dim
-   each, or 2 * m * n * k of a product; else warps repeat one another's work or the parser is
-   wrong, which is an error. No full loop at all is an error too. (Exempt is float32, which is
-   made of several tf32 products.)
+   From 0.15 comparisons and 0.75 selects per score on, a loop is masked. (A comparison of a key's
+   number alone serves all rows of a thread, and some selects serve other ends: rounding to bf16
+   on AMD, wrapping the buffers of a pipeline.) A kernel of fewer than 64 rows waits for memory:
+   if all its loops are masked, they are taken.
+3. What is left must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or 2 * m * n * k
+   of a product; fewer is an error, and so is no full loop at all. More than the tiles have is work
+   that warps do twice, which counts as time, not as use. (float32 is several tf32 products for
+   one: there the FLOPs done are taken for useful.)
 
 Several full loops (cache, chunk) are all returned; the table shows the worst of them.
 """
@@ -39,6 +40,10 @@ class TileLoop:
     warps: int
     skipped: Counts
     """What a branch leaves out while the running maximum stands: see `_rescaling`."""
+    useful_flops: int
+    """Those of the tiles, per iteration."""
+    repeated: float
+    """Matrix FLOPs done over useful ones: above 1 where warps repeat one another's products."""
 
 
 def tile_flops(tile: Mapping[str, int]) -> int:
@@ -119,25 +124,21 @@ def _flops(counts: Counts, warps: int) -> int:
     return sum(counts.matrix_flops.values()) * warps + sum(counts.cta_matrix_flops.values())
 
 
-def _tiles(name: str, counts: Counts, tile: Mapping[str, int], warps: int, element: int) -> int:
-    """Tiles in an iteration, by FLOPs and, where the threads copy K and V, by bytes as well:
-    warps that repeat one another's products would else look like more tiles."""
+def _tiles(name: str, counts: Counts, tile: Mapping[str, int], warps: int) -> int:
+    """Tiles in an iteration: by the bytes of K and V where the threads copy them themselves, else
+    by FLOPs. More FLOPs than the tiles have means that warps repeat one another's products."""
     flops, wanted = _flops(counts, warps), tile_flops(tile)
-    tiles, rest = divmod(flops, wanted)
-    if rest or not tiles:
+    if flops < wanted:
         raise ParseError(
-            f"{name}: a loop does {flops} matrix FLOP an iteration, which is no multiple of the "
-            f"tile's {wanted}: warps repeat one another's work, or the tile is wrong"
+            f"{name}: a loop does {flops} matrix FLOP an iteration, a tile has {wanted}: the tile "
+            "is not the kernel's, or its products are spread over several loops"
         )
-    copied = counts.async_bytes * warps
-    if "keys" in tile and copied:
-        fetched = copied / (tile["keys"] * tile["head_dim"] * 2 * element)
-        if fetched != tiles:
-            raise ParseError(
-                f"{name}: a loop does the FLOPs of {tiles} tiles an iteration and copies the keys "
-                f"of {fetched:g}: warps repeat one another's work, or the tile is wrong"
-            )
-    return tiles
+    if "keys" in tile and counts.async_bytes:
+        fetched = counts.async_bytes * warps / (4 * tile["keys"] * tile["head_dim"])
+        if fetched != int(fetched) or not fetched:
+            raise ParseError(f"{name}: a loop copies the keys of {fetched:g} tiles an iteration")
+        return int(fetched)
+    return flops // wanted
 
 
 def full_tile_loops(
@@ -167,11 +168,13 @@ def full_tile_loops(
         selects, compares = _mask_work(instructions)
         if "keys" in tile:
             scores = _flops(counts, warps) / (4 * tile["head_dim"]) / (warps * warp)
-            if compares >= 0.4 * scores and selects >= 0.75 * scores:
+            if compares >= 0.15 * scores and selects >= 0.75 * scores and tile["rows"] >= 64:
                 continue
-        tiles = _tiles(function.name, counts, tile, warps, element) if element == 2 else 1
+        tiles = _tiles(function.name, counts, tile, warps) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)
-        full.append(TileLoop(loop, counts, tiles, warps, skipped))
+        flops = _flops(counts, warps)
+        useful = tile_flops(tile) * tiles if element == 2 else flops
+        full.append(TileLoop(loop, counts, tiles, warps, skipped, useful, flops / useful))
     if not seen:
         raise ParseError(f"{function.name}: no loop with matrix instructions")
     if not full:

@@ -143,12 +143,16 @@ class Measured:
     share_of_peak: float | None = None
     baseline: float | None = None
     # -- beyond what the file format asks for --
+    baseline_config: str = ""
+    baseline_share: float | None = None
+    baseline_instructions_per_mflop: float | None = None
     share_rescaling: float | None = None
     share_overlapped: float | None = None
     memory_cycles: float | None = None
     instructions_per_mflop: float | None = None
     counts: dict[str, int] = field(default_factory=dict)
     matrix: dict[str, int] = field(default_factory=dict)
+    repeated: float | None = None
     full_loops: int = 0
     tiles_per_iteration: int = 0
     ctas_limited_by: str = ""
@@ -211,8 +215,7 @@ def measure(kernel: Kernel, arch: str, compiled: Compiled) -> Measured:
 
 
 def _measure_loop(row: Measured, loop: TileLoop, limits: Limits) -> Measured:
-    per_block = sum(loop.counts.matrix_flops.values()) * loop.warps
-    flops = (per_block + sum(loop.counts.cta_matrix_flops.values())) // loop.tiles
+    flops = loop.useful_flops // loop.tiles
     peak = limits.peak(row.dtype)
     steady = loop.counts.without(loop.skipped)
     time = cycles(steady, limits, warps=loop.warps, tiles=loop.tiles)
@@ -233,4 +236,5 @@ def _measure_loop(row: Measured, loop: TileLoop, limits: Limits) -> Measured:
         counts=dict(steady.classes),
         matrix=dict(loop.counts.matrix),
         tiles_per_iteration=loop.tiles,
+        repeated=loop.repeated,
     )

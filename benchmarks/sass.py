@@ -77,6 +77,12 @@ def run(job: Job) -> Measured:
         return replace(failed, error=str(error), compile_seconds=compiled.seconds)
 
 
+def comparable(target: str, dtype: str) -> str:
+    """The type in which the plain kernel is compiled to be compared with `dtype`. NVIDIA's code
+    for both 16-bit types is the same instruction by instruction; AMD's rounds to bf16 by hand."""
+    return "bf16" if dtype == "fp16" and not target.endswith("gfx942") else dtype
+
+
 def jobs(targets: Sequence[str], wanted: str | None) -> list[Job]:
     """The shipped kernels, then the plain one for each head size and 16-bit type among them."""
     result: list[Job] = []
@@ -86,7 +92,7 @@ def jobs(targets: Sequence[str], wanted: str | None) -> list[Job]:
             if wanted is None or wanted in k.kernel:
                 result.append(("shipped", arch, i, 0, ""))
                 if k.dtype != "fp32" and k.tile.get("keys") and k.tile["rows"] >= 64:
-                    compared.add((k.head_dim, k.dtype))
+                    compared.add((k.head_dim, comparable(arch, k.dtype)))
         for head_dim, dtype in sorted(compared):
             count = len(kernels("plain", arch, head_dim, dtype))
             result += [("plain", arch, i, head_dim, dtype) for i in range(count)]
@@ -104,11 +110,17 @@ def with_baseline(rows: Sequence[Measured]) -> list[Measured]:
             best[key] = r
     result = []
     for r in rows:
-        plain = best.get((r.target, r.head_dim, r.dtype))
+        plain = best.get((r.target, r.head_dim, comparable(r.target, r.dtype)))
         if r.kernel == "plain_flash" and r is not plain:
             continue
         if plain is not None and r.share_of_peak is not None and "keys" in r.tile:
-            r = replace(r, baseline=r.share_of_peak / (plain.share_of_peak or 1.0))
+            r = replace(
+                r,
+                baseline=r.share_of_peak / (plain.share_of_peak or 1.0),
+                baseline_config=plain.config,
+                baseline_share=plain.share_of_peak,
+                baseline_instructions_per_mflop=plain.instructions_per_mflop,
+            )
         result.append(r)
     return result
 
