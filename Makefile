@@ -9,10 +9,12 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench test lint format sanitize fuzz info clean
+.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz info clean
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make test       the test suite"
+	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
+	@echo "make test-oldest-triton  the Triton kernels with the oldest supported Triton"
 	@echo "make lint       ruff, mypy and formatting"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
 	@echo "make fuzz       random operations on the page manager against a model"
@@ -25,6 +27,19 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu-check: $(STAMP)
+	@$(BIN)/python benchmarks/gpu_check.py
+
+# Beside the environment, not in it: only the path of these two runs finds it.
+OLDEST_TRITON := 3.6.0
+build/triton-$(OLDEST_TRITON): $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON)
+
+test-oldest-triton: $(STAMP) build/triton-$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
+	  tests/triton_interpreter -m triton_core
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_triton_aot.py
 
 info: $(STAMP)
 	$(BIN)/python -m vxl_kernels
@@ -44,7 +59,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff triton
 	@touch $@
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)

@@ -68,7 +68,7 @@ def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
         chosen = [
             p
             for p in PROVIDERS.values()
-            if case.name in p.cases and options.device in p.devices
+            if case.name in p.cases and (options.device in p.devices or options.interpret)
             if (
                 p.name in options.provider
                 if options.provider is not None

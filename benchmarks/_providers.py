@@ -62,10 +62,11 @@ def _vxl_unsupported(case: Case) -> str | None:
     return f"backend {backend!r} cannot run here: {'; '.join(reasons)}" if reasons else None
 
 
-def _vxl(x: Inputs) -> Run:
+def _vxl(x: Inputs, backend: Literal["cpu", "triton"] | None = None) -> Run:
     case = x.case
     cache = x.pages(x.k_seen, x.v_seen).arguments()
-    q, k, v, layout, backend = x.q_rotated, x.k_rotated, x.v, case.layout, _backend(case)
+    q, k, v, layout = x.q_rotated, x.k_rotated, x.v, case.layout
+    backend = backend or _backend(case)
 
     def call() -> torch.Tensor:
         return vxl_kernels.vst_attention(q, k, v, *cache, layout, backend=backend)
@@ -233,8 +234,19 @@ def _needs(module: str) -> Callable[[Case], str | None]:
     return unsupported
 
 
+def _triton_unsupported(case: Case) -> str | None:
+    return "; ".join(vxl_kernels.backends()["triton"]) or None
+
+
 _ALL = (
     Provider("vxl", _vxl, ours=True, unsupported=_vxl_unsupported),
+    Provider(
+        "triton",
+        lambda x: _vxl(x, "triton"),
+        devices=("cuda",),  # and a CPU with --interpret
+        ours=True,
+        unsupported=_triton_unsupported,
+    ),
     Provider("sdpa_bool", lambda x: _sdpa(x, "bool", enable_gqa=True), ("chunk", "tail")),
     Provider("sdpa_float", lambda x: _sdpa(x, "float"), ("chunk", "tail")),
     Provider(

@@ -12,6 +12,7 @@ read between the cases.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, help="exactly so many, whatever the budget")
     add("--budget", type=float, default=120, help="seconds to aim for (default %(default)s)")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
+    add(
+        "--interpret",
+        action="store_true",
+        help="the Triton kernels under their interpreter: tiny shapes, checked, not timed",
+    )
     add("--json", type=Path, metavar="FILE", help="write the results")
     add("--plot", type=Path, metavar="FILE.png", help="draw the case chunk (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -71,6 +77,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.provider = _names(parser, options.provider, list(PROVIDERS), "--provider")
     if options.alpha > Geometry().window:
         parser.error(f"--alpha: got {options.alpha}, expected at most {Geometry().window}")
+    if options.interpret:
+        if options.provider not in (None, ["triton"]) or options.device == "cuda":
+            parser.error("--interpret: serves --provider triton on a CPU only")
+        if options.dtype == "bf16":
+            parser.error("--interpret: got --dtype bf16, expected fp32 or fp16 (the interpreter's "
+                         "products of bf16 are wrong)")  # fmt: skip
+        options.provider, options.device, options.small = ["triton"], "cpu", True
+        options.case = options.case or list(MAIN_CASES)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     return options
@@ -123,7 +137,7 @@ class Runner:
             run = self._checked(entrant, x, answer, result)
             if run is not None:
                 measure[i] = self._measurement(entrant, run)
-        if measure:
+        if measure and not self._options.interpret:
             self._budget.tell("repeats")
             self._time(results, group, measure)
         return results
@@ -292,6 +306,8 @@ def show(lines: list[tuple[str, str]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.interpret:  # before triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"
     if options.threads:
         torch.set_num_threads(options.threads)
     g = Geometry.small() if options.small else Geometry()

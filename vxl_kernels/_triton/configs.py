@@ -15,7 +15,11 @@ needed: 64, for less masked waste and fewer registers.
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = [
     "ARCHITECTURES",
@@ -26,6 +30,8 @@ __all__ = [
     "linear_config",
     "prefill_config",
     "split_keys",
+    "tuning_key",
+    "tuning_name",
 ]
 
 # Families that have a table: what an architecture is compiled as when it has none of its own.
@@ -76,37 +82,70 @@ _PREFILL_16 = {
     "cuda:80": _table(
         (64, (128, 64, 64, 4, 3)),
         (128, (128, 64, 64, 8, 3)),
-        (256, (64, 32, 32, 4, 2)),
+        (256, (64, 64, 32, 8, 2)),
     ),
     "cuda:86": _table(
-        (64, (128, 64, 64, 4, 2)),
+        (64, (128, 64, 64, 8, 2)),
         (128, (128, 64, 64, 8, 2)),
-        (256, (64, 32, 32, 4, 2)),
+        (256, (64, 32, 32, 8, 2)),
     ),
     "cuda:90": _table(
         (64, (128, 128, 64, 8, 3)),
         (128, (128, 128, 64, 8, 2)),
-        (256, (128, 64, 32, 8, 2)),
+        (256, (128, 32, 32, 8, 2)),
     ),
     "cuda:100": _table(
         (64, (128, 128, 64, 8, 3)),
-        (128, (128, 128, 64, 8, 2)),
-        (256, (128, 64, 32, 8, 2)),
+        (128, (128, 128, 32, 8, 2)),
+        (256, (64, 64, 32, 8, 2)),
     ),
     "hip:gfx942": _table(
         (64, (128, 64, 64, 4, 2)),
-        (128, (128, 64, 64, 4, 2)),
+        (128, (128, 64, 32, 4, 2)),
         (256, (64, 32, 32, 4, 2)),
     ),
 }
-# float32 counts on three tf32 products for one: registers decide, so tiles are small.
+# float32 is three tf32 products for one (AMD has its own): registers decide. At head_dim 256 no
+# tile was found that does not spill; it is right, and slow.
+_32 = _table((64, (32, 32, 32, 4, 1)), (128, (32, 32, 32, 4, 1)), (256, (32, 16, 16, 4, 1)))
 _PREFILL_32 = {
-    name: _table((64, (64, 32, 32, 4, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1)))
-    for name in ARCHITECTURES
+    "cuda:80": _32,
+    "cuda:86": _32,
+    "cuda:90": _table(
+        (64, (64, 16, 16, 4, 1)), (128, (64, 16, 16, 4, 1)), (256, (32, 16, 16, 4, 1))
+    ),
+    "cuda:100": _table(
+        (64, (32, 32, 32, 4, 1)), (128, (32, 64, 16, 8, 1)), (256, (32, 16, 16, 4, 1))
+    ),
+    "hip:gfx942": _table(
+        (64, (64, 32, 32, 8, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1))
+    ),
 }
 
 
+def tuning_key() -> str:
+    """What a tuned entry holds for: this GPU and this Triton."""
+    import torch
+    import triton
+
+    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+
+
+def tuning_name(block_d: int, itemsize: int) -> str:
+    return f"prefill head_dim {block_d}, {8 * itemsize} bit"
+
+
+@functools.cache
+def _tuned() -> dict[str, list[int]]:
+    """Entries of the file that VXL_TRITON_CONFIGS names (`tune.py` writes it); read once."""
+    path = os.environ.get("VXL_TRITON_CONFIGS")
+    return json.loads(Path(path).read_text()).get(tuning_key(), {}) if path else {}
+
+
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
+    tuned = _tuned().get(tuning_name(max(block_d, 64), itemsize))
+    if tuned is not None:
+        return AttentionConfig(*tuned)
     table = (_PREFILL_16 if itemsize == 2 else _PREFILL_32)[family(arch)]
     return table[max(block_d, 64)]
 
@@ -130,7 +169,7 @@ def decode_config(arch: str, block_d: int, itemsize: int, lanes: int) -> Attenti
     block_m = 16 if lanes <= 16 else 32 if lanes <= 32 else 64
     block_n = 64 if block_d * itemsize <= 256 else 32 if block_d * itemsize <= 512 else 16
     stages = 2 if family(arch) in ("cuda:86", "hip:gfx942") or block_d * itemsize > 256 else 3
-    return AttentionConfig(block_m, block_n, block_n, 4, stages)
+    return AttentionConfig(block_m, block_n, block_n, 8 if block_m == 64 else 4, stages)
 
 
 def linear_config(arch: str, itemsize: int) -> LinearConfig:
@@ -140,6 +179,6 @@ def linear_config(arch: str, itemsize: int) -> LinearConfig:
         "cuda:80": LinearConfig(128, 128, 32, 8, 4, 4),
         "cuda:86": LinearConfig(128, 128, 32, 8, 4, 3),
         "cuda:90": LinearConfig(128, 256, 64, 8, 8, 3),
-        "cuda:100": LinearConfig(128, 256, 64, 8, 8, 3),
+        "cuda:100": LinearConfig(128, 128, 64, 8, 8, 4),
         "hip:gfx942": LinearConfig(128, 128, 64, 8, 4, 2),
     }[family(arch)]

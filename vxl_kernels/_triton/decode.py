@@ -66,7 +66,6 @@ def decode_kernel(
     q_ptrs = q_ptr + i_batch * q_batch + offs_d
     q_ptrs += offs_row.to(tl.int64)[:, None] * q_row + offs_head[:, None] * q_head
     q = load_rows(q_ptrs, offs_row, rows, HEAD_DIM, False)
-    scale *= 1.4426950408889634  # log2(e)
 
     pivot = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -7,6 +7,7 @@ would be compiled and how often memory is read, which is how `catalog.py` and th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,16 +122,19 @@ def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def plan_attention(
-    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale, arch=None
+    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale, arch=None, config=None
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """Launches of `vst_attention` in their order, and the tensors that they fill.
 
-    layout: `[window, ratio, chunks, split]`, or `[]` for plain rows.
+    layout: `[window, ratio, chunks, split]`, or `[]` for plain rows. arch, config: instead of
+    the device's own and of the table's.
     """
     arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
-    if scale < 0:  # the kernels take the largest product for the largest score
+    # The kernels take the largest product for the largest score, so scale has to be positive.
+    if scale < 0:
         q, scale = -q, -scale
+    scale = max(scale, 1e-30) * math.log2(math.e)
     block_table = None if block_table is None else block_table.contiguous()
     cache_lens = None if cache_lens is None else cache_lens.contiguous()
     group = heads // k.shape[2]
@@ -139,10 +143,16 @@ def plan_attention(
     q, k, v = (_dense_heads(x, 128) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_lens)
     each = configs.split_keys(rows * group) if not layout else None
-    plan = _plan_prefill if each is None else _plan_decode
     if 0 in (batch, rows):
         return [], out, lse
-    return plan(q, k, v, cache, layout, scale, out, lse, arch, each), out, lse
+    block_d, itemsize = _power_of_two(head_dim), q.element_size()
+    if each is None:
+        config = config or configs.prefill_config(arch, block_d, itemsize)
+        launches = _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config)
+    else:
+        config = config or configs.decode_config(arch, block_d, itemsize, rows * group)
+        launches = _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each)
+    return launches, out, lse
 
 
 def _shared(q, k, cache, config, arch) -> tuple[dict, dict]:
@@ -171,12 +181,11 @@ def _tile(config: configs.AttentionConfig, constexprs: dict) -> dict[str, int]:
     }
 
 
-def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, _) -> list[Launch]:
-    batch, rows, _, head_dim = q.shape
-    config = configs.prefill_config(arch, _power_of_two(head_dim), q.element_size())
+def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list[Launch]:
+    batch, rows = q.shape[:2]
     arguments, constexprs = _shared(q, k, cache, config, arch)
     window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
-    constexprs["SPLIT"] = bool(split)
+    constexprs["SPLIT"] = split == 1
     constexprs["EDGE_N"] = config.edge_n
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
@@ -198,10 +207,9 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, _) -> list[Laun
     ]
 
 
-def _plan_decode(q, k, v, cache, layout, scale, out, lse, arch, each) -> list[Launch]:
+def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[Launch]:
     batch, rows, heads, head_dim = q.shape
     lanes = rows * (heads // k.shape[2])
-    config = configs.decode_config(arch, _power_of_two(head_dim), q.element_size(), lanes)
     arguments, constexprs = _shared(q, k, cache, config, arch)
     constexprs["SPLIT_KEYS"] = each
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
@@ -286,7 +294,7 @@ def plan_rope_append(
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": _power_of_two(head_dim // 2),
-        "SPLIT": bool(split),
+        "SPLIT": split == 1,
         "KEEP_ALL": not layout,
         "BLOCK_H": min(_power_of_two(heads), 32),
         "BLOCK_KV": _power_of_two(kv_heads),
@@ -349,7 +357,7 @@ def plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out, arch=None) -
     constexprs = {
         "OUT": weight.shape[0],
         "IN": features,
-        "SPLIT": bool(split),
+        "SPLIT": split == 1,
         "BIAS": bias is not None,
         "VST_BIAS": vst_bias is not None,
         "BLOCK_M": config.block_m,

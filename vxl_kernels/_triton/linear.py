@@ -71,10 +71,10 @@ def linear_kernel(
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
 
     if BIAS:
-        bias = tl.load(bias_ptr + offs_n, mask=in_n & (not is_vst), other=0.0)
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(is_vst, 0, OUT), other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if VST_BIAS:
-        bias = tl.load(vst_bias_ptr + offs_n, mask=in_n & is_vst, other=0.0)
+        bias = tl.load(vst_bias_ptr + offs_n, mask=offs_n < tl.where(is_vst, OUT, 0), other=0.0)
         acc += bias.to(tl.float32)[None, :]
     out_row = i_batch.to(tl.int64) * rows + row
     out_ptrs = out_ptr + out_row[:, None] * OUT + offs_n[None, :]

@@ -144,8 +144,8 @@ def load_rows(ptrs, offs_row, rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.conste
 @triton.jit
 def _softmax_step(scores, scale, pivot, total, acc):
     """Weights of a block of scores [M, N], and the running pivot [M], sum [M] and output
-    [M, D] rescaled to it. Everything is in powers of two: `scale` holds log2(e), so a score
-    costs one fused multiply-add and one exp2.
+    [M, D] rescaled to it. Everything is in powers of two: `scale` holds log2(e) and is
+    positive, so a score costs one fused multiply-add and one exp2.
 
     The pivot is finite from a row's first block on: every row's first block must hold a key
     that it sees.
@@ -167,10 +167,8 @@ def attend_block(
     k = load_rows(k_ptrs, offs_key, end, HEAD_DIM, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
-        scores = tl.where(offs_key[None, :] < bound[:, None], scores * scale, float("-inf"))
-        weights, pivot, total, acc = _softmax_step(scores, 1.0, pivot, total, acc)
-    else:
-        weights, pivot, total, acc = _softmax_step(scores, scale, pivot, total, acc)
+        scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
+    weights, pivot, total, acc = _softmax_step(scores, scale, pivot, total, acc)
     v = load_rows(v_ptrs, offs_key, end, HEAD_DIM, MASKED)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return pivot, total, acc
