@@ -43,29 +43,37 @@ class Compilation:
 
 @triton.jit
 def _load(
-    source, first, pointers, limit, ROWS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
+    source,
+    first,
+    limit,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """`ROWS` rows of K or V from row `first`. A descriptor fills with zeros what lies outside."""
+    """Rows `first` to `first + ROWS` of K or V; those behind `limit` are zero if MASKED, and
+    always with a descriptor."""
     if TMA:
-        return source.load([first, 0])
-    if MASKED:
-        inside = first + tl.arange(0, ROWS) < limit
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
-    return tl.load(pointers)
+        rows = source.load([first, 0])
+    else:
+        # one address a block and 32-bit offsets from it, which stay the same: a tile of pointers
+        # that is carried through the loop takes twice the registers, and spills
+        o_rows = tl.arange(0, ROWS)[:, None]
+        pointers = source + first * D + (o_rows * D + tl.arange(0, D)[None, :])
+        if MASKED:
+            rows = tl.load(pointers, mask=first + o_rows < limit, other=0.0)
+        else:
+            rows = tl.load(pointers)
+    return rows
 
 
 @triton.jit
 def _tiles(
-    acc, l_i, m_i, q, k_source, v_source, k_pointers, v_pointers, qk_scale,
-    start, stop, o_rows, n_rows,
+    acc, l_i, m_i, q, k_source, v_source, qk_scale, start, stop, o_rows, n_rows,
     BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    # every loop sets out from the tensors' start: pointers that outlive a loop cost a select
-    # each in Triton's pipelined form of it
-    k_pointers += start * D
-    v_pointers += start * D
     for first in tl.range(start, stop, BN):
-        k = _load(k_source, first, k_pointers, n_rows, BN, MASKED, TMA)  # [BN, D]
+        k = _load(k_source, first, n_rows, BN, D, MASKED, TMA)  # [BN, D]
         s = tl.dot(q, k.T)  # [BM, BN]
         if MASKED:
             seen = o_rows[:, None] >= first + tl.arange(0, BN)[None, :]
@@ -76,11 +84,9 @@ def _tiles(
         alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = _load(v_source, first, v_pointers, n_rows, BN, MASKED, TMA)  # [BN, D]
+        v = _load(v_source, first, n_rows, BN, D, MASKED, TMA)  # [BN, D]
         acc = tl.dot(p.to(v.dtype), v, acc)
         m_i = m_new
-        k_pointers += BN * D
-        v_pointers += BN * D
     return acc, l_i, m_i
 
 
@@ -102,11 +108,8 @@ def plain_flash_kernel(
         k_source = tl.make_tensor_descriptor(k_ptr + base, [n_rows, D], [D, 1], [BN, D])
         v_source = tl.make_tensor_descriptor(v_ptr + base, [n_rows, D], [D, 1], [BN, D])
     else:
-        k_source = k_ptr
-        v_source = v_ptr
-    p_keys = tl.arange(0, BN)[:, None] * D + o_d[None, :]  # [BN, D]
-    k_pointers = k_ptr + base + p_keys
-    v_pointers = v_ptr + base + p_keys
+        k_source = k_ptr + base
+        v_source = v_ptr + base
 
     acc = tl.zeros([BM, D], dtype=tl.float32)
     l_i = tl.zeros([BM], dtype=tl.float32)
@@ -114,13 +117,17 @@ def plain_flash_kernel(
     qk_scale = scale * 1.4426950408889634
     # BM is a multiple of BN: the tiles before the diagonal are full
     acc, l_i, m_i = _tiles(
-        acc, l_i, m_i, q, k_source, v_source, k_pointers, v_pointers, qk_scale,
+        acc, l_i, m_i, q, k_source, v_source, qk_scale,
         0, i_m * BM, o_rows, n_rows, BN, D, False, TMA,
     )  # fmt: skip
     acc, l_i, m_i = _tiles(
-        acc, l_i, m_i, q, k_source, v_source, k_pointers, v_pointers, qk_scale,
+        acc, l_i, m_i, q, k_source, v_source, qk_scale,
         i_m * BM, tl.minimum((i_m + 1) * BM, n_rows), o_rows, n_rows, BN, D, True, TMA,
     )  # fmt: skip
+    # program_id(2) is 0, but no compiler knows: addresses are worked out anew instead of being
+    # kept in registers through both loops
+    o_rows += tl.program_id(2)
+    p_rows = o_rows[:, None] * D + o_d[None, :]  # [BM, D]
     out = acc / l_i[:, None]
     tl.store(
         out_ptr + base + p_rows, out.to(out_ptr.dtype.element_ty), mask=o_rows[:, None] < n_rows
