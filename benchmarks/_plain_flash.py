@@ -197,9 +197,9 @@ def sweep(arch: str, *, head_dim: int = 128, dtype: str = "bf16") -> list[Compil
     if arch not in shapes:
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(shapes)}")
     chosen = shapes[arch]
-    if head_dim != 128:  # the same tiles scaled to take as many registers and as much memory
-        per_key = head_dim // 128
-        chosen = [s for s in chosen if s[0] == 128 and s[1] >= 64 and s[2] == 8] or chosen[:1]
-        chosen = [(m, max(32, n // 2) if per_key == 2 else n, w, st) for m, n, w, st in chosen]
+    if head_dim != 128:  # fewer candidates: wide tiles, and half of one where registers are short
+        chosen = [s for s in chosen if s[0] == 128 and s[1] >= 64] or chosen[:1]
+    if head_dim > 128:
+        chosen = [(64, 64, 8, 2), (64, 32, 4, 2), *((m, n // 2, w, st) for m, n, w, st in chosen)]
     loads = (False, True) if arch in ("cuda:90", "cuda:100") else (False,)
     return [_compilation(*shape, tma, head_dim, dtype) for shape in chosen for tma in loads]

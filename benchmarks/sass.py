@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"tiles of 128 rows, by the number of blocks in a launch:\n{kv_table(28, 4, 128, 128)}\n")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in compile_times(rows).items())
-    print(f"compiling all shipped configurations: {times or '-'}")
+    print(f"compiling what is shipped, processor time: {times or '-'}")
     print(f"this run: {time.perf_counter() - began:.0f} s with {options.jobs} processes")
     if options.json:
         save_json(options.json, rows)
