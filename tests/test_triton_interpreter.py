@@ -21,7 +21,7 @@ def shares():
     """Both shares at once, each pytest with one thread."""
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", *(str(FOLDER / file) for file in files)],
+            [sys.executable, "-m", "pytest", *(str(FOLDER / file) for file in files)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

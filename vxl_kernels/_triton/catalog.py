@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
 
@@ -44,6 +45,8 @@ class Compilation:
 
 def _argument(value: object) -> tuple[str, bool]:
     """Triton's type of an argument, and whether it is a multiple of 16 (pointers: aligned)."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>", False
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype], True
     if isinstance(value, float):

@@ -1,16 +1,19 @@
 """Tile shapes, warps and stages, per architecture. Nothing is tuned at import or in a call:
 `tune.py` can be asked to, and writes a file that is read here.
 
-How they were chosen: compiled for each target and read as machine code, for 0 spilled bytes and
-few instructions beside the matrix ones in the loop of unmasked tiles. For prefill at head_dim
-128, bf16, instructions of a warp per 128 x 64 scores:
+How they were chosen: compiled for each target and read as machine code, for no spilled register
+and few instructions beside the matrix ones in the loop of unmasked tiles. For prefill at head_dim
+128, bf16, instructions of a warp per 128 x 128 scores and 8 warps, Triton 3.9:
 
-    sm_90   128 x 128, 8 warps: 290   128 x 64: 374       64 rows or 4 warps: spills
-    sm_80   128 x 64, 8 warps: 417    128 x 128 or 4 warps: spills inside the loop
-    sm_100  128 x 128, 8 warps: 258   128 x 64: 367       4 warps: spills
+    sm_80   128 x 128: 647         128 x 64: 770, at three stages 832
+    sm_90   128 x 128 by TMA: 519  by threads: 567; 128 x 64: 748 by threads
+    sm_100  128 x 128 by TMA: 470  by threads: 502; 128 x 64: 724 by threads
 
-A wider block of keys rescales the accumulator less often. EDGE_N is the block where masks are
-needed: 64, for less masked waste and fewer registers.
+4 warps spill on all of them. A wider block of keys rescales the accumulator less often. EDGE_N,
+the block where masks are needed, is small for less masked waste and fewer registers. Pages of
+at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost a tenth more on sm_80, a fifth
+on sm_90 and sm_100, where TMA cannot follow. Two blocks of 64, each from a page of its own, in
+one step were no better (614 on sm_90).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ __all__ = [
     "LinearConfig",
     "decode_config",
     "family",
+    "has_tma",
     "linear_config",
     "prefill_config",
     "split_keys",
@@ -80,13 +84,13 @@ def _table(*entries: tuple[int, tuple[int, int, int, int, int]]) -> dict[int, At
 # By head_dim (up to this many, a power of two), for 16-bit types and for float32.
 _PREFILL_16 = {
     "cuda:80": _table(
-        (64, (128, 64, 64, 4, 3)),
-        (128, (128, 64, 64, 8, 3)),
+        (64, (128, 128, 32, 8, 2)),
+        (128, (128, 128, 32, 8, 2)),
         (256, (64, 64, 32, 8, 2)),
     ),
     "cuda:86": _table(
-        (64, (128, 64, 64, 8, 2)),
-        (128, (128, 64, 64, 8, 2)),
+        (64, (128, 128, 32, 8, 2)),
+        (128, (128, 128, 32, 8, 2)),
         (256, (64, 32, 32, 8, 2)),
     ),
     "cuda:90": _table(
@@ -140,6 +144,11 @@ def _tuned() -> dict[str, list[int]]:
     """Entries of the file that VXL_TRITON_CONFIGS names (`tune.py` writes it); read once."""
     path = os.environ.get("VXL_TRITON_CONFIGS")
     return json.loads(Path(path).read_text()).get(tuning_key(), {}) if path else {}
+
+
+def has_tma(arch: str) -> bool:
+    """Whether blocks of K and V may come by the copy engine: fewer registers and instructions."""
+    return family(arch) in ("cuda:90", "cuda:100")
 
 
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:

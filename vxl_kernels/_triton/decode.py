@@ -14,11 +14,11 @@ import triton.language as tl
 
 from .primitives import (
     advance,
-    attend_block,
     cached_entries,
     load_rows,
     locate,
     paged_offset,
+    score_block,
 )
 
 __all__ = ["decode_kernel", "merge_kernel"]
@@ -72,39 +72,45 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if i_split == 0:
-        k_ptrs = k_ptr + i_batch * k_batch + i_head * k_head + offs_d
-        v_ptrs = v_ptr + i_batch * v_batch + i_head * v_head + offs_d
         end = last_lane // GROUP + 1
+        k_ptr += i_batch * k_batch + i_head * k_head
+        v_ptr += i_batch * v_batch + i_head * v_head
         for start in tl.range(0, end, BLOCK_N, num_stages=1):
             offs_key = (start + offs_n).to(tl.int64)[:, None]
-            pivot, total, acc = attend_block(
-                q, k_ptrs + offs_key * k_row, v_ptrs + offs_key * v_row, start + offs_n,
-                offs_row + 1, end, scale, pivot, total, acc, HEAD_DIM, True, PRECISION,
-            )  # fmt: skip
+            k = load_rows(k_ptr + offs_key * k_row + offs_d, start + offs_n, end, HEAD_DIM, True)
+            weights, pivot, total, acc = score_block(
+                q, k, start + offs_n, offs_row + 1, scale, pivot, total, acc, True, PRECISION
+            )
+            v = load_rows(v_ptr + offs_key * v_row + offs_d, start + offs_n, end, HEAD_DIM, True)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     elif HAS_CACHE:
         first = (i_split - 1) * SPLIT_KEYS
         end = tl.minimum(first + SPLIT_KEYS, cached)
         full = end // BLOCK_N * BLOCK_N
         table_ptr = block_table_ptr + i_batch * max_pages
-        k_ptrs = k_cache_ptr + i_head * kc_head + offs_d
-        v_ptrs = v_cache_ptr + i_head * vc_head + offs_d
+        k_cache_ptr += i_head * kc_head
+        v_cache_ptr += i_head * vc_head
         place = locate(table_ptr, first, offs_n, page_size, max_pages, PAGES)
-        for start in tl.range(first, full, BLOCK_N):
-            k_at = paged_offset(place, offs_n, kc_page, kc_slot, PAGES)
-            v_at = paged_offset(place, offs_n, vc_page, vc_slot, PAGES)
+        for _start in tl.range(first, full, BLOCK_N):
+            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
+            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
-            pivot, total, acc = attend_block(
-                q, k_ptrs + k_at, v_ptrs + v_at, start + offs_n,
-                offs_row, end, scale, pivot, total, acc, HEAD_DIM, False, PRECISION,
-            )  # fmt: skip
+            k = load_rows(k_ptrs, offs_n, 0, HEAD_DIM, False)
+            weights, pivot, total, acc = score_block(
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+            )
+            v = load_rows(v_ptrs, offs_n, 0, HEAD_DIM, False)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         for start in tl.range(full, end, BLOCK_N, num_stages=1):  # at most once
-            k_at = paged_offset(place, offs_n, kc_page, kc_slot, PAGES)
-            v_at = paged_offset(place, offs_n, vc_page, vc_slot, PAGES)
+            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
+            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
+            k = load_rows(k_ptrs, start + offs_n, end, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + end
-            pivot, total, acc = attend_block(
-                q, k_ptrs + k_at, v_ptrs + v_at, start + offs_n,
-                bound, end, scale, pivot, total, acc, HEAD_DIM, True, PRECISION,
-            )  # fmt: skip
+            weights, pivot, total, acc = score_block(
+                q, k, start + offs_n, bound, scale, pivot, total, acc, True, PRECISION
+            )
+            v = load_rows(v_ptrs, start + offs_n, end, HEAD_DIM, True)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     stored = first_lane + tl.arange(0, BLOCK_M) <= last_lane
     in_dims = offs_d < HEAD_DIM

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import architecture, configs
 from .decode import decode_kernel, merge_kernel
@@ -118,6 +119,32 @@ def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
     }
 
 
+def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """Blocks of `block_n` keys of x (batch or page, row, head, head_dim); None where the copy
+    engine cannot reach them."""
+    size, block_d = x.element_size(), x.shape[3]
+    aligned = x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in x.stride()[:3])
+    if not aligned or block_d != _power_of_two(block_d) or min(x.stride()[:3]) <= 0:
+        return None
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_n, block_d])
+
+
+def _descriptors(k, v, k_cache, v_cache, constexprs: dict, arch: str) -> dict[str, Any]:
+    """The copy engine's view of each tensor, all of them or none."""
+    tensors = {"k_desc": k, "v_desc": v, "k_cache_desc": k_cache, "v_cache_desc": v_cache}
+    if not constexprs["HAS_CACHE"]:
+        tensors |= {"k_cache_desc": None, "v_cache_desc": None}
+    if not configs.has_tma(arch) or constexprs["PAGES"] != "whole":
+        return dict.fromkeys(tensors)
+    found = {
+        name: None if x is None else _descriptor(x, constexprs["BLOCK_N"])
+        for name, x in tensors.items()
+    }
+    missing = any(found[name] is None for name, x in tensors.items() if x is not None)
+    return dict.fromkeys(tensors) if missing else found
+
+
 # -- vst_attention -----------------------------------------------------------------------------
 
 
@@ -140,7 +167,9 @@ def plan_attention(
     group = heads // k.shape[2]
     out = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
-    q, k, v = (_dense_heads(x, 128) for x in (q, k, v))
+    # The kernels' offsets are 32 bits wide within a block of keys, interleaved within a chunk.
+    reach = 128 if not layout or layout[3] else layout[0] + layout[0] // layout[1]
+    q, k, v = (_dense_heads(x, reach) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_lens)
     each = configs.split_keys(rows * group) if not layout else None
     if 0 in (batch, rows):
@@ -191,6 +220,9 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
     arguments |= {"scale": scale, "window": window, "ratio": ratio, "chunks": chunks}
     arguments |= _row_strides(q=q, k=k, v=v)
+    descriptors = _descriptors(k, v, cache[0], cache[1], constexprs, arch)
+    constexprs["TMA"] = descriptors["k_desc"] is not None
+    arguments |= descriptors
     lanes = (window + window // ratio) * constexprs["GROUP"]
     tiles = -(-lanes // config.block_m)
     return [

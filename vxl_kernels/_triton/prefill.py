@@ -22,13 +22,15 @@ import triton.language as tl
 
 from .primitives import (
     advance,
-    attend_block,
     cached_entries,
+    load_block,
     load_rows,
     locate,
     own_offset,
+    own_row,
     paged_offset,
     query_row,
+    score_block,
     visible_own,
 )
 
@@ -41,20 +43,21 @@ _LENGTHS = ["window", "ratio", "chunks", "page_size", "max_pages"]
 @triton.jit(do_not_specialize=_LENGTHS)
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_lens_ptr,
-    out_ptr, lse_ptr, scale,
+    k_desc, v_desc, k_cache_desc, v_cache_desc, out_ptr, lse_ptr, scale,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
     window, ratio, chunks, page_size, max_pages,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, HAS_CACHE: tl.constexpr, PAGES: tl.constexpr,
     SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EDGE_N: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles * chunks * KV_HEADS, batch). `*_batch` etc. are strides in elements.
 
     PAGES: how blocks of keys meet pages, see `locate`. SAME_STRIDES: v and v_cache have the
     strides of k and k_cache. EDGE_N: keys in a block that needs a mask, a part of BLOCK_N:
-    less is masked for nothing, and the masks take fewer registers.
+    less is masked for nothing, and the masks take fewer registers. TMA: full blocks come by
+    the copy engine, through the descriptors (batch or page, head, row, head_dim).
     """
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
@@ -95,27 +98,34 @@ def prefill_kernel(
         k_cache_ptr += i_head * kc_head
         v_cache_ptr += i_head * vc_head
         place = locate(table_ptr, 0, offs_n, page_size, max_pages, PAGES)
-        for start in tl.range(0, full, BLOCK_N):
-            k_at = paged_offset(place, offs_n, kc_page, kc_slot, PAGES)
-            v_at = paged_offset(place, offs_n, vc_page, vc_slot, PAGES)
+        for _start in tl.range(0, full, BLOCK_N):
+            _, slot, page = place
+            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
+            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
             # The next block's page is looked up while this block is computed.
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
-            pivot, total, acc = attend_block(
-                q, k_cache_ptr + k_at + offs_d, v_cache_ptr + v_at + offs_d, start + offs_n,
-                cached, cached, scale, pivot, total, acc, HEAD_DIM, False, PRECISION,
-            )  # fmt: skip
+            k = load_block(k_cache_desc, page, i_head, slot, k_ptrs, HEAD_DIM, TMA)
+            weights, pivot, total, acc = score_block(
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+            )
+            v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         for start in tl.range(full, cached, EDGE_N, num_stages=1):
             edge = locate(table_ptr, start, offs_e, page_size, max_pages, PAGES)
-            k_at = paged_offset(edge, offs_e, kc_page, kc_slot, PAGES)
-            v_at = paged_offset(edge, offs_e, vc_page, vc_slot, PAGES)
+            k_ptrs = k_cache_ptr + paged_offset(edge, offs_e, kc_page, kc_slot, PAGES) + offs_d
+            v_ptrs = v_cache_ptr + paged_offset(edge, offs_e, vc_page, vc_slot, PAGES) + offs_d
+            k = load_rows(k_ptrs, start + offs_e, cached, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + cached
-            pivot, total, acc = attend_block(
-                q, k_cache_ptr + k_at + offs_d, v_cache_ptr + v_at + offs_d, start + offs_e,
-                bound, cached, scale, pivot, total, acc, HEAD_DIM, True, PRECISION,
-            )  # fmt: skip
+            weights, pivot, total, acc = score_block(
+                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION
+            )
+            v = load_rows(v_ptrs, start + offs_e, cached, HEAD_DIM, True)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
-    raw_bound, vst_bound = visible_own(position, ratio)
+    # Positions once more, for few of the loops' registers: see the end.
+    lane = first_lane + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    raw_bound, vst_bound = visible_own(tl.minimum(lane, last_lane) // GROUP, ratio)
     raw_least, vst_least = visible_own(first_lane // GROUP, ratio)
     raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
     raw_full = raw_least // BLOCK_N
@@ -125,12 +135,15 @@ def prefill_kernel(
     for i in tl.range(0, raw_full + vst_full):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
+        row = own_row(is_vst, start, i_chunk, window, ratio, chunks, SPLIT)
         k_at = own_offset(start, offs_n, is_vst, i_chunk, window, ratio, chunks, k_row, SPLIT)
         v_at = own_offset(start, offs_n, is_vst, i_chunk, window, ratio, chunks, v_row, SPLIT)
-        pivot, total, acc = attend_block(
-            q, k_ptr + k_at + offs_d, v_ptr + v_at + offs_d, start + offs_n,
-            raw_bound, raw_end, scale, pivot, total, acc, HEAD_DIM, False, PRECISION,
-        )  # fmt: skip
+        k = load_block(k_desc, i_batch, i_head, row, k_ptr + k_at + offs_d, HEAD_DIM, TMA and SPLIT)
+        weights, pivot, total, acc = score_block(
+            q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+        )
+        v = load_block(v_desc, i_batch, i_head, row, v_ptr + v_at + offs_d, HEAD_DIM, TMA and SPLIT)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     raw_full *= BLOCK_N // EDGE_N
     vst_full *= BLOCK_N // EDGE_N
     raw_edge = tl.cdiv(raw_end, EDGE_N) - raw_full
@@ -142,10 +155,12 @@ def prefill_kernel(
         v_at = own_offset(start, offs_e, is_vst, i_chunk, window, ratio, chunks, v_row, SPLIT)
         bound = tl.where(is_vst, vst_bound, raw_bound)
         end = tl.where(is_vst, vst_end, raw_end)
-        pivot, total, acc = attend_block(
-            q, k_ptr + k_at + offs_d, v_ptr + v_at + offs_d, start + offs_e,
-            bound, end, scale, pivot, total, acc, HEAD_DIM, True, PRECISION,
-        )  # fmt: skip
+        k = load_rows(k_ptr + k_at + offs_d, start + offs_e, end, HEAD_DIM, True)
+        weights, pivot, total, acc = score_block(
+            q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION
+        )
+        v = load_rows(v_ptr + v_at + offs_d, start + offs_e, end, HEAD_DIM, True)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     # -- result: out (batch, rows, heads, head_dim), lse (batch, heads, rows), both dense --
     # Lanes and rows are worked out once more: kept from the start they would take registers

@@ -11,12 +11,13 @@ import triton.language as tl
 
 __all__ = [
     "advance",
-    "attend_block",
+    "load_block",
     "load_rows",
     "locate",
     "own_offset",
     "paged_offset",
     "query_row",
+    "score_block",
     "visible_own",
 ]
 
@@ -115,12 +116,13 @@ def own_offset(
 ):
     """Elements from the call's first row to own keys `start + offs_n`: int64 [N, 1]. In split
     order they follow one another, so what differs per key does not change from block to block."""
+    first = own_row(is_vst, start, chunk, window, ratio, chunks, SPLIT)
+    base = first.to(tl.int64) * row_stride
     if SPLIT:
-        row = own_row(is_vst, start, chunk, window, ratio, chunks, SPLIT)
-        return row.to(tl.int64) * row_stride + (offs_n * row_stride)[:, None]
-    else:
+        return base + (offs_n * row_stride)[:, None]
+    else:  # 32 bits within a chunk: half the registers
         rows = own_row(is_vst, start + offs_n, chunk, window, ratio, chunks, SPLIT)
-        return (rows.to(tl.int64) * row_stride)[:, None]
+        return base + ((rows - first) * row_stride)[:, None]
 
 
 @triton.jit
@@ -136,6 +138,18 @@ def load_rows(ptrs, offs_row, rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.conste
     if HEAD_DIM != BLOCK_D:
         return tl.load(ptrs, mask=in_dims, other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA: tl.constexpr):
+    """A full block of keys [N, D]: by the copy engine from a tensor (batch or page, head, row,
+    head_dim), or by the threads from pointers."""
+    if TMA:
+        BLOCK_N: tl.constexpr = ptrs.shape[0]
+        BLOCK_D: tl.constexpr = ptrs.shape[1]
+        return desc.load([at_batch.to(tl.int32), i_head, at_row, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        return load_rows(ptrs, 0, 0, HEAD_DIM, False)
 
 
 # -- softmax -----------------------------------------------------------------------------------
@@ -159,16 +173,13 @@ def _softmax_step(scores, scale, pivot, total, acc):
 
 
 @triton.jit
-def attend_block(
-    q, k_ptrs, v_ptrs, offs_key, bound, end, scale, pivot, total, acc,
-    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def score_block(
+    q, k, offs_key, bound, scale, pivot, total, acc,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. If MASKED: row i sees the keys below bound[i], none is at `end`."""
-    k = load_rows(k_ptrs, offs_key, end, HEAD_DIM, MASKED)
+    """Weights of a block of keys, [M, N], and the rescaled state; the caller adds weights x V.
+    If MASKED, lane i sees the keys below bound[i]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
-    weights, pivot, total, acc = _softmax_step(scores, scale, pivot, total, acc)
-    v = load_rows(v_ptrs, offs_key, end, HEAD_DIM, MASKED)
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    return pivot, total, acc
+    return _softmax_step(scores, scale, pivot, total, acc)
