@@ -9,11 +9,12 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz cuda-check \
-  cuda-build-check info clean
+.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz cuda- \
+  check cuda-build-check info clean gpu-static
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make test       the test suite"
+	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
 	@echo "make test-oldest-triton  the Triton kernels with the oldest supported Triton"
 	@echo "make lint       ruff, mypy and formatting"
@@ -30,6 +31,10 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# All four targets take some four minutes on two cores; ARGS="--target cuda:90" takes one.
+gpu-static: $(STAMP)
+	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
 
 gpu-check: $(STAMP)
 	@$(BIN)/python benchmarks/gpu_check.py
