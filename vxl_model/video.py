@@ -226,6 +226,6 @@ def _resize(frame: np.ndarray, rows: int, columns: int) -> np.ndarray:
     if frame.shape[:2] == (rows, columns):
         return frame
     # PIL's arrays cannot be written to, which torch warns about.
-    picture = torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)[None]
+    picture = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
     resized = F.interpolate(picture, size=(rows, columns), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
