@@ -112,8 +112,7 @@ FORMATS = {
     "bare.h264": {"fps": 25},  # no times at all, no count
     "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
     "live.mkv": {"container_options": {"live": "1"}},  # no duration, no index
-    "ten_bit.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le",
-                    "options": {"x265-params": "log-level=none:crf=8"}},
+    "ten_bit.mp4": {"pix_fmt": "yuv420p10le"},
     "ten_bit.mkv": {"pix_fmt": "yuv422p10le"},
     "planar.mkv": {"codec": "ffv1", "pix_fmt": "yuv444p"},
     "odd.mkv": {"size": (71, 67), "codec": "ffv1", "pix_fmt": "bgr0"},
