@@ -26,6 +26,4 @@ __all__ = [
 AutoConfig.register(VideoXLConfig.model_type, VideoXLConfig, exist_ok=True)
 AutoModel.register(VideoXLConfig, VideoXLModel, exist_ok=True)
 AutoModelForCausalLM.register(VideoXLConfig, VideoXLForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(
-    VideoXLConfig, VideoXLForConditionalGeneration, exist_ok=True
-)
+AutoModelForImageTextToText.register(VideoXLConfig, VideoXLForConditionalGeneration, exist_ok=True)

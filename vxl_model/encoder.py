@@ -207,6 +207,16 @@ class Encoder:
             self._windows(stream, self.window, ratio, same)
             del stream.drawn[:same]
 
+    def sizes_if_ended(self, stream: Stream) -> list[int]:
+        """VSTs of every step if the video ended here; encodes nothing."""
+        sizes, left = list(stream.sizes), stream.pending_tokens
+        plan, drawn = stream.plan.copy(), list(stream.drawn)
+        while left:
+            tokens = min(self.window, left)
+            sizes.append(tokens // (drawn.pop(0) if drawn else plan.next(tokens)))
+            left -= tokens
+        return sizes
+
     def seal(self, stream: Stream) -> Stream:
         """The stream as if the video ended here: a fork whose last, partial window is encoded
         too; the stream itself if there is none."""

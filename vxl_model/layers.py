@@ -51,7 +51,7 @@ class VideoXLAttention(nn.Module):
     def project(
         self, x: Tensor, layout: ChunkLayout | None, backend: str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v `(batch, rows, heads, head_dim)`, not rotated, of x `(batch, rows, hidden)`."""
+        """q, k, v `(batch, rows, heads, head_dim)`, not rotated, of x `(batch, rows, hidden)`."""
         q, k, v = (self._linear(x, name, layout, backend) for name in ("q", "k", "v"))
         return q, k, v
 

@@ -65,15 +65,17 @@ class VideoMemory:
 
     @property
     def kept_tokens(self) -> list[int]:
-        """Tokens of each video whose K and V are kept: prompt, VSTs, text read since. A last
-        window that is not full yet counts once a question has been asked."""
-        return [(s.sealed or s).sequence.length for s in self._streams]
+        """Tokens of each video whose K and V are kept: prompt, VSTs, text read since."""
+        sizes = [sum(after) - sum(s.sizes) for after, s in zip(
+            self.beacon_sizes, self._streams, strict=True
+        )]  # fmt: skip
+        return [s.sequence.length + n for s, n in zip(self._streams, sizes, strict=True)]
 
     @property
     def beacon_sizes(self) -> list[list[int]]:
         """VSTs of every step of each video, as the published code lists them: 0 for the prompt
-        and for text, one entry for each window."""
-        return [list((s.sealed or s).sizes) for s in self._streams]
+        and for text, one entry for each window. A last window that is not full counts."""
+        return [self.model.encoder().sizes_if_ended(s) for s in self._streams]
 
     @property
     def bytes(self) -> int:

@@ -256,8 +256,8 @@ class VideoXLForConditionalGeneration(
         logits = None
         for i, row in enumerate(rows):
             wanted = row.tail_stop - max(row.tail_start, first)
-            if wanted < 1:  # right padding and logits_to_keep: the last real row stands in
-                fail("logits_to_keep", keep, f"at least {columns - row.tail_stop + 1} (padding)")
+            if wanted < 1:
+                fail("attention_mask", f"padding at the end of row {i}", "padding at the start")
             hidden = encoder.tail([memory._streams[i]], row.tail[None], wanted)
             own = self.lm_head(hidden)[0]
             if logits is None:
@@ -435,9 +435,7 @@ class VideoXLForConditionalGeneration(
             fail("frames", got, "uint8 (frames, height, width, 3)")
         return self.processor.frames_to_pixels(frames)
 
-    def _pixels_of(
-        self, pixels: Any, image_sizes: Any
-    ) -> tuple[Iterator[Tensor], int | None, int]:
+    def _pixels_of(self, pixels: Any, image_sizes: Any) -> tuple[Iterator[Tensor], int | None, int]:
         if isinstance(pixels, Tensor):
             size = self.model.vision_tower.config.image_size
             sources = visual_sources(None, pixels, image_sizes, 1, 0, size)
@@ -479,5 +477,7 @@ class VideoXLForConditionalGeneration(
             pieces = self._pixels_of(pixel_values, None)[0]
         else:
             pieces = self._features_of(visual_features)[0]
+        work = stream.fork()  # so that an error leaves the stream as it was
         for features in pieces:
-            self.encoder().feed(stream, features)
+            self.encoder().feed(work, features)
+        vars(stream).update(vars(work))
