@@ -9,9 +9,10 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench test lint format sanitize fuzz info clean
+.PHONY: help bench demo test lint format sanitize fuzz info clean
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
+	@echo "make demo       a clip made on the spot through a small random Video-XL (20 seconds)"
 	@echo "make test       the test suite"
 	@echo "make lint       ruff, mypy and formatting"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
@@ -22,6 +23,9 @@ help:
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attn.py $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python -m vxl_model demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -44,7 +48,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff av pillow transformers
 	@touch $@
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)

@@ -73,15 +73,21 @@ class VideoXLProcessor:
         checkpoint without one gives a processor without one. `kwargs` (`revision`,
         `cache_dir`, `local_files_only` ...) go to the Hub's client and the tokenizer.
         """
-        config = _read_json(path, "config.json", kwargs)
-        if config is None:
-            raise ValueError(f"{os.fspath(path)}: no checkpoint there (no config.json)")
+        config = cls.read_config(path, **kwargs)
         clip = _read_json(path, "preprocessor_config.json", kwargs) or {}
         settings = _clip_settings(os.fspath(path), clip)
         if tokenizer is None:
             tokenizer = _load_tokenizer(path, kwargs)
         pinpoints = config.get("image_grid_pinpoints") or ()
         return cls(tokenizer, grid_pinpoints=pinpoints, **settings)
+
+    @staticmethod
+    def read_config(path: str | os.PathLike[str], **kwargs: Any) -> dict:
+        """`config.json` of a checkpoint as it stands; ValueError where there is none."""
+        config = _read_json(path, "config.json", kwargs)
+        if config is None:
+            raise ValueError(f"{os.fspath(path)}: no checkpoint there (no config.json)")
+        return config
 
     # -- pictures ------------------------------------------------------------------------------
 
