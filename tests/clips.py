@@ -71,6 +71,28 @@ def write_clip(
     return path
 
 
+def write_long(path, seconds, size=(640, 360), fps=8):
+    """One encoded second, written `seconds` times: an hour without the encoder's hour."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=fps, options={"bf": "0", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        second = []
+        for i in range(fps):
+            frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
+            second += [(bytes(p), p.is_keyframe) for p in stream.encode(frame)]
+        second += [(bytes(p), p.is_keyframe) for p in stream.encode(None)]
+        assert len(second) == fps
+        assert [key for _, key in second] == [True] + [False] * (fps - 1)
+        for i in range(seconds * fps):
+            data, key = second[i % fps]
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, Fraction(1, fps)
+            packet.pts = packet.dts = i
+            packet.duration, packet.is_keyframe = 1, key
+            out.mux_one(packet)
+    return path
+
+
 def write_tone(out, stream, seconds):
     samples = np.zeros((1, int(8000 * seconds)), np.float32)
     frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")

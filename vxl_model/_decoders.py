@@ -168,7 +168,11 @@ class PyAvDecoder:
             first = next(self._decoded(container, self._video_stream(container)), None)
             if first is None:
                 raise VideoError(f"{path}: none of its {self.total} video packets could be decoded")
-            self.height, self.width = _upright(first[1], VideoReformatter()).shape[:2]
+            # Asked of one frame only: a frame whose side data were looked at is in a cycle, which
+            # keeps it until Python's collector runs. 128 frames of 4K were 1.3 GB.
+            self._matrix = _display_matrix(first[1])
+            shown = _upright(first[1], VideoReformatter(), self._matrix)
+            self.height, self.width = shown.shape[:2]
 
     def _open(self) -> Any:
         import av
@@ -282,7 +286,7 @@ class PyAvDecoder:
             for index in self._indices(samples).tolist():
                 tick, frame = walk.on_show(index)
                 if shown is None or shown[0] != tick:
-                    shown = (tick, _upright(frame, reformatter))
+                    shown = (tick, _upright(frame, reformatter, self._matrix))
                 yield shown[1]
         finally:
             self.damaged = walk.damaged
@@ -382,21 +386,25 @@ class _Walk:
         return True
 
 
-def _upright(frame: Any, reformatter: Any) -> np.ndarray:
-    """A decoded frame as RGB `(height, width, 3)`, turned and mirrored as its display matrix
-    says (to the nearest quarter turn)."""
+def _display_matrix(frame: Any) -> tuple[int, ...] | None:
+    """How the container says frames are shown: the pixel (x, y) at (a x + c y, b x + d y), up to
+    a shift, as (a, b, c, d)."""
     from av.sidedata.sidedata import Type
 
-    rgb = reformatter.reformat(
-        frame,
-        format="rgb24",
-        interpolation="BILINEAR",
-    ).to_ndarray()
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
-        return rgb
-    # The pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift.
+        return None
     a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _upright(frame: Any, reformatter: Any, matrix: tuple[int, ...] | None) -> np.ndarray:
+    """A decoded frame as RGB `(height, width, 3)`, turned and mirrored as the display matrix says
+    (to the nearest quarter turn)."""
+    rgb = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR").to_ndarray()
+    if matrix is None:
+        return rgb
+    a, b, c, d = matrix
     if abs(b) > abs(a):
         rgb, a, d = rgb.transpose(1, 0, 2), c, b
     if a < 0:
