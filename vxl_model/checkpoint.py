@@ -171,8 +171,8 @@ def apply_vst_to_qwen2(model: Qwen2ForCausalLM, **config: Any) -> VideoXLForCond
     new.train(model.training)
     model.__class__ = VideoXLForConditionalGeneration
     model.__dict__ = new.__dict__
-    return model  # type: ignore[return-value]
+    return model
 
 
-def _like(module: nn.Module, weight: torch.Tensor) -> nn.Module:
+def _like(module: Any, weight: torch.Tensor) -> Any:
     return module.to_empty(device=weight.device).to(weight.dtype)

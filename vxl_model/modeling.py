@@ -105,7 +105,14 @@ class VideoXLForConditionalGeneration(
         time."""
         from .vision import encode_frames
 
-        return encode_frames(pixel_values, self.model.vision_tower, self.model.mm_projector)
+        return encode_frames(pixel_values, self._tower, self.model.mm_projector)
+
+    @property
+    def _tower(self) -> Any:
+        tower = getattr(self.model, "vision_tower", None)
+        if tower is None:
+            fail("pixels", "a model without a vision tower", "visual_features")
+        return tower
 
     def make_plan(self, ratio: Ratio = None) -> RatioPlan:
         return make_plan(self.config, self.ratio if ratio is None else ratio)
@@ -219,7 +226,7 @@ class VideoXLForConditionalGeneration(
     @property
     def tokens_per_frame(self) -> int:
         """Visual tokens of a frame: 144 in the released model."""
-        return (self.model.vision_tower.side // 2) ** 2
+        return (self._tower.side // 2) ** 2
 
     def _encode(
         self, rows: list[TextRow], sources: list[VisualSource] | None, ratio: Ratio
@@ -437,7 +444,7 @@ class VideoXLForConditionalGeneration(
 
     def _pixels_of(self, pixels: Any, image_sizes: Any) -> tuple[Iterator[Tensor], int | None, int]:
         if isinstance(pixels, Tensor):
-            size = self.model.vision_tower.config.image_size
+            size = self._tower.config.image_size
             sources = visual_sources(None, pixels, image_sizes, 1, 0, size)
             assert sources is not None
             pixels = sources[0].pixels
