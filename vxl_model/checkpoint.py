@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import Qwen2ForCausalLM
 from transformers.utils import logging
 

@@ -424,7 +424,8 @@ class VideoXLForConditionalGeneration(
         if isinstance(video, str | os.PathLike):
             from .video import open_video
 
-            video = open_video(Path(video), frames=frames, fps=fps)
+            size = self._tower.config.image_size
+            video = open_video(Path(video), frames=frames, fps=fps, size=size)
         elif frames is not None or fps is not None:
             fail("frames and fps", "frames in memory", "a file")
         elif hasattr(video, "ndim"):
