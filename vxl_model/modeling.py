@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from . import training
@@ -293,6 +294,8 @@ class VideoXLForConditionalGeneration(
         if labels is not None:
             labels = labels.to(input_ids.device)
             training.check_labels(labels, input_ids, self.config.vocab_size)
+        if torch.is_grad_enabled() and isinstance(self.model.layers[0].mlp.up_proj.weight, DTensor):
+            fail("training", "a tensor-parallel model", "inference, or the model in one piece")
         encoder, plan = self.encoder(), self.make_plan(ratio)
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
