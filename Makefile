@@ -48,7 +48,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff av pillow transformers
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff accelerate av pillow transformers
 	@touch $@
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)

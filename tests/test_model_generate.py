@@ -231,11 +231,11 @@ def test_text_alone(model):
 
 def test_ratios(model, videos):
     ids, _ = ids_of([9])
-    sizes = (
-        lambda ratio: model(ids, visual_features=videos[2:3], ratio=ratio).memory.beacon_sizes[  # noqa: E731
-            0
-        ][1:-1]
-    )
+
+    def sizes(ratio):
+        memory = model(ids, visual_features=videos[2:3], ratio=ratio).memory
+        return memory.beacon_sizes[0][1:-1]
+
     assert sizes(8) == [6, 6, 6, 6, 1]
     assert sizes(WindowRatios([2, 4, 8, 16, 8])) == [24, 12, 6, 3, 1]
     drawn = sizes([2, 4, 8])

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -47,7 +46,8 @@ class CheckpointMixin:
         Args:
             ratio: ratios to use where a call names none; by default the configuration's.
             output_loading_info: return also the lists of missing and unexpected keys.
-            kwargs: transformers' `from_pretrained`: `dtype`, `device_map`, `tp_plan`, ...
+            kwargs: transformers' `from_pretrained`: `dtype`, `device_map`, ...; `tp_plan="auto"`
+                under torchrun cuts heads and cache among the processes, for inference.
 
         Returns:
             The model in evaluation mode, with `model.loading_info`; with
@@ -62,6 +62,8 @@ class CheckpointMixin:
                 "weights_only: got False, expected True: a .bin file that needs it can run any "
                 "code; convert it to safetensors"
             )
+        if kwargs.get("tp_plan") is not None:
+            kwargs |= _distributed(kwargs.pop("tp_plan"), kwargs.pop("tp_size", None))
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -85,6 +87,16 @@ class CheckpointMixin:
             model.ratio = ratio
         model.loading_info = info
         return (model, info) if output_loading_info else model
+
+
+def _distributed(tp_plan: Any, tp_size: int | None) -> dict[str, Any]:
+    """A tensor-parallel plan as this release of transformers takes it."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan=tp_plan, tp_size=tp_size)}
+    except (ImportError, TypeError):  # before plans went into a configuration
+        return {"tp_plan": tp_plan, "tp_size": tp_size}
 
 
 @torch.no_grad()
@@ -171,8 +183,8 @@ def apply_vst_to_qwen2(model: Qwen2ForCausalLM, **config: Any) -> VideoXLForCond
     new.train(model.training)
     model.__class__ = VideoXLForConditionalGeneration
     model.__dict__ = new.__dict__
-    return model  # type: ignore[return-value]
+    return model
 
 
-def _like(module: nn.Module, weight: torch.Tensor) -> nn.Module:
+def _like(module: Any, weight: torch.Tensor) -> Any:
     return module.to_empty(device=weight.device).to(weight.dtype)

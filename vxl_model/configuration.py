@@ -158,17 +158,17 @@ class VideoXLConfig(Qwen2Config):
                 f"config.json: got model_type {kind!r}, expected {cls.model_type!r} or 'qwen2'"
             )
         loaded["model_type"] = cls.model_type
-        if loaded.get("mm_vision_tower") and not loaded.get("vision_config"):
-            path = _vision_file(pretrained_model_name_or_path, kwargs)
-            if path is not None:
-                loaded["vision_config"] = json.loads(Path(path).read_text())
-        return loaded, rest
+        return _with_tower(loaded, pretrained_model_name_or_path, kwargs), rest
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        # Auto classes read the file themselves and tell where it was.
+        source = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        config_dict = _with_tower(config_dict, source, kwargs)
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         fresh = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
+        fresh.vision_config = config.vision_config
         # What the file said where the value read from it is unchanged: Qwen2's configuration
         # drops `sliding_window` when it is unused, for example.
         config._source = {
@@ -221,14 +221,21 @@ def _known_tower(name: str) -> dict[str, Any] | None:
     return _KNOWN_TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
 
 
-def _vision_file(source: str | os.PathLike[str], options: dict[str, Any]) -> str | None:
+def _with_tower(
+    loaded: dict[str, Any], source: str | os.PathLike[str] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The contents of config.json with those of the file beside it that describes the tower."""
+    if not source or not loaded.get("mm_vision_tower") or loaded.get("vision_config"):
+        return loaded
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    passed = {k: v for k, v in options.items() if k in names and v is not None}
-    return cached_file(
+    path = cached_file(
         source,
         VISION_FILE,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **passed,
+        **{k: v for k, v in options.items() if k in names and v is not None},
+    )
+    return (
+        loaded if path is None else {**loaded, "vision_config": json.loads(Path(path).read_text())}
     )

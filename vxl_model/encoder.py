@@ -123,9 +123,12 @@ class Encoder:
 
     @property
     def chunks(self) -> int:
-        return self.settings.chunks_per_step or default_chunks(
-            self.core.config, self.device, self.dtype
-        )
+        chunks = self.settings.chunks_per_step
+        if chunks is None:
+            return default_chunks(self.core.config, self.device, self.dtype)
+        if not isinstance(chunks, int) or chunks < 1:
+            raise ValueError(f"chunks_per_step: got {chunks!r}, expected at least 1, or None")
+        return chunks
 
     def pool(self, tokens: int) -> CachePool:
         """An empty pool with room for so many rows."""

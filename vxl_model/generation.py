@@ -117,7 +117,7 @@ class VideoXLGenerationMixin(GenerationMixin):
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        device = self.device  # type: ignore[attr-defined]
+        device = self.device
         if past_key_values is not None:
             return {"input_ids": input_ids[:, -1:].to(device), "past_key_values": past_key_values}
         first = {name: kwargs[name] for name in _ONLY_FIRST if kwargs.get(name) is not None}

@@ -104,6 +104,8 @@ def visual_sources(
     image_size: int | None,
 ) -> list[VisualSource] | None:
     """One source for each row; None if there is nothing visual."""
+    if image_sizes is not None and pixel_values is None:
+        fail("image_sizes", "sizes without pixel_values", "both or neither")
     if visual_features is not None and pixel_values is not None:
         fail("pixel_values", "visual_features too", "one of the two")
     if visual_features is not None:
@@ -112,8 +114,6 @@ def visual_sources(
             for x in _per_row("visual_features", visual_features, batch, 2)
         ]
     if pixel_values is None:
-        if image_sizes is not None:
-            fail("image_sizes", "no pixel_values", "both or neither")
         return None
     if image_size is None:
         fail("pixel_values", "a model without a vision tower", "visual_features")

@@ -9,7 +9,7 @@ Source: Video-XL section 3.2; parameter names of the released checkpoint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,8 @@ class VideoXLModel(VideoXLPreTrainedModel):
     @property
     def kv_heads(self) -> int:
         """KV heads that this process holds."""
-        return len(local(self.layers[0].self_attn.k_proj.weight)) // self.config.head_width
+        first: Any = self.layers[0]
+        return len(local(first.self_attn.k_proj.weight)) // self.config.head_width
 
     def forward(self, hidden: Tensor, step: Step, keep_rows: int | None = None) -> Tensor | None:
         """Embedded rows through the decoder.
@@ -172,7 +173,8 @@ class VideoXLModel(VideoXLPreTrainedModel):
         Returns:
             Normed hidden states of the wanted rows, None for 0.
         """
-        *first, last = self.layers
+        layers: list[Any] = list(self.layers)
+        *first, last = layers
         for layer in first:
             hidden = layer(hidden, step)
         if keep_rows == 0:

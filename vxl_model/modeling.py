@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from . import training
@@ -105,7 +106,14 @@ class VideoXLForConditionalGeneration(
         time."""
         from .vision import encode_frames
 
-        return encode_frames(pixel_values, self.model.vision_tower, self.model.mm_projector)
+        return encode_frames(pixel_values, self._tower, self.model.mm_projector)
+
+    @property
+    def _tower(self) -> Any:
+        tower = getattr(self.model, "vision_tower", None)
+        if tower is None:
+            fail("pixels", "a model without a vision tower", "visual_features")
+        return tower
 
     def make_plan(self, ratio: Ratio = None) -> RatioPlan:
         return make_plan(self.config, self.ratio if ratio is None else ratio)
@@ -219,7 +227,7 @@ class VideoXLForConditionalGeneration(
     @property
     def tokens_per_frame(self) -> int:
         """Visual tokens of a frame: 144 in the released model."""
-        return (self.model.vision_tower.side // 2) ** 2
+        return (self._tower.side // 2) ** 2
 
     def _encode(
         self, rows: list[TextRow], sources: list[VisualSource] | None, ratio: Ratio
@@ -286,6 +294,8 @@ class VideoXLForConditionalGeneration(
         if labels is not None:
             labels = labels.to(input_ids.device)
             training.check_labels(labels, input_ids, self.config.vocab_size)
+        if torch.is_grad_enabled() and isinstance(self.model.layers[0].mlp.up_proj.weight, DTensor):
+            fail("training", "a tensor-parallel model", "inference, or the model in one piece")
         encoder, plan = self.encoder(), self.make_plan(ratio)
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
@@ -417,7 +427,8 @@ class VideoXLForConditionalGeneration(
         if isinstance(video, str | os.PathLike):
             from .video import open_video
 
-            video = open_video(Path(video), frames=frames, fps=fps)
+            size = self._tower.config.image_size
+            video = open_video(Path(video), frames=frames, fps=fps, size=size)
         elif frames is not None or fps is not None:
             fail("frames and fps", "frames in memory", "a file")
         elif hasattr(video, "ndim"):
@@ -437,7 +448,7 @@ class VideoXLForConditionalGeneration(
 
     def _pixels_of(self, pixels: Any, image_sizes: Any) -> tuple[Iterator[Tensor], int | None, int]:
         if isinstance(pixels, Tensor):
-            size = self.model.vision_tower.config.image_size
+            size = self._tower.config.image_size
             sources = visual_sources(None, pixels, image_sizes, 1, 0, size)
             assert sources is not None
             pixels = sources[0].pixels

@@ -96,8 +96,8 @@ class RatioPlan:
             valid = [r for r in self.allowed if r <= tokens and tokens % r == 0]
             if not valid:
                 raise ValueError(
-                    f"ratio: got {list(self.allowed)} to draw from, none of which divides a "
-                    f"window of {tokens} tokens; give one fixed ratio"
+                    f"ratio: got {list(self.allowed)} to draw from, expected one that divides a "
+                    f"window of {tokens} tokens, or a single ratio, which need not"
                 )
             ratio = int(self._generator.choice(valid))
         self._drawn += 1
