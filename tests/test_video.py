@@ -384,7 +384,8 @@ def test_wrong_arguments(clip, options, words):
         open_video(clip, **options)
 
 
-def test_truncated_behind_the_index(tmp_path, clip):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_truncated_behind_the_index(tmp_path, backend):
     """What is there is read, and what is missing is said."""
     whole = write_clip(tmp_path / "w.mp4", count=100, gop=10, size=(256, 256),
                        container_options={"movflags": "faststart"})  # fmt: skip
@@ -393,7 +394,7 @@ def test_truncated_behind_the_index(tmp_path, clip):
     begin = data.index(b"mdat")
     cut.write_bytes(data[: begin + (len(data) - begin) // 2])
     with pytest.warns(VideoWarning, match=r"cut\.mp4: ends after .* of the 10.0 s"):
-        reader = open_video(cut, backend="pyav")
+        reader = open_video(cut, backend=backend)
     shown = numbers(reader)
     assert 3 <= len(shown) <= 8
     assert shown == [10 * i for i in range(len(shown))]

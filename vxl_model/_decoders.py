@@ -259,13 +259,7 @@ class PyAvDecoder:
             declared = float(stream.duration * stream.time_base)
         elif container.duration and len(container.streams) == 1:
             declared = container.duration / 1e6
-        if self.duration < 0.9 * declared and declared - self.duration > 1:
-            warnings.warn(
-                f"{self.path}: ends after {self.duration:.1f} s of the {declared:.1f} s that its "
-                "header promises; truncated?",
-                VideoWarning,
-                stacklevel=5,
-            )
+        _warn_if_short(self.path, self.duration, declared)
 
     def seconds(self, indices: np.ndarray) -> np.ndarray:
         return (self._ticks[indices] - self._ticks[0]) * self._base
@@ -445,6 +439,7 @@ class TorchcodecDecoder:
             raise VideoError(f"{path}: no video stream (text, or sound with a picture)")
         self._start = about.begin_stream_seconds or 0.0
         self.duration = float(about.duration_seconds or self.total / (about.average_fps or 25))
+        _warn_if_short(path, self.duration, about.duration_seconds_from_header or 0.0)
 
     def _has_audio(self) -> bool:
         from torchcodec.decoders import AudioDecoder
@@ -495,6 +490,16 @@ class TorchcodecDecoder:
             if len(wanted) == 1:
                 return [None]
         return [frame for one in wanted for frame in self._batch([one], by_time)]
+
+
+def _warn_if_short(path: Path, duration: float, declared: float) -> None:
+    if duration < 0.9 * declared and declared - duration > 1:
+        warnings.warn(
+            f"{path}: ends after {duration:.1f} s of the {declared:.1f} s that its header "
+            "promises; truncated?",
+            VideoWarning,
+            stacklevel=6,
+        )
 
 
 def _word(error: Exception) -> str:

@@ -121,7 +121,7 @@ def plan_video(
         raise ValueError(f"frames: got {frames}, expected at least 1")
     if not 1 <= ratio <= config.beacon_window:
         raise ValueError(f"ratio: got {ratio}, expected 1 to {config.beacon_window}")
-    side = clip.image_size // clip.patch_size  # type: ignore[operator]
+    side = clip.image_size // clip.patch_size
     per_frame = (side // 2) ** 2
     cache = VstCache.memory_for(
         frames, ratio, prompt=prompt, tail=max(question + answer, SLACK_TOKENS),
