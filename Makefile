@@ -9,10 +9,11 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz cuda- \
-  check cuda-build-check info clean gpu-static
+.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz \
+  cuda-check cuda-build-check info clean gpu-static demo
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
+	@echo "make demo       a clip made on the spot through a small random Video-XL (20 seconds)"
 	@echo "make test       the test suite"
 	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
@@ -28,6 +29,9 @@ help:
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attn.py $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python -m vxl_model demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -67,7 +71,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff triton
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff accelerate av pillow transformers triton
 	@touch $@
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)
