@@ -13,7 +13,7 @@ How it is told from the others, in this order:
 3. What is left must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or 2 * m * n * k
    of a product; fewer is an error, and so is no full loop at all. More than the tiles have is work
    that warps do twice, which counts as time, not as use. (float32 is several tf32 products for
-   one: there the FLOPs done are taken for useful.)
+   one, with selects of its own: there all loops are taken, and the FLOPs done count as useful.)
 
 Several full loops (cache, chunk) are all returned; the table shows the worst of them.
 """
@@ -168,7 +168,8 @@ def full_tile_loops(
         selects, compares = _mask_work(instructions)
         if "keys" in tile:
             scores = _flops(counts, warps) / (4 * tile["head_dim"]) / (warps * warp)
-            if compares >= 0.15 * scores and selects >= 0.75 * scores and tile["rows"] >= 64:
+            masked = compares >= 0.15 * scores and selects >= 0.75 * scores
+            if masked and tile["rows"] >= 64 and element == 2:
                 continue
         tiles = _tiles(function.name, counts, tile, warps) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)
