@@ -38,3 +38,13 @@ def test_unknown_names_are_refused():
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert "vxl" in done.stderr
+
+
+def test_interpreted_triton_is_checked_and_not_timed(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "a.json"
+    done = bench("--interpret", "--case", "decode", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(path.read_text())
+    assert {r["provider"] for r in records} == {"triton"}
+    assert all(r["ok"] and r["ms"] is None for r in records)
