@@ -15,22 +15,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from _backward import sdpa_backward, vxl_backward
 from _cases import Case, Inputs, Paged
 from _gpu_providers import flash_attn, flashinfer
 from _published import published
+from _run import Run
 
 import vxl_kernels
 
-__all__ = ["PROVIDERS", "ROPE_APPEND", "Provider", "Run"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A prepared call. `rows(call())` is its result as `(batch, rows, heads, head_dim)`,
-    which is not timed. The first call is the one that is checked."""
-
-    call: Callable[[], object]
-    rows: Callable[..., torch.Tensor]
+__all__ = ["BACKWARD", "PROVIDERS", "ROPE_APPEND", "Provider"]
 
 
 @dataclass(frozen=True)
@@ -274,6 +267,16 @@ _ALL = (
     Provider("published", lambda x: Run(*published(x)), with_rope=True),
 )
 PROVIDERS = {p.name: p for p in _ALL}
+
+# The case "backward": the same names, other calls.
+BACKWARD = {
+    p.name: p
+    for p in (
+        Provider("vxl", vxl_backward, ("backward",), ours=True, unsupported=_vxl_unsupported),
+        Provider("sdpa_bool", lambda x: sdpa_backward(x, "bool"), ("backward",)),
+        Provider("sdpa_float", lambda x: sdpa_backward(x, "float"), ("backward",)),
+    )
+}
 
 # Not an attention: a case of its own.
 ROPE_APPEND = Provider(

@@ -5,6 +5,9 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+has_cuda: bool
+"""Whether csrc/cuda was compiled in: rope_append and the page operators on CUDA tensors."""
+
 def cpu_isa() -> str:
     """Instruction set of the CPU kernels: 'avx512', 'avx2' or 'baseline'."""
 
@@ -38,6 +41,7 @@ class PageManager:
     def reserved(self, seq: SupportsIndex) -> int: ...
     def capacity(self, seq: SupportsIndex) -> int: ...
     def block_table(self, seq: SupportsIndex) -> npt.NDArray[np.int32]: ...
+    def most_pages(self, seqs: Sequence[int] | npt.NDArray[np.integer]) -> int: ...
     def fill_block_tables(
         self,
         seqs: Sequence[int] | npt.NDArray[np.integer],

@@ -6,10 +6,14 @@ installed and what runs where.
 
 from ._version import __version__
 from .api import backends, rope_append, vst_attention, vst_linear
+from .cache import CacheBatch, HostSequence, VstCache
 from .layout import ChunkLayout
 
 __all__ = [
+    "CacheBatch",
     "ChunkLayout",
+    "HostSequence",
+    "VstCache",
     "__version__",
     "backends",
     "rope_append",

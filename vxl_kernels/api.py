@@ -18,7 +18,7 @@ from typing import Literal, overload
 
 import torch
 
-from . import _ext, _triton, checks, ops, reference
+from . import _ext, _triton, checks, gradients, ops, reference  # noqa: F401  gradients registers itself
 from .layout import ChunkLayout
 
 __all__ = ["backends", "rope_append", "vst_attention", "vst_linear"]
@@ -192,11 +192,13 @@ def rope_append(
         inplace: overwrite q and k and return them: no new memory, for inference.
 
     Returns:
-        q and k rotated, in the half-split ("rotate_half") form.
+        q and k rotated, in the half-split ("rotate_half") form. Differentiable in q, k, v and
+        the caches, which then carry the history of what was appended; the two caches are
+        copied for it.
 
     Raises:
-        ValueError: as `vst_attention`, before anything is written; and when an input requires
-            a gradient: only `backend="reference"` has one for now.
+        ValueError: as `vst_attention`, before anything is written; and for `inplace` with an
+            input that requires a gradient.
 
     Source: Video-XL section 3.2; positions as measured on the published code, which keeps K
     unrotated and rotates the whole cache anew in every layer of every chunk.
@@ -211,11 +213,10 @@ def rope_append(
     wants_grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, k_cache, v_cache)
     )
-    if wants_grad and (inplace or not use_reference):
+    if wants_grad and inplace:
         raise ValueError(
-            "rope_append: got inputs that require a gradient, expected none (the kernels have "
-            "no backward yet, and inplace=True never has); use backend='reference' without "
-            "inplace, or torch.no_grad() for inference"
+            "inplace: got True with inputs that require a gradient, expected False (or "
+            "torch.no_grad(), for inference)"
         )
     cache = (k_cache, v_cache, block_table, cache_lens)
     if use_reference:
@@ -233,6 +234,11 @@ def rope_append(
         return launcher.rope_append(q, k, v, *cache, ints, inv_freq)
     if inplace:
         torch.ops.vxl.rope_append_(q, k, v, *cache, ints, inv_freq)
+        return q, k
+    if wants_grad:
+        q, k, *caches = torch.ops.vxl.rope_append_copy(q, k, v, *cache, ints, inv_freq)
+        k_cache.copy_(caches[0])
+        v_cache.copy_(caches[1])
         return q, k
     return torch.ops.vxl.rope_append(q, k, v, *cache, ints, inv_freq)
 

@@ -7,17 +7,12 @@ implementations do that before they write (the compiled one in C++, with the sam
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 
+from ._arguments import fail
 from .layout import ChunkLayout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def fail(argument: str, got: object, expected: object) -> NoReturn:
-    raise ValueError(f"{argument}: got {got}, expected {expected}")
 
 
 def _tensor(name: str, x: object, rank: int, dims: str) -> torch.Tensor:

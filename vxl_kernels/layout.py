@@ -17,27 +17,16 @@ Source: Video-XL paper, section 3.2; the published code's `beacon` memory.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from ._arguments import at_least, fail
+
 __all__ = ["ChunkLayout"]
 
 Order = Literal["split", "interleaved"]
-
-
-def _as_int(name: str, value: object, least: int) -> int:
-    if type(value) is int and value >= least:
-        return value
-    try:  # numpy's integers, too; a bool is one for Python only
-        number = operator.index(value) if not isinstance(value, bool) else least - 1  # type: ignore[arg-type]
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -65,15 +54,13 @@ class ChunkLayout:
     def __post_init__(self) -> None:
         for name in ("window", "ratio", "chunks"):
             value = getattr(self, name)
-            number = _as_int(name, value, 1)
+            number = at_least(name, value, 1)
             if number is not value:
                 object.__setattr__(self, name, number)
         if self.ratio > self.window:
-            raise ValueError(
-                f"ratio: got {self.ratio}, expected at most the window of {self.window} tokens"
-            )
+            fail("ratio", self.ratio, f"at most the window of {self.window} tokens")
         if self.order not in ("split", "interleaved"):
-            raise ValueError(f"order: got {self.order!r}, expected 'split' or 'interleaved'")
+            fail("order", repr(self.order), "'split' or 'interleaved'")
 
     # -- sizes ---------------------------------------------------------------------
 
@@ -142,7 +129,7 @@ class ChunkLayout:
         Returns:
             bool `(rows, cache_len + (chunks - 1) * vsts_per_chunk + rows)`.
         """
-        cache_len = _as_int("cache_len", cache_len, 0)
+        cache_len = at_least("cache_len", cache_len, 0)
         chunk, position = self._row_table(device)
         entries = torch.arange(
             cache_len + (self.chunks - 1) * self.vsts_per_chunk, device=position.device

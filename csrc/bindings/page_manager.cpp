@@ -111,6 +111,12 @@ py::array_t<int32_t> block_table(const PageManager& self, int64_t seq) {
   return py::array_t<int32_t>(static_cast<py::ssize_t>(table.size()), table.data());
 }
 
+int64_t most_pages(const PageManager& self, const py::object& seqs) {
+  const Ids batch = ids(seqs);
+  const py::gil_scoped_release release;
+  return self.most_pages(batch.data(), batch.size());
+}
+
 void fill_block_tables(const PageManager& self, const py::object& seqs, py::array out,
                        int32_t pad) {
   const Ids batch = ids(seqs);
@@ -230,6 +236,8 @@ void bind_reading(py::class_<PageManager>& c) {
         "Rows in the pages of the block table: page_size times its length.");
   c.def("block_table", &block_table, integer("seq"),
         "int32 (pages,): the pages of the committed and the reserved rows, a copy.");
+  c.def("most_pages", &most_pages, py::arg("seqs"),
+        "Pages of the longest block table among seqs, int (n,): the width fill_block_tables needs.");
   c.def("fill_block_tables", &fill_block_tables, py::arg("seqs"), py::arg("out"),
         integer("pad") = 0,
         R"(Writes the block table of seqs[i] to out[i], `pad` behind its last page.

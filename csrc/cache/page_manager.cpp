@@ -217,6 +217,13 @@ std::vector<int32_t> PageManager::block_table(int64_t seq) const {
   return find(seq).table;
 }
 
+int64_t PageManager::most_pages(const int64_t* seqs, int64_t n) const {
+  const Lock lock(mutex_);
+  size_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, find_in_batch(seqs, i)->table.size());
+  return static_cast<int64_t>(most);
+}
+
 void PageManager::fill_block_tables(const int64_t* seqs, int64_t n, int32_t* out,
                                     int64_t stride, int32_t pad) const {
   const Lock lock(mutex_);

@@ -106,6 +106,8 @@ class PageManager {
   int64_t capacity(int64_t seq) const;  // rows in the pages of the block table
   std::vector<int32_t> block_table(int64_t seq) const;
 
+  int64_t most_pages(const int64_t* seqs, int64_t n) const;  // of one block table among these
+
   // out[i * stride + j] = page j of seqs[i], `pad` behind its last page. Sequences may repeat.
   void fill_block_tables(const int64_t* seqs, int64_t n, int32_t* out, int64_t stride,
                          int32_t pad) const;

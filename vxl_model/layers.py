@@ -1,0 +1,185 @@
+"""Qwen2's decoder with a second set of Q, K and V projections for the VSTs.
+
+Norms, MLP, embeddings and the rotation's frequencies are transformers' own; attention is
+`vxl_kernels`'. What a layer attends to, a cache in pages or the rows of a training pass, is the
+step's business (`steps.py`).
+
+Source: Video-XL section 3.2; parameter names of the released checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
+
+from vxl_kernels import ChunkLayout, vst_linear
+
+from .configuration import VideoXLConfig
+
+if TYPE_CHECKING:
+    from .steps import Step
+
+__all__ = ["VideoXLAttention", "VideoXLDecoderLayer", "VideoXLModel", "VideoXLPreTrainedModel"]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that tensor parallelism has cut."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class VideoXLAttention(nn.Module):
+    """Projections of a layer: raw rows through `*_proj`, VSTs through `beacon_*_proj`."""
+
+    def __init__(self, config: VideoXLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_width
+        hidden = config.hidden_size
+        query = config.num_attention_heads * self.head_dim
+        kept = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
+        for prefix in ("", "beacon_"):
+            for name, width in (("q", query), ("k", kept), ("v", kept)):
+                self.add_module(f"{prefix}{name}_proj", nn.Linear(hidden, width, bias=True))
+        self.o_proj = nn.Linear(query, hidden, bias=False)
+
+    def project(
+        self, x: Tensor, layout: ChunkLayout | None, backend: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `(batch, rows, heads, head_dim)`, not rotated, of x `(batch, rows, hidden)`."""
+        q, k, v = (self._linear(x, name, layout, backend) for name in ("q", "k", "v"))
+        return q, k, v
+
+    def project_kept(self, x: Tensor, vsts: bool) -> tuple[Tensor, Tensor]:
+        """k and v of rows that are all VSTs, or all ordinary tokens."""
+        prefix = "beacon_" if vsts else ""
+        k, v = (self._linear(x, name, None, None, prefix) for name in ("k", "v"))
+        return k, v
+
+    def _linear(
+        self,
+        x: Tensor,
+        name: str,
+        layout: ChunkLayout | None,
+        backend: str | None,
+        prefix: str = "",
+    ) -> Tensor:
+        own = getattr(self, f"{prefix}{name}_proj")
+        vst = getattr(self, f"beacon_{name}_proj")
+        weight, bias, vst_weight, vst_bias = (
+            local(w) for w in (own.weight, own.bias, vst.weight, vst.bias)
+        )
+        out = vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)  # type: ignore[arg-type]
+        return out.unflatten(-1, (-1, self.head_dim))
+
+
+class VideoXLDecoderLayer(GradientCheckpointingLayer):
+    """Qwen2's layer; what its rows attend to comes from the step."""
+
+    def __init__(self, config: VideoXLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = VideoXLAttention(config, layer_idx)
+        self.mlp = Qwen2MLP(config)
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, step: Step, keep_rows: int | None = None) -> Tensor:
+        """hidden `(batch, rows, hidden)` to the same, or to its last `keep_rows` rows."""
+        parts = step.parts(hidden)
+        attended = step.attention(self.self_attn, [self.input_layernorm(x) for x in parts])
+        if keep_rows is not None:
+            parts = [x[:, -keep_rows:] for x in parts]
+            attended = [x[:, -keep_rows:] for x in attended]
+        out = [self._rest(x, a) for x, a in zip(parts, attended, strict=True)]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def keep(self, hidden: Tensor, step: Step) -> None:
+        """Appends what the layer keeps of these rows and computes nothing else: all that the
+        last layer has to do for rows whose output nobody reads."""
+        kept, vsts = step.kept_rows(hidden)
+        step.append(self.self_attn.layer_idx, *self.self_attn.project_kept(
+            self.input_layernorm(kept), vsts
+        ))  # fmt: skip
+
+    def _rest(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn.o_proj(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class VideoXLPreTrainedModel(PreTrainedModel):
+    config: VideoXLConfig
+    config_class = VideoXLConfig
+    base_model_prefix = "model"
+    input_modalities = ("text", "image", "video")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoXLDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
+    _supports_flash_attn = True  # of the vision tower; the decoder's attention is vxl_kernels'
+    _supports_sdpa = True
+
+
+class VideoXLModel(VideoXLPreTrainedModel):
+    """Decoder, vision tower and projector under their published names."""
+
+    def __init__(self, config: VideoXLConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.beacon_embed_tokens = nn.Embedding(1, config.hidden_size)
+        self.layers = nn.ModuleList(
+            VideoXLDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._inv_freq: dict[torch.device, Tensor] = {}
+        clip = config.clip_config()
+        if clip is not None:
+            from .vision import VisionTower
+
+            self.vision_tower = VisionTower(clip, config.mm_vision_select_layer)
+            self.mm_projector = nn.Sequential(
+                nn.Linear(clip.hidden_size, config.hidden_size),
+                nn.GELU(),
+                nn.Linear(config.hidden_size, config.hidden_size),
+            )
+        self.post_init()
+
+    def inv_freq(self) -> Tensor:
+        """Rotation per position, float32 whatever the model's dtype. No buffer: `model.half()`
+        would round it."""
+        device = self.embed_tokens.weight.device
+        if device not in self._inv_freq:
+            rotary = Qwen2RotaryEmbedding(self.config)
+            self._inv_freq[device] = rotary.inv_freq.float().to(device).as_subclass(Tensor)
+        return self._inv_freq[device]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that this process holds."""
+        first: Any = self.layers[0]
+        return len(local(first.self_attn.k_proj.weight)) // self.config.head_width
+
+    def forward(self, hidden: Tensor, step: Step, keep_rows: int | None = None) -> Tensor | None:
+        """Embedded rows through the decoder.
+
+        Args:
+            hidden: `(batch, rows, hidden)`.
+            step: what the rows are and what they attend to.
+            keep_rows: how many of the last rows are wanted; None for all. 0: none, and the
+                last layer only appends what it keeps.
+
+        Returns:
+            Normed hidden states of the wanted rows, None for 0.
+        """
+        layers: list[Any] = list(self.layers)
+        *first, last = layers
+        for layer in first:
+            hidden = layer(hidden, step)
+        if keep_rows == 0:
+            last.keep(hidden, step)
+            return None
+        hidden = last(hidden, step, keep_rows)
+        parts = step.parts(hidden)
+        return self.norm(hidden) if len(parts) == 1 else torch.cat([self.norm(x) for x in parts])

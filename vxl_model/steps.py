@@ -1,0 +1,196 @@
+"""What the rows of a pass through the decoder attend to.
+
+`CacheStep`: rows over sequences in a paged cache, for inference. `TrainingStep`: prompt, all
+windows and tail of one sequence at once, differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vxl_kernels import CacheBatch, ChunkLayout, rope_append, vst_attention
+
+from .layers import VideoXLAttention
+
+__all__ = ["CacheStep", "RunSettings", "Segment", "Step", "TrainingStep"]
+
+Backend = Literal["cpu", "triton", "reference"]
+
+
+@dataclass
+class RunSettings:
+    """How a model computes; none of it changes what it computes. `model.settings`.
+
+    Attributes:
+        chunks_per_step: windows that go through the layers together; None chooses by the
+            device's memory.
+        order: of a chunk's rows, "split" or "interleaved".
+        backend: of `vxl_kernels`; None for the device's own.
+        last_layer_shortcut: the last layer keeps K and V and computes nothing else where its
+            output is not read. Off only for comparisons.
+        same_bits_in_batch: dense products take the rows of one sequence at a time, so that a
+            sequence's result does not depend on its neighbours, to the bit. Off, decoding a
+            batch reads each weight once instead of once a sequence. Matrix libraries choose
+            their kernel by the number of rows: MKL rounds 1 row, 2 rows and 8 rows differently.
+        page_size: rows of a page of the cache.
+    """
+
+    chunks_per_step: int | None = None
+    order: Literal["split", "interleaved"] = "split"
+    backend: Backend | None = None
+    last_layer_shortcut: bool = True
+    same_bits_in_batch: bool = True
+    page_size: int = 64
+
+
+class Step(Protocol):
+    def parts(self, hidden: Tensor) -> list[Tensor]:
+        """Slices of the batch that go through dense products together."""
+
+    def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
+        """Attention before `o_proj` of each part, heads flattened."""
+
+    def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        """The rows whose K and V are kept, and whether they are VSTs."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keeps K, not rotated yet, and V of those rows."""
+
+
+class CacheStep:
+    """Rows of sequences in a cache, which has room for them.
+
+    Args:
+        batch: the sequences; `reserve` was called.
+        layout: what the rows are; None for ordinary tokens.
+        inv_freq: rotation per position.
+    """
+
+    def __init__(
+        self,
+        batch: CacheBatch,
+        layout: ChunkLayout | None,
+        inv_freq: Tensor,
+        settings: RunSettings,
+    ) -> None:
+        self.batch, self.layout, self.inv_freq = batch, layout, inv_freq
+        self.settings = settings
+
+    def parts(self, hidden: Tensor) -> list[Tensor]:
+        return list(hidden.split(1)) if self.settings.same_bits_in_batch else [hidden]
+
+    def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
+        backend = self.settings.backend
+        projected = [attn.project(x, self.layout, backend) for x in normed]
+        if len(projected) == 1:
+            q, k, v = projected[0]
+        else:
+            q, k, v = (torch.cat(x) for x in zip(*projected, strict=True))
+        cache = self.batch.layer(attn.layer_idx)
+        q, k = rope_append(
+            q, k, v, *cache, self.layout, self.inv_freq, inplace=True, backend=backend
+        )
+        out = vst_attention(q, k, v, *cache, self.layout, backend=backend).flatten(2)
+        return [out] if len(normed) == 1 else list(out.split(1))
+
+    def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        layout = self.layout
+        if layout is None:
+            return hidden, False
+        if layout.order == "split":
+            return hidden[:, layout.chunks * layout.window :], True
+        return hidden[:, layout.vst_rows(hidden.device)], True
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        # The VSTs of all chunks follow one another in the cache, each rotated to its place
+        # there: just what ordinary tokens do. There is no q; k stands in for it.
+        cache = self.batch.layer(layer)
+        rope_append(k, k, v, *cache, None, self.inv_freq, backend=self.settings.backend)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of a training pass: prompt, windows of one ratio, or tail.
+
+    Attributes:
+        layout: what the rows are; None for ordinary tokens.
+        rows: how many.
+        cached: tokens kept before them.
+    """
+
+    layout: ChunkLayout | None
+    rows: int
+    cached: int
+
+    @property
+    def kept(self) -> int:
+        if self.layout is None:
+            return self.rows
+        return self.layout.chunks * self.layout.vsts_per_chunk
+
+
+class TrainingStep:
+    """All rows of one sequence, `(1, rows, hidden)`, segment after segment.
+
+    In each layer every segment first appends what it keeps to one page, then all attend. So no
+    attention saves a cache for the backward pass that is written afterwards.
+
+    Args:
+        keep: remember each layer's K and V in `kept`.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        inv_freq: Tensor,
+        settings: RunSettings,
+        keep: bool = False,
+    ) -> None:
+        self.segments = list(segments)
+        self.inv_freq, self.settings = inv_freq, settings
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        device = inv_freq.device
+        self._capacity = max(s.cached + s.kept for s in segments)
+        self._table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        lens = torch.tensor([[s.cached] for s in segments], dtype=torch.int32, device=device)
+        self._lens = list(lens)
+
+    def parts(self, hidden: Tensor) -> list[Tensor]:
+        return [hidden]
+
+    def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
+        backend = self.settings.backend
+        rows = normed[0].split([s.rows for s in self.segments], dim=1)
+        projected = [
+            attn.project(x, s.layout, backend) for x, s in zip(rows, self.segments, strict=True)
+        ]
+        shape = (1, self._capacity, *projected[0][1].shape[2:])
+        k_cache, v_cache = normed[0].new_zeros(shape), normed[0].new_zeros(shape)
+        rotated = []
+        for (q, k, v), segment, lens in zip(projected, self.segments, self._lens, strict=True):
+            # The reference is the one rope_append with a gradient.
+            q, k = rope_append(
+                q, k, v, k_cache, v_cache, self._table, lens, segment.layout, self.inv_freq,
+                backend="reference",
+            )  # fmt: skip
+            rotated.append((q, k, v))
+        out = [
+            vst_attention(
+                *qkv, k_cache, v_cache, self._table, lens, segment.layout, backend=backend
+            )
+            for qkv, segment, lens in zip(rotated, self.segments, self._lens, strict=True)
+        ]
+        if self.kept is not None:
+            self.kept[attn.layer_idx] = (k_cache[0].detach(), v_cache[0].detach())
+        return [torch.cat(out, dim=1).flatten(2)]
+
+    def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        raise NotImplementedError("a training pass runs every layer in full")
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        raise NotImplementedError("a training pass runs every layer in full")
