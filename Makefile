@@ -43,10 +43,11 @@ gpu-static: $(STAMP)
 gpu-check: $(STAMP)
 	@$(BIN)/python benchmarks/gpu_check.py
 
-# Beside the environment, not in it: only the path of these two runs finds it.
+# Beside the environment, not in it: only the path of these two runs finds it. Its interpreter
+# takes arrays of one element for numbers, as numpy did until 2.4.
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON): $(VENV)/.installed
-	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON)
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON) 'numpy<2.4'
 
 test-oldest-triton: $(STAMP) build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest \

@@ -46,3 +46,13 @@ def test_small_run_of_the_cache(tmp_path):
     lines = json.loads((tmp_path / "a.json").read_text())
     assert len(lines) == 11
     assert all(set(r) == {"what", "value", "against", "ratio", "meaning"} for r in lines)
+
+
+def test_interpreted_triton_is_checked_and_not_timed(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "a.json"
+    done = bench("--interpret", "--case", "decode", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(path.read_text())
+    assert {r["provider"] for r in records} == {"triton"}
+    assert all(r["ok"] and r["ms"] is None for r in records)
