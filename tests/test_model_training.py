@@ -1,0 +1,132 @@
+"""Loss and gradients beyond the goldens: batches, padding, prompts, checkpointing, odd ends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_goldens import load_golden, relative
+
+
+@pytest.fixture
+def model():
+    return load_golden("tiny_r4_w48")[2]
+
+
+@pytest.fixture(scope="module")
+def features():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(n, 64, generator=generator) * 0.1 for n in (110, 61)]
+
+
+IDS = torch.tensor([[1, 5, 6, -200, 9, 10, 11], [5, 6, 7, -200, 12, 13, 1]])
+MASK = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
+LABELS = torch.tensor([[-100, 5, 6, -100, 9, -100, 11], [-100, 6, -100, -200, 12, 13, -100]])
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_batch_is_the_mean_over_its_tokens(model, features):
+    both = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+    total, tokens = 0.0, 0
+    for i in range(2):
+        keep = MASK[i].bool()
+        ids, labels = IDS[i : i + 1, keep], LABELS[i : i + 1, keep]
+        out = model(ids, visual_features=[features[i]], labels=labels)
+        # Row 0's first token is supervised too, and predicted by nothing.
+        count = int(((labels != -100) & (ids != -200))[0, 1:].sum())
+        total, tokens = total + float(out.loss) * count, tokens + count
+    assert float(both.loss) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_loss_by_hand(model, features):
+    """From the logits of forward; the prompt's from a pass over it alone."""
+    ids, labels = IDS[:1, 1:], LABELS[:1, 1:]
+    out = model(ids, visual_features=features[:1], labels=labels)
+    prompt = model(ids[:, :2]).logits[0]
+    # The first tail token is predicted by the last raw row, which no logits show: leave it out.
+    labels = labels.clone()
+    labels[0, 3] = -100
+    without_first = model(ids, visual_features=features[:1], labels=labels).loss
+    want = F.cross_entropy(torch.stack([prompt[0], out.logits[0, 1]]), torch.tensor([6, 11]))
+    assert float(without_first) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_training_equals_inference(model, features):
+    with torch.no_grad():
+        trained = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+        plain = model(IDS, visual_features=features, attention_mask=MASK)
+    assert relative(trained.logits, plain.logits) < 1e-5
+    for i in range(2):
+        for layer in range(3):
+            pairs = zip(
+                trained.memory.keys_values(layer, i),
+                plain.memory.keys_values(layer, i),
+                strict=True,
+            )
+            assert all(relative(a, b) < 1e-5 for a, b in pairs)
+    assert trained.memory.beacon_sizes == plain.memory.beacon_sizes
+    more = torch.tensor([[20], [21]])
+    a, b = (model(more, memory=x.memory).logits for x in (trained, plain))
+    assert relative(a, b) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(model, features):
+    model.train()
+    out = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+    out.loss.backward()
+    plain = {k: g.clone() for k, g in gradients(model).items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    again = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+    again.loss.backward()
+    assert float(again.loss) == float(out.loss)
+    assert gradients(model).keys() == plain.keys()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_last_window_without_a_vst_still_predicts(model, features, tokens):
+    """Ratio 4 and 3 (or 48 + 2) tokens: no VST, yet the last raw row has a reader."""
+    visual = features[0][:tokens].clone().requires_grad_()
+    ids, labels = torch.tensor([[5, -200, 9]]), torch.tensor([[-100, -100, 9]])
+    out = model(ids, visual_features=[visual], labels=labels)
+    out.loss.backward()
+    assert float(visual.grad[-1].abs().max()) > 0
+    if tokens == 3:  # then the window is plain causal text
+        embeds = torch.cat([model.model.embed_tokens(ids[0, :1]), visual])
+        want = causal_logits(model, embeds)[-1]
+        assert float(out.loss) == pytest.approx(float(F.cross_entropy(want, ids[0, 2])), rel=1e-5)
+
+
+def causal_logits(model, embeds):
+    """Qwen2 itself on the same weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_parameters")  # fmt: skip
+    plain = Qwen2ForCausalLM(Qwen2Config(**{n: getattr(model.config, n) for n in names})).eval()
+    weights = {k: v for k, v in model.state_dict().items() if "beacon" not in k}
+    plain.load_state_dict(weights)
+    return plain(inputs_embeds=embeds[None]).logits[0]
+
+
+def test_nothing_supervised(model, features):
+    out = model(IDS[:1, 1:], visual_features=features[:1], labels=torch.full((1, 6), -100))
+    assert float(out.loss) == 0
+    out.loss.backward()
+
+
+def test_only_the_projector_learns(features):
+    """Stage 1: gradients reach the projector through frozen layers."""
+    from model_goldens import tiny_expected, tiny_model
+
+    model = tiny_model(ratio=4).train().requires_grad_(False)
+    model.model.mm_projector.requires_grad_(True)
+    pixels = tiny_expected()["pixel_values"]
+    ids = torch.tensor([[5, -200, 9, 10]])
+    model(ids, pixel_values=pixels, labels=ids).loss.backward()
+    found = gradients(model)
+    assert len(found) == 4
+    assert all("mm_projector" in k and float(g.abs().max()) > 0 for k, g in found.items())
