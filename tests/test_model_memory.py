@@ -231,3 +231,31 @@ def test_batch_memories_take_apart(model, features):
     )
     with pytest.raises(ValueError, match="read text"):
         out.memory[0].append(visual_features=features)
+
+
+class Words:
+    """A processor whose words are numbers."""
+
+    stop_ids = ()
+
+    def prompt_ids(self):
+        return torch.tensor([PROMPT])
+
+    def tail_ids(self, question):
+        return torch.tensor([[int(word) for word in question.split()]])
+
+    def decode(self, ids):
+        return " ".join(str(int(i)) for i in ids)
+
+
+def test_questions_in_words(features):
+    model = load_golden("tiny_r4_w48")[2]
+    model.processor = Words()
+    memory = model.watch(visual_features=features)  # the processor's prompt
+    same_memory(memory, watch(model, features))
+    want = memory.ask(TAIL, max_new_tokens=6).tolist()
+    assert memory.ask("9 10 11", max_new_tokens=6) == " ".join(map(str, want))
+    model.processor.stop_ids = [want[2]]
+    assert memory.ask("9 10 11", max_new_tokens=6).split() == [
+        str(i) for i in want[: want.index(want[2]) + 1]
+    ]

@@ -7,7 +7,6 @@ nobody reads.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ from .steps import CacheStep, RunSettings
 __all__ = ["Encoder", "Stream", "default_chunks", "make_plan"]
 
 _MOST_CHUNKS = 8
+_CPU_ROWS = 1024
 _SHARE_OF_MEMORY = 32  # activations of a step may take one part in so many of the device
 
 
@@ -46,12 +46,12 @@ def make_plan(config: VideoXLConfig, ratio: int | Sequence[int] | WindowRatios |
 
 
 def default_chunks(config: VideoXLConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Windows a step: as many as a small share of the device's memory holds the activations of,
-    8 at most. Larger products fill a GPU; on a CPU one window of Qwen2-7B already does."""
+    """Windows a step. On a CPU as few as give products of a thousand rows: one window of the
+    released model does, and more only take memory. On a GPU as many as a small share of its
+    memory holds the activations of, 8 at most."""
     if device.type == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        total = torch.get_device_module(device).get_device_properties(device).total_memory
+        return max(1, min(_MOST_CHUNKS, -(-_CPU_ROWS // config.beacon_window)))
+    total = torch.get_device_module(device).get_device_properties(device).total_memory
     # Residual, normed rows, q, k, v and the attention's result; three of the MLP.
     width = 6 * config.hidden_size + 3 * config.intermediate_size
     smallest = min(config.beacon_ratio if isinstance(config.beacon_ratio, list) else [2])
