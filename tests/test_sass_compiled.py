@@ -44,7 +44,7 @@ def test_a_spilling_kernel_is_flagged() -> None:
     compiled = compile_kernel(toy, "cuda:80")
     assert compiled.spill_bytes > 0
     row = measure(toy, "cuda:80", compiled)
-    (found,) = violations([row])
+    (found,), _ = violations([row])
     assert "spills" in found
 
 

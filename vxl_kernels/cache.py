@@ -58,7 +58,7 @@ class VstCache:
     Args:
         num_layers, kv_heads, head_dim: geometry of the model.
         num_pages: pages of the pool, in every layer; `VstCache.memory_for` counts them.
-        page_size: rows of a page, a power of two.
+        page_size: rows of a page, a power of two. The GPU kernels like 128 best.
         dtype: float32, bfloat16 or float16.
         device: where the pages live.
 
@@ -79,7 +79,7 @@ class VstCache:
         head_dim: int,
         *,
         num_pages: int,
-        page_size: int = 64,
+        page_size: int = 128,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
