@@ -120,6 +120,7 @@ class VideoMemory:
         if isinstance(question, str):
             processor = self.model.processor
             ids = torch.as_tensor(processor.tail_ids(question))
+            options.setdefault("eos_token_id", processor.stop_ids)
             new = self.ask(ids.reshape(1, -1), max_new_tokens, **options)
             answers = [processor.decode(row) for row in new]
             return answers[0] if len(answers) == 1 else answers

@@ -404,10 +404,7 @@ class VideoXLForConditionalGeneration(
 
     def _prompt_ids(self, input_ids: Any) -> Tensor:
         if input_ids is None:
-            input_ids = self.processor.encode_prompt("")
-            ids = torch.as_tensor(input_ids).reshape(-1)
-            ids = ids[: int((ids == IMAGE_TOKEN).nonzero()[0])]
-            return ids.to(self.device)
+            return torch.as_tensor(self.processor.prompt_ids()).reshape(-1).to(self.device)
         ids = torch.as_tensor(input_ids, dtype=torch.long).reshape(-1)
         if len(ids) and ids[-1] == IMAGE_TOKEN:
             ids = ids[:-1]
