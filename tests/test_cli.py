@@ -79,6 +79,15 @@ def test_ask(run, place):
     assert out.strip() == want
 
 
+def test_in_one_line_of_python(run, place):
+    """What the command does, by the names of the library, prompt and stops by default."""
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model", ratio=4)
+    answer = model.watch(place / "clip.mp4").ask(QUESTION, max_new_tokens=6, do_sample=False)
+    code, out, _ = run(*ASK, "--video", "clip.mp4", "--json", QUESTION)
+    assert code == 0
+    assert json.loads(out)["answer"] == answer
+
+
 def test_ask_json_and_memory(run):
     code, out, err = run(*ASK, "--video", "clip.mp4", "--json", QUESTION, "And then?")
     assert (code, err) == (0, "")

@@ -49,7 +49,10 @@ def test_image_tiles(processor, golden):
 def test_as_transformers_does_it(processor, golden):
     from transformers import AutoImageProcessor
 
-    theirs = AutoImageProcessor.from_pretrained(CHECKPOINT)
+    try:
+        theirs = AutoImageProcessor.from_pretrained(CHECKPOINT)
+    except ImportError as error:
+        pytest.skip(f"transformers' own: {error}")  # before 5.23 it needs torchvision
     for height, width in ((40, 31), (336, 500), (700, 336), (337, 336)):
         frame = golden["image"][:height, :width].numpy()
         frame = np.ascontiguousarray(np.resize(frame, (height, width, 3)))

@@ -1,6 +1,6 @@
 """Video in: which frames of a file, decoded ahead of the model and no more of them than in flight.
 
-Sampling as published (Video-XL, section 4.1; spec of its demo): one frame a second up to 128
+Sampling as published: one frame a second up to 128
 frames, else 128 evenly spaced. An hour of 4K takes the memory of a minute: a frame is cut to
 what the vision tower sees where it is decoded, and a bounded queue lets the decoder run only a
 few batches ahead.
