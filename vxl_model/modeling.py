@@ -294,9 +294,8 @@ class VideoXLForConditionalGeneration(
         if labels is not None:
             labels = labels.to(input_ids.device)
             training.check_labels(labels, input_ids, self.config.vocab_size)
-        if torch.is_grad_enabled() and isinstance(
-            self.model.layers[0].get_parameter("mlp.up_proj.weight"), DTensor
-        ):
+        cut = any(isinstance(p, DTensor) for p in self.model.layers.parameters())
+        if torch.is_grad_enabled() and cut:
             fail("training", "a tensor-parallel model", "inference, or the model in one piece")
         encoder, plan = self.encoder(), self.make_plan(ratio)
         keep = not torch.is_grad_enabled()
