@@ -5,17 +5,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CXX ?= g++
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu*')
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench test lint format sanitize fuzz info clean
+.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz \
+  cuda-check cuda-build-check info clean gpu-static demo
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
+	@echo "make demo       a clip made on the spot through a small random Video-XL (20 seconds)"
 	@echo "make test       the test suite"
+	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
+	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
+	@echo "make test-oldest-triton  the Triton kernels with the oldest supported Triton"
 	@echo "make lint       ruff, mypy and formatting"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
 	@echo "make fuzz       random operations on the page manager against a model"
+	@echo "make cuda-check the CUDA kernels, compiled and held to limits; their bodies run on the CPU"
+	@echo "make cuda-build-check  the extension with CUDA against a CUDA build of torch (5 GB)"
 	@echo "make info       what is installed, what runs where, and why not"
 	@echo "make format     format Python"
 	@echo "make clean      remove everything that was built"
@@ -23,8 +30,29 @@ help:
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attn.py $(ARGS)
 
+demo: $(STAMP)
+	$(BIN)/python -m vxl_model demo $(ARGS)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# All four targets take some four minutes on two cores; ARGS="--target cuda:90" takes one.
+gpu-static: $(STAMP)
+	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
+
+gpu-check: $(STAMP)
+	@$(BIN)/python benchmarks/gpu_check.py
+
+# Beside the environment, not in it: only the path of these two runs finds it. Its interpreter
+# takes arrays of one element for numbers, as numpy did until 2.4.
+OLDEST_TRITON := 3.6.0
+build/triton-$(OLDEST_TRITON): $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON) 'numpy<2.4'
+
+test-oldest-triton: $(STAMP) build/triton-$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
+	  tests/triton_interpreter -m triton_core
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_triton_aot.py
 
 info: $(STAMP)
 	$(BIN)/python -m vxl_kernels
@@ -44,7 +72,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff accelerate av pillow transformers triton
 	@touch $@
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)
@@ -77,7 +105,7 @@ $(foreach s,address thread,$(eval $(call sanitizer,$(s))))
 
 # Random operations on the page manager's C API against a model, in the same sanitizers.
 # Built with clang and -fsanitize=fuzzer instead of -DVXL_FUZZ_STANDALONE it is a libFuzzer target.
-FUZZ_OPERATIONS ?= 300000
+FUZZ_OPERATIONS ?= 1000000
 $(BUILD)/address/fuzz: tests/cpp/fuzz_page_manager.cpp $(SOURCES)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O2 -g -Wall -Wextra $(FLAGS_address) -DVXL_FUZZ_STANDALONE $< \
@@ -89,6 +117,38 @@ fuzz: $(BUILD)/address/fuzz
 sanitize: $(BUILD)/address/test $(BUILD)/thread/test
 	@for isa in $(ISAS); do VXL_CPU_ISA=$$isa $(BUILD)/address/test || exit 1; done
 	VXL_CPU_ISA=avx2 $(BUILD)/thread/test 20
+
+# -- CUDA without a GPU -------------------------------------------------------------------------
+# Kernel bodies on the CPU in the sanitizers; then nvcc, where there is one, for each architecture.
+SHIM_SOURCES := tests/cpp/test_cuda_kernels.cpp csrc/cpu/kernels.cpp csrc/cpu/plan.cpp \
+  csrc/cpu/pages.cpp
+$(BUILD)/address/cuda_shim: $(SHIM_SOURCES) $(wildcard tests/cpp/*shim*.h) $(SOURCES) \
+    $(ISAS:%=$(BUILD)/address/%.o)
+	$(CXX) -std=c++17 -O2 -g $(WARNINGS) -Wno-unknown-pragmas $(FLAGS_address) $(SHIM_SOURCES) \
+	  $(ISAS:%=$(BUILD)/address/%.o) -pthread -o $@
+
+cuda-check: $(BUILD)/address/cuda_shim
+	$(BUILD)/address/cuda_shim
+	$(BUILD)/address/cuda_shim --traffic
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/cuda_check.py
+
+# Builds in a copy: the extension of the working tree belongs to another torch.
+CUDA_VENV := build/cuda-venv
+CUDA_TREE := build/cuda-tree
+CUDA_TORCH ?= 2.14.1
+$(CUDA_VENV)/.installed:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q torch==$(CUDA_TORCH) numpy setuptools pybind11 ninja \
+	  pytest hypothesis safetensors matplotlib
+	@touch $@
+
+cuda-build-check: $(CUDA_VENV)/.installed
+	mkdir -p $(CUDA_TREE)
+	tar -c --exclude='*.so' --exclude=_build_info.json --exclude=__pycache__ csrc vxl_kernels \
+	  vxl_model benchmarks tests setup.py pyproject.toml README.md LICENSE | tar -x -C $(CUDA_TREE)
+	cd $(CUDA_TREE) && VXL_BUILD_CUDA=1 $(CURDIR)/$(CUDA_VENV)/bin/python setup.py -q build_ext --inplace
+	cd $(CUDA_TREE) && $(CURDIR)/$(CUDA_VENV)/bin/python -m vxl_kernels
+	cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info vxl_kernels/*.so vxl_kernels/_build_info.json

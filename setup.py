@@ -36,7 +36,10 @@ except ImportError:
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # GCC's own AVX-512 headers trip these two.
 ISA_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
+# No -std: torch adds the one that its headers need (2.14's want C++20).
+COMMON = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
+# sm_80 code runs on 8.6 and 8.9 too; PTX for what comes after. Without a GPU to ask.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # One unit an instruction set, chosen at run time: no wheel needs the machine it was built on.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -46,6 +49,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]  # fmt: skip
 
 
+def cuda_toolkit() -> Path | None:
+    """CUDA_HOME, the usual place, or where the nvcc of the PATH lies."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    return next((Path(p) for p in places if p and (Path(p) / "bin" / "nvcc").exists()), None)
+
+
 def cuda_decision() -> tuple[bool, str]:
     """Whether to compile csrc/cuda, and the reason."""
     wish = os.environ.get("VXL_BUILD_CUDA", "auto")
@@ -53,13 +64,10 @@ def cuda_decision() -> tuple[bool, str]:
         raise SystemExit(f"VXL_BUILD_CUDA: got {wish!r}, expected auto, 0 or 1")
     if wish == "0":
         return False, "VXL_BUILD_CUDA=0"
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     missing = []
-    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
-        missing.append("this version has no CUDA sources")
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is a build without CUDA")
-    if shutil.which("nvcc") is None and not (toolkit / "bin" / "nvcc").exists():
+    if cuda_toolkit() is None:
         missing.append("no nvcc")
     if missing and wish == "1":
         raise SystemExit(f"VXL_BUILD_CUDA=1 cannot be met: {'; '.join(missing)}")
@@ -77,10 +85,17 @@ def extension_arguments() -> dict:
     if torch is None:
         # Only now is torch a requirement of the build; the build then runs again with it.
         return {"setup_requires": ["torch>=2.11"]}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    use_cuda, reason = cuda_decision()
+    if use_cuda:  # before the import, which looks for the toolkit
+        os.environ["CUDA_HOME"] = str(cuda_toolkit())
+        if not torch.cuda.is_available():  # else torch asks the GPU that is there
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     headers = [
-        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".inc")
+        str(p.relative_to(ROOT))
+        for p in ROOT.glob("csrc/**/*")
+        if p.suffix in (".h", ".inc", ".cuh")
     ]
 
     class BuildWithIsaUnits(BuildExtension):
@@ -91,7 +106,7 @@ def extension_arguments() -> dict:
                 objects = self.compiler.compile(
                     [f"csrc/cpu/isa_{isa}.cpp"],
                     output_dir=self.build_temp,
-                    extra_postargs=[*COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
+                    extra_postargs=["-std=c++17", *COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
                     depends=headers,
                 )
                 for extension in self.extensions:
@@ -102,18 +117,26 @@ def extension_arguments() -> dict:
                 cuda=("built: " if use_cuda else "not built: ") + reason,
             )
 
-    use_cuda, reason = cuda_decision()
-    extension = CppExtension(
+    cuda_sources = ["csrc/bindings/cuda_ops.cpp", "csrc/cuda/pages.cu", "csrc/cuda/rope.cu"]
+    make_extension = CUDAExtension if use_cuda else CppExtension
+    extension = make_extension(
         "vxl_kernels._C",
         sources=[
             "csrc/bindings/module.cpp",
             "csrc/bindings/ops.cpp",
             "csrc/bindings/page_manager.cpp",
+            "csrc/bindings/page_ops.cpp",
             "csrc/cache/page_manager.cpp",
             "csrc/cpu/kernels.cpp",
+            "csrc/cpu/pages.cpp",
             "csrc/cpu/plan.cpp",
+            *(cuda_sources if use_cuda else []),
         ],
-        extra_compile_args={"cxx": [*COMMON, "-fopenmp", "-Wno-unused-parameter"]},
+        define_macros=[("VXL_WITH_CUDA", None)] if use_cuda else [],
+        extra_compile_args={
+            "cxx": [*COMMON, "-fopenmp", "-Wno-unused-parameter"],
+            "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"],
+        },
         extra_link_args=["-fopenmp"],
         depends=headers,
     )

@@ -65,10 +65,12 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Useful FLOPs: only pairs that attend are counted."""
+        """Useful FLOPs: only pairs that attend are counted. Gradients are five products where
+        attention is two."""
         g = self.geometry
         if self.layout is not None:
-            return self.batch * self.layout.flops(g.heads, g.head_dim, self.cache_len)
+            forward = self.batch * self.layout.flops(g.heads, g.head_dim, self.cache_len)
+            return forward * 5 // 2 if self.name == "backward" else forward
         pairs = self.rows * self.cache_len + self.rows * (self.rows + 1) // 2
         return self.batch * 4 * g.heads * g.head_dim * pairs
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from _cases import Case, Geometry
 from _oracle import ROWS_CHECKED
-from _providers import PROVIDERS, ROPE_APPEND, Provider
+from _providers import BACKWARD, PROVIDERS, ROPE_APPEND, Provider
 
 from vxl_kernels import ChunkLayout
 
 __all__ = ["MAIN_CASES", "MORE_CASES", "Entrant", "Group", "make_groups"]
 
-MAIN_CASES = ("chunk", "tail", "decode")
+MAIN_CASES = ("chunk", "tail", "decode", "backward")
 MORE_CASES = ("rope_append", "threads", "chunks", "bf16")
 SPEED_GUESS = 150e9  # FLOP/s of a slow provider on two cores; only shares out the budget
 
@@ -57,6 +57,9 @@ def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
     cases.append(Case("tail", g, longest, 1, *common, plain_rows=g.tail_rows))
     for batch in g.decode_batches:
         cases.append(Case("decode", g, longest, batch, *common, plain_rows=1))
+    if options.case is not None:  # 10 s of float64 for the answer: only where it is asked for
+        chunks = options.chunks if options.chunks > 1 else 4
+        cases.append(Case("backward", g, 0, 1, *common, layout=replace(layout, chunks=chunks)))
     return cases
 
 
@@ -67,8 +70,8 @@ def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
             continue
         chosen = [
             p
-            for p in PROVIDERS.values()
-            if case.name in p.cases and options.device in p.devices
+            for p in (BACKWARD if case.name == "backward" else PROVIDERS).values()
+            if case.name in p.cases and (options.device in p.devices or options.interpret)
             if (
                 p.name in options.provider
                 if options.provider is not None

@@ -15,22 +15,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from _backward import sdpa_backward, vxl_backward
 from _cases import Case, Inputs, Paged
 from _gpu_providers import flash_attn, flashinfer
 from _published import published
+from _run import Run
 
 import vxl_kernels
 
-__all__ = ["PROVIDERS", "ROPE_APPEND", "Provider", "Run"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A prepared call. `rows(call())` is its result as `(batch, rows, heads, head_dim)`,
-    which is not timed. The first call is the one that is checked."""
-
-    call: Callable[[], object]
-    rows: Callable[..., torch.Tensor]
+__all__ = ["BACKWARD", "PROVIDERS", "ROPE_APPEND", "Provider"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,11 @@ def _vxl_unsupported(case: Case) -> str | None:
     return f"backend {backend!r} cannot run here: {'; '.join(reasons)}" if reasons else None
 
 
-def _vxl(x: Inputs) -> Run:
+def _vxl(x: Inputs, backend: Literal["cpu", "triton"] | None = None) -> Run:
     case = x.case
     cache = x.pages(x.k_seen, x.v_seen).arguments()
-    q, k, v, layout, backend = x.q_rotated, x.k_rotated, x.v, case.layout, _backend(case)
+    q, k, v, layout = x.q_rotated, x.k_rotated, x.v, case.layout
+    backend = backend or _backend(case)
 
     def call() -> torch.Tensor:
         return vxl_kernels.vst_attention(q, k, v, *cache, layout, backend=backend)
@@ -233,8 +227,19 @@ def _needs(module: str) -> Callable[[Case], str | None]:
     return unsupported
 
 
+def _triton_unsupported(case: Case) -> str | None:
+    return "; ".join(vxl_kernels.backends()["triton"]) or None
+
+
 _ALL = (
     Provider("vxl", _vxl, ours=True, unsupported=_vxl_unsupported),
+    Provider(
+        "triton",
+        lambda x: _vxl(x, "triton"),
+        devices=("cuda",),  # and a CPU with --interpret
+        ours=True,
+        unsupported=_triton_unsupported,
+    ),
     Provider("sdpa_bool", lambda x: _sdpa(x, "bool", enable_gqa=True), ("chunk", "tail")),
     Provider("sdpa_float", lambda x: _sdpa(x, "float"), ("chunk", "tail")),
     Provider(
@@ -262,6 +267,16 @@ _ALL = (
     Provider("published", lambda x: Run(*published(x)), with_rope=True),
 )
 PROVIDERS = {p.name: p for p in _ALL}
+
+# The case "backward": the same names, other calls.
+BACKWARD = {
+    p.name: p
+    for p in (
+        Provider("vxl", vxl_backward, ("backward",), ours=True, unsupported=_vxl_unsupported),
+        Provider("sdpa_bool", lambda x: sdpa_backward(x, "bool"), ("backward",)),
+        Provider("sdpa_float", lambda x: sdpa_backward(x, "float"), ("backward",)),
+    )
+}
 
 # Not an attention: a case of its own.
 ROPE_APPEND = Provider(

@@ -43,7 +43,7 @@ class Result:
 
 @dataclass
 class Ratio:
-    """A line of the table "also measured"."""
+    """A line of a table of ratios."""
 
     what: str
     value: str
@@ -115,8 +115,8 @@ def table(results: Sequence[Result]) -> str:
     return _align(_HEADER, lines, left=(0, 3, 4))
 
 
-def ratio_table(ratios: Sequence[Ratio]) -> str:
-    header = ("also measured", "value", "against", "ratio", "meaning")
+def ratio_table(ratios: Sequence[Ratio], title: str = "also measured") -> str:
+    header = (title, "value", "against", "ratio", "meaning")
     lines = [[r.what, r.value, r.against, r.ratio, r.meaning] for r in ratios]
     return _align(header, lines, left=range(5))
 

@@ -2,7 +2,8 @@
 
 One layer of Qwen2-7B's attention, one call at a time: `chunk` (a window with its VSTs),
 `tail` (rows of the prompt's end) and `decode` (one row), each over a cache. The cases
-`rope_append`, `threads`, `chunks` and `bf16` have a table of their own.
+`rope_append`, `threads`, `chunks` and `bf16` have a table of their own. `--backward` times the
+gradients of a sequence of four chunks instead.
 
 Every result is checked against float64 in the same run; a wrong one gets no time, and the
 exit status is 1. All providers are repeated in turns, and the ceilings of the machine are
@@ -12,6 +13,7 @@ read between the cases.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +21,13 @@ from pathlib import Path
 
 import _machine
 import torch
+from _backward import backward_answer
 from _cases import DTYPES, Case, Geometry, Inputs
 from _groups import MAIN_CASES, MORE_CASES, Entrant, Group, make_groups
 from _oracle import ROWS_CHECKED, TOLERANCE_TEXT, Answer, attention_answer, rope_answer
-from _providers import PROVIDERS, ROPE_APPEND, Provider, Run
+from _providers import PROVIDERS, ROPE_APPEND, Provider
 from _report import Ratio, Result, milliseconds, notes, ratio_table, save_json, save_plot, table
+from _run import Run
 from _timing import Budget, Clock, interleave, spread, threads
 
 # -- options -----------------------------------------------------------------------------
@@ -49,6 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--case", action="append", help=f"of {', '.join(MAIN_CASES + MORE_CASES)}; repeatable")
     add("--provider", action="append", help=f"of {', '.join(PROVIDERS)}; repeatable")
+    add("--backward", action="store_true", help="the case backward, and no other")
     add("--all", action="store_true", help="also the providers that compile first (flex)")
     add("--cache", help="other cache lengths for chunk, comma-separated")
     add("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
@@ -60,6 +65,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, help="exactly so many, whatever the budget")
     add("--budget", type=float, default=120, help="seconds to aim for (default %(default)s)")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
+    add(
+        "--interpret",
+        action="store_true",
+        help="the Triton kernels under their interpreter: tiny shapes, checked, not timed",
+    )
     add("--json", type=Path, metavar="FILE", help="write the results")
     add("--plot", type=Path, metavar="FILE.png", help="draw the case chunk (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -67,10 +77,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: got {value}, expected at least 1")
+    if options.backward:
+        options.case = [*(options.case or []), "backward"]
     options.case = _names(parser, options.case, MAIN_CASES + MORE_CASES, "--case")
     options.provider = _names(parser, options.provider, list(PROVIDERS), "--provider")
     if options.alpha > Geometry().window:
         parser.error(f"--alpha: got {options.alpha}, expected at most {Geometry().window}")
+    if options.interpret:
+        if options.provider not in (None, ["triton"]) or options.device == "cuda":
+            parser.error("--interpret: serves --provider triton on a CPU only")
+        if options.dtype == "bf16":
+            parser.error("--interpret: got --dtype bf16, expected fp32 or fp16 (the interpreter's "
+                         "products of bf16 are wrong)")  # fmt: skip
+        options.provider, options.device, options.small = ["triton"], "cpu", True
+        options.case = options.case or list(MAIN_CASES)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     return options
@@ -123,7 +143,7 @@ class Runner:
             run = self._checked(entrant, x, answer, result)
             if run is not None:
                 measure[i] = self._measurement(entrant, run)
-        if measure:
+        if measure and not self._options.interpret:
             self._budget.tell("repeats")
             self._time(results, group, measure)
         return results
@@ -131,10 +151,12 @@ class Runner:
     @staticmethod
     def _answer(answers: dict, x: Inputs, provider: Provider) -> Answer:
         kind = "append" if provider is ROPE_APPEND else "rope" if provider.with_rope else "plain"
+        if x.case.name == "backward":
+            kind = "backward"
         key = (x.case, kind)
         if key not in answers:
-            is_rope = kind == "rope"
-            answers[key] = rope_answer(x) if kind == "append" else attention_answer(x, is_rope)
+            make = {"append": rope_answer, "backward": backward_answer}.get(kind)
+            answers[key] = make(x) if make else attention_answer(x, kind == "rope")
         return answers[key]
 
     @staticmethod
@@ -292,6 +314,8 @@ def show(lines: list[tuple[str, str]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.interpret:  # before triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"
     if options.threads:
         torch.set_num_threads(options.threads)
     g = Geometry.small() if options.small else Geometry()

@@ -1,4 +1,4 @@
-"""benchmarks/attn.py on a tiny geometry: it runs, checks, and writes what it says."""
+"""The benchmarks on a tiny geometry: they run, check, and write what they say."""
 
 import json
 import subprocess
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attn.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 KEYS = {
     "case", "provider", "dtype", "cache_len", "batch", "ms", "tflops", "of_ceiling",
     "speedup_vs_best_peer", "max_error", "ok",
 }  # fmt: skip
 
 
-def bench(*options):
+def bench(*options, script="attn.py"):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--small", *options],
+        [sys.executable, str(BENCHMARKS / script), "--small", *options],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
@@ -38,3 +38,21 @@ def test_unknown_names_are_refused():
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert "vxl" in done.stderr
+
+
+def test_small_run_of_the_cache(tmp_path):
+    done = bench("--json", str(tmp_path / "a.json"), script="cache.py")
+    assert done.returncode == 0, done.stderr
+    lines = json.loads((tmp_path / "a.json").read_text())
+    assert len(lines) == 11
+    assert all(set(r) == {"what", "value", "against", "ratio", "meaning"} for r in lines)
+
+
+def test_interpreted_triton_is_checked_and_not_timed(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "a.json"
+    done = bench("--interpret", "--case", "decode", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(path.read_text())
+    assert {r["provider"] for r in records} == {"triton"}
+    assert all(r["ok"] and r["ms"] is None for r in records)

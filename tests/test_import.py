@@ -21,8 +21,13 @@ def run(code, **env):
     )
 
 
+# torch comes first: a CUDA build of it looks for triton itself.
 BLOCK = """
 import sys
+import torch
+for name in list(sys.modules):
+    if name.split(".")[0] in {names}:
+        del sys.modules[name]
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {names}:

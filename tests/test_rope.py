@@ -143,8 +143,6 @@ def test_gradients_flow_through_the_reference():
 
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     assert torch.autograd.gradcheck(step, leaves)
-    with pytest.raises(ValueError, match="require a gradient"):
-        rope_append(*dataclasses.replace(inputs, q=leaves[0]).to(torch.float32).args(), inv_freq)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -5,6 +5,9 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+has_cuda: bool
+"""Whether csrc/cuda was compiled in: rope_append and the page operators on CUDA tensors."""
+
 def cpu_isa() -> str:
     """Instruction set of the CPU kernels: 'avx512', 'avx2' or 'baseline'."""
 

@@ -27,6 +27,14 @@ def _build_info() -> dict[str, str]:
     return json.loads(path.read_text())
 
 
+def _cuda(build: dict[str, str]) -> str:
+    """What the loaded extension says, not what some build once noted beside it."""
+    if _ext.has_cuda:
+        return "rope_append and page copies are built in"
+    note = build["cuda"]
+    return note if note.startswith(("not", "never")) else "not in the loaded extension"
+
+
 def report() -> str:
     """The text that the command prints."""
     build = _build_info()
@@ -42,7 +50,7 @@ def report() -> str:
         f"extension     {build['extension']}",
         f"  loaded      {'yes' if _ext.extension else 'no: ' + _ext.reason_missing}",
         f"  CPU kernels {isa}",
-        f"  CUDA        {build['cuda']}",
+        f"  CUDA        {_cuda(build)}",
         "backends",
     ]
     for name, reasons in backends().items():

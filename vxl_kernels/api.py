@@ -18,7 +18,7 @@ from typing import Literal, overload
 
 import torch
 
-from . import _ext, checks, ops, reference
+from . import _ext, _triton, checks, gradients, ops, reference  # noqa: F401  gradients registers itself
 from .layout import ChunkLayout
 
 __all__ = ["backends", "rope_append", "vst_attention", "vst_linear"]
@@ -39,16 +39,21 @@ def _cpu_reasons(x: torch.Tensor | None) -> list[str]:
     return reasons
 
 
-def _triton_reasons(x: torch.Tensor | None) -> list[str]:
-    return ["this version has no Triton kernels"]
-
-
-_REASONS = {"cpu": _cpu_reasons, "triton": _triton_reasons, "reference": lambda x: []}
+_REASONS = {"cpu": _cpu_reasons, "triton": _triton.reasons, "reference": lambda x: []}
 
 
 def backends() -> dict[str, list[str]]:
     """Every backend with the reasons why it cannot run here; an empty list means it can."""
     return {name: reasons(None) for name, reasons in _REASONS.items()}
+
+
+def _interpret(backend: str | None, name: str, *tensors: torch.Tensor | None) -> bool:
+    """True for Triton's interpreter, which serves CPU tensors past the dispatcher."""
+    if backend != "triton" or (tensors[0] is not None and tensors[0].device.type != "cpu"):
+        return False
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(f"{name}: got inputs that require a gradient, the interpreter has none")
+    return True
 
 
 def _use_reference(backend: str | None, x: torch.Tensor) -> bool:
@@ -146,6 +151,9 @@ def vst_attention(
     cache = (k_cache, v_cache, block_table, cache_lens)
     if _use_reference(backend, q):
         out, lse = reference.vst_attention(q, k, v, *cache, layout, scale)
+    elif _interpret(backend, "vst_attention", q, k, v, k_cache, v_cache):
+        ints = ops.layout_to_ints(layout)
+        out, lse = _triton.kernels().vst_attention(q, k, v, *cache, ints, scale)
     else:
         ints = ops.layout_to_ints(layout)
         out, lse = torch.ops.vxl.vst_attention(q, k, v, *cache, ints, scale)
@@ -184,11 +192,13 @@ def rope_append(
         inplace: overwrite q and k and return them: no new memory, for inference.
 
     Returns:
-        q and k rotated, in the half-split ("rotate_half") form.
+        q and k rotated, in the half-split ("rotate_half") form. Differentiable in q, k, v and
+        the caches, which then carry the history of what was appended; the two caches are
+        copied for it.
 
     Raises:
-        ValueError: as `vst_attention`, before anything is written; and when an input requires
-            a gradient: only `backend="reference"` has one for now.
+        ValueError: as `vst_attention`, before anything is written; and for `inplace` with an
+            input that requires a gradient.
 
     Source: Video-XL section 3.2; positions as measured on the published code, which keeps K
     unrotated and rotates the whole cache anew in every layer of every chunk.
@@ -203,11 +213,10 @@ def rope_append(
     wants_grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, k_cache, v_cache)
     )
-    if wants_grad and (inplace or not use_reference):
+    if wants_grad and inplace:
         raise ValueError(
-            "rope_append: got inputs that require a gradient, expected none (the kernels have "
-            "no backward yet, and inplace=True never has); use backend='reference' without "
-            "inplace, or torch.no_grad() for inference"
+            "inplace: got True with inputs that require a gradient, expected False (or "
+            "torch.no_grad(), for inference)"
         )
     cache = (k_cache, v_cache, block_table, cache_lens)
     if use_reference:
@@ -217,8 +226,19 @@ def rope_append(
         return rotated
     ints = ops.layout_to_ints(layout)
     inv_freq = inv_freq.float()
+    if _interpret(backend, "rope_append", q, k, v):
+        launcher = _triton.kernels()
+        if inplace:
+            launcher.rope_append_(q, k, v, *cache, ints, inv_freq)
+            return q, k
+        return launcher.rope_append(q, k, v, *cache, ints, inv_freq)
     if inplace:
         torch.ops.vxl.rope_append_(q, k, v, *cache, ints, inv_freq)
+        return q, k
+    if wants_grad:
+        q, k, *caches = torch.ops.vxl.rope_append_copy(q, k, v, *cache, ints, inv_freq)
+        k_cache.copy_(caches[0])
+        v_cache.copy_(caches[1])
         return q, k
     return torch.ops.vxl.rope_append(q, k, v, *cache, ints, inv_freq)
 
@@ -241,7 +261,8 @@ def vst_linear(
             layout.
         bias, vst_bias: `(out_features,)` or None.
         layout: what the rows are; None sends all through `weight`.
-        backend: by default the platform's own dense products, for any device and dtype.
+        backend: by default the platform's own dense products, for any device and dtype, or on
+            a GPU in inference the one launch of "triton" where it is modelled to be faster.
 
     Returns:
         `(batch, rows, out_features)`; differentiable.
@@ -257,4 +278,9 @@ def vst_linear(
     if backend is not None and _use_reference(backend, x):
         return reference.vst_linear(x, weight, bias, vst_weight, vst_bias, layout)
     ints = ops.layout_to_ints(layout)
-    return torch.ops.vxl.vst_linear(x, weight, bias, vst_weight, vst_bias, ints)
+    args = (x, weight, bias, vst_weight, vst_bias)
+    if _interpret(backend, "vst_linear", *args):
+        return _triton.kernels().vst_linear(*args, ints)
+    if backend == "triton":
+        return torch.ops.vxl.vst_linear_one_launch(*args, ints)
+    return torch.ops.vxl.vst_linear(*args, ints)

@@ -37,12 +37,15 @@ from .planning import plan_memory
 
 __all__ = ["CacheBatch", "HostSequence", "VstCache"]
 
-Seqs = int | Iterable[int]
+Seqs = int | Iterable[int] | np.ndarray
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_WIDTH = 8  # pages that a batch's block table has room for at first
 
 
-def _ids(seqs: Seqs) -> list[int]:
+def _ids(seqs: Seqs) -> list[int] | np.ndarray:
+    if isinstance(seqs, np.ndarray):
+        return seqs
     return list(seqs) if isinstance(seqs, Iterable) else [seqs]
 
 
@@ -55,7 +58,7 @@ class VstCache:
     Args:
         num_layers, kv_heads, head_dim: geometry of the model.
         num_pages: pages of the pool, in every layer; `VstCache.memory_for` counts them.
-        page_size: rows of a page, a power of two.
+        page_size: rows of a page, a power of two. The GPU kernels like 128 best.
         dtype: float32, bfloat16 or float16.
         device: where the pages live.
 
@@ -76,7 +79,7 @@ class VstCache:
         head_dim: int,
         *,
         num_pages: int,
-        page_size: int = 64,
+        page_size: int = 128,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -181,9 +184,8 @@ class VstCache:
         """
         with self._lock:
             copies = self._manager.reserve_many(_ids(seqs), rows)
-            for source, target, used in copies.tolist():
-                for cache in (self.k_cache, self.v_cache):
-                    cache[:, target, :used].copy_(cache[:, source, :used])
+            if len(copies):
+                torch.ops.vxl.copy_pages_(self.k_cache, self.v_cache, self._upload(copies))
 
     def commit(self, seqs: Seqs, rows: int) -> None:
         """Makes the first `rows` reserved rows, which have been written, part of the sequences.
@@ -200,7 +202,7 @@ class VstCache:
             max_tokens: fixes the width of the block table for sequences of up to so many rows,
                 and with it all addresses, for capture in a CUDA graph. By default it grows.
         """
-        return CacheBatch(self, _ids(seqs), max_tokens)
+        return CacheBatch(self, list(_ids(seqs)), max_tokens)
 
     # -- contents --------------------------------------------------------------------
 
@@ -209,10 +211,12 @@ class VstCache:
         head_dim)` each."""
         if not 0 <= layer < self.num_layers:
             fail("layer", layer, f"0 to {self.num_layers - 1}")
-        pages, length = self._pages(seq)
-        return self._rows(self.k_cache[layer], pages, length), self._rows(
-            self.v_cache[layer], pages, length
+        table, length = self._table(seq)
+        k, v = (
+            torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
+            for cache in (self.k_cache, self.v_cache)
         )
+        return k, v
 
     def save(
         self, path: str | os.PathLike[str], seq: int, metadata: Mapping[str, str] | None = None
@@ -231,16 +235,16 @@ class VstCache:
         """
         child = self.fork(seq)  # holds the rows still while they are written
         try:
-            pages, length = self._pages(child)
+            table, length = self._table(child)
             header = cache_file.Header(
                 self.num_layers, self.kv_heads, self.head_dim, self.dtype, length
             )
-            tensors = (
-                self._rows(cache[layer], pages, length).cpu()
-                for layer in range(self.num_layers)
-                for cache in (self.k_cache, self.v_cache)
-            )
-            cache_file.write(path, header, tensors, dict(metadata or {}))
+
+            def piece(tensor: int, first: int, rows: int) -> torch.Tensor:
+                cache = self._tensor(tensor)
+                return torch.ops.vxl.gather_rows(cache, table, first, rows).cpu()
+
+            cache_file.write(path, header, piece, dict(metadata or {}))
         finally:
             self.free(child)
 
@@ -261,7 +265,7 @@ class VstCache:
                 head_dim=self.head_dim,
                 dtype=self.dtype,
             )
-            return self._filled(file.header.length, file.tensors())
+            return self._filled(file.header.length, file.pieces())
 
     def offload(self, seq: int) -> HostSequence:
         """Moves a sequence to host memory and frees its pages; `restore` brings it back.
@@ -269,14 +273,13 @@ class VstCache:
         From a GPU the copy goes to page-locked memory without waiting for it.
         """
         pinned = self.device.type == "cuda"
-        pages, length = self._pages(seq)
+        table, length = self._table(seq)
         shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
         data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
         for side, cache in enumerate((self.k_cache, self.v_cache)):
             for layer in range(self.num_layers):
-                data[side, layer].copy_(
-                    self._rows(cache[layer], pages, length), non_blocking=pinned
-                )
+                rows = torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
+                data[side, layer].copy_(rows, non_blocking=pinned)
         event = None
         if pinned:
             event = torch.cuda.Event()
@@ -296,16 +299,15 @@ class VstCache:
         want = (self.num_layers, self.kv_heads, self.head_dim, self.dtype)
         if got != want:
             fail("host", f"(layers, kv_heads, head_dim, dtype) {got}", want)
-        return self._filled(length, host.data.transpose(0, 1).flatten(0, 1))
+        tensors = host.data.transpose(0, 1).flatten(0, 1)
+        return self._filled(length, ((i, 0, rows) for i, rows in enumerate(tensors)))
 
     # -- private ---------------------------------------------------------------------
 
-    def _pages(self, seq: int, length: int | None = None) -> tuple[torch.Tensor, int]:
-        """Page indices on the device of a sequence's first rows, by default of the committed
-        ones, and how many rows these are."""
-        length = self._manager.length(seq) if length is None else length
-        table = self._manager.block_table(seq)[: -(-length // self.page_size)]
-        return self._upload(table.astype(np.int64)), length
+    def _table(self, seq: int) -> tuple[torch.Tensor, int]:
+        """Block table of a sequence, on the device, and its committed rows."""
+        length = self._manager.length(seq)
+        return self._upload(self._manager.block_table(seq)), length
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         """An array on the device, without waiting for the copy."""
@@ -314,32 +316,25 @@ class VstCache:
             return host.pin_memory().to(self.device, non_blocking=True)
         return host.to(self.device)
 
-    def _rows(self, cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-        """The first `length` rows behind `pages` of one layer, contiguous."""
-        return cache.index_select(0, pages).flatten(0, 1)[:length]
+    def _tensor(self, i: int) -> torch.Tensor:
+        """K of layer i / 2 or V of layer (i - 1) / 2, `(1, pages, page_size, ...)`."""
+        layer, side = divmod(i, 2)
+        return (self.k_cache, self.v_cache)[side][layer : layer + 1]
 
-    def _filled(self, length: int, tensors: Iterable[torch.Tensor]) -> int:
-        """A new sequence of `length` rows; `tensors` yields K and V of each layer in turn."""
+    def _filled(self, length: int, pieces: Iterable[tuple[int, int, torch.Tensor]]) -> int:
+        """A new sequence of `length` rows; `pieces` yields (tensor, first row, rows)."""
         seq = self.new()
         try:
             self.reserve(seq, length)
-            pages, _ = self._pages(seq, length)
-            for i, rows in enumerate(tensors):
-                self._write_rows((self.k_cache, self.v_cache)[i % 2][i // 2], pages, rows)
+            table, _ = self._table(seq)
+            for tensor, first, rows in pieces:
+                on_device = rows.to(self.device, non_blocking=True)[None]
+                torch.ops.vxl.scatter_rows_(self._tensor(tensor), table, first, on_device)
             self.commit(seq, length)
         except BaseException:
             self.free(seq)
             raise
         return seq
-
-    def _write_rows(self, cache: torch.Tensor, pages: torch.Tensor, rows: torch.Tensor) -> None:
-        """Writes rows from the first page on; the inverse of `_rows`."""
-        rows = rows.to(self.device, non_blocking=True)
-        whole, rest = divmod(len(rows), self.page_size)
-        in_pages = rows[: len(rows) - rest].unflatten(0, (whole, self.page_size))
-        cache.index_copy_(0, pages[:whole], in_pages)
-        if rest:
-            cache[:, :rest].index_copy_(0, pages[whole:], rows[None, -rest:])
 
 
 class HostSequence:

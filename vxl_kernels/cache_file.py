@@ -5,8 +5,8 @@ any safetensors reader opens the file. The header's metadata holds geometry, a C
 tensor and of the header itself. They find damage, not forgery.
 
 Writing is done here and not by the safetensors package because that one wants all tensors at
-once: a second copy of the sequence in host memory. Layers are written one at a time while a
-thread computes the checksum of the same bytes.
+once: a second copy of the sequence in host memory. Both ways go in pieces that stay in the
+processor's cache between the disk, the checksum and the pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,6 +31,7 @@ __all__ = ["Header", "Reader", "read_metadata", "write"]
 
 FORMAT = "vxl-cache-1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PIECE_BYTES = 4 << 20  # 16 MiB: 0.9 of the speed, fresh memory each time
 _NO_CHECKSUM = "0" * 8  # as wide as a real one, so that the header keeps its length
 
 
@@ -57,6 +58,14 @@ class Header:
     @property
     def tensor_bytes(self) -> int:
         return self.length * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """`(tensor, first, rows)` of every piece in the order of the file; tensor 2i is K of
+        layer i, 2i + 1 its V."""
+        each = max(1, _PIECE_BYTES // max(1, self.tensor_bytes // max(1, self.length)))
+        for tensor in range(2 * self.num_layers):
+            for first in range(0, self.length, each):
+                yield tensor, first, min(each, self.length - first)
 
     def tensor_names(self) -> list[str]:
         return [f"{kind}.{i}" for i in range(self.num_layers) for kind in ("key", "value")]
@@ -102,14 +111,14 @@ def _raw(x: torch.Tensor) -> memoryview:
 def write(
     path: str | os.PathLike[str],
     header: Header,
-    tensors: Iterable[torch.Tensor],
+    piece: Callable[[int, int, int], torch.Tensor],
     user: Mapping[str, str],
 ) -> None:
     """Writes a whole file or none: beside its place first, moved there when it is complete and
     on the disk.
 
     Args:
-        tensors: K and V of every layer in turn, on the host.
+        piece: the rows of a piece, on the host; arguments as `Header.pieces`.
         user: strings to keep with it.
     """
     for name, text in user.items():
@@ -121,7 +130,7 @@ def write(
         with open(unfinished, "xb", buffering=0) as file:
             blank = [_NO_CHECKSUM] * (2 * header.num_layers)
             file.write(_encode(header, blank, user))
-            checksums = _write_tensors(file, tensors)
+            checksums = _write_pieces(file, header, piece)
             file.seek(0)
             file.write(_encode(header, checksums, user))
             os.fsync(file.fileno())
@@ -139,16 +148,31 @@ def _encode(header: Header, checksums: list[str], user: Mapping[str, str]) -> by
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensors(file, tensors: Iterable[torch.Tensor]) -> list[str]:
-    checksums: list[Future[int]] = []
+def _write_pieces(
+    file, header: Header, piece: Callable[[int, int, int], torch.Tensor]
+) -> list[str]:
+    """Writes one piece while the next is gathered and added to its tensor's checksum."""
+    checksums = [0] * (2 * header.num_layers)
     with ThreadPoolExecutor(1) as pool:
-        for tensor in tensors:
-            data = _raw(tensor)
-            checksums.append(pool.submit(zlib.crc32, data))
-            while data:  # a raw write may take less than it is given
-                data = data[file.write(data) :]
-            checksums[-1].result()  # bounds what is in flight to one tensor
-    return [_hex(c.result()) for c in checksums]
+        writing: Future[None] | None = None
+        for tensor, first, rows in header.pieces():
+            data = _raw(piece(tensor, first, rows))
+            checksums[tensor] = zlib.crc32(data, checksums[tensor])
+            if writing is not None:
+                writing.result()  # one piece in flight, and no write behind one that failed
+            writing = pool.submit(_write_all, file, data)
+        if writing is not None:
+            writing.result()
+    return [_hex(checksum) for checksum in checksums]
+
+
+def _write_all(file, data: memoryview) -> None:
+    start, size = file.tell(), len(data)
+    while data:  # a raw write may take less than it is given
+        data = data[file.write(data) :]
+    if hasattr(os, "posix_fadvise"):
+        # The disk starts now instead of at the fsync.
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -179,19 +203,24 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        with open(path, "rb"):  # a plain OSError, before anything is interpreted
-            pass
         self._path = os.fspath(path)
+        self._stream = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
         try:
-            self._file = safe_open(self._path, framework="pt")
-            self.header, self._checksums, self.user = self._parse(self._file.metadata() or {})
+            # The package maps the file; it is used for the header, whose every rule it checks.
+            with safe_open(self._path, framework="pt") as file:
+                self.header, self._checksums, self.user = self._parse(file)
         except (SafetensorError, OSError) as error:
+            self._stream.close()
             self._refuse(f"a file that is truncated, damaged or no safetensors ({error})")
+        except BaseException:
+            self._stream.close()
+            raise
 
     def _refuse(self, got: str) -> None:
         fail("path", f"{self._path!r}, {got}", "a file that VstCache.save wrote")
 
-    def _parse(self, fields: dict[str, str]) -> tuple[Header, list[str], dict[str, str]]:
+    def _parse(self, file) -> tuple[Header, list[str], dict[str, str]]:
+        fields = file.metadata() or {}
         if fields.get("format") != FORMAT:
             self._refuse(f"of format {fields.get('format')!r} instead of {FORMAT!r}")
         checksum = fields.pop("header_crc32", "")
@@ -200,27 +229,49 @@ class Reader:
         dtypes = {str(dtype): dtype for dtype in _DTYPES}
         sizes = {n: int(fields[n]) for n in ("num_layers", "kv_heads", "head_dim", "length")}
         header = Header(dtype=dtypes[fields["dtype"]], **sizes)
-        names = set(self._file.keys())
+        names = set(file.keys())
         for name, entry in header.entries().items():
-            part = self._file.get_slice(name) if name in names else None
+            part = file.get_slice(name) if name in names else None
             found = part and {"dtype": part.get_dtype(), "shape": part.get_shape()}
             if found != {"dtype": entry["dtype"], "shape": entry["shape"]}:
                 self._refuse(f"whose tensor {name} is not what its header says")
         return header, fields["crc32"].split(), json.loads(fields["user"])
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """K and V of every layer in turn, `(length, kv_heads, head_dim)` on the host.
+    def pieces(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """`(tensor, first row, rows (n, kv_heads, head_dim))` of every piece, on the host.
 
-        Each tensor is handed out while its checksum is being computed; a wrong one raises
-        ValueError at the next step, so keep what was read only when the iterator has ended.
+        A tensor's last piece comes after its checksum was found right; a wrong one raises
+        ValueError. Use a piece before you take the next: two buffers serve them all, and one
+        is filled while the other is used.
         """
+        (header_bytes,) = struct.unpack("<Q", self._stream.read(8))
+        self._stream.seek(8 + header_bytes)
+        if hasattr(os, "posix_fadvise"):  # read ahead of us: 1.25 times as fast from a cold disk
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        h = self.header
+        pieces = list(h.pieces())
+        longest = max((rows for *_, rows in pieces), default=0)
+        buffers = [torch.empty(longest, h.kv_heads, h.head_dim, dtype=h.dtype) for _ in range(2)]
+        parts = [buffers[i % 2][:rows] for i, (*_, rows) in enumerate(pieces)]
+        checksums = [0] * len(self._checksums)
         with ThreadPoolExecutor(1) as pool:
-            for name, expected in zip(self.header.tensor_names(), self._checksums, strict=True):
-                tensor = self._file.get_tensor(name)
-                checksum = pool.submit(zlib.crc32, _raw(tensor))
-                yield tensor
-                if _hex(checksum.result()) != expected:
-                    self._refuse(f"whose tensor {name} is damaged")
+            coming = [pool.submit(self._fill, part) for part in parts[:1]]
+            for i, (tensor, first, rows) in enumerate(pieces):
+                coming.pop().result()
+                coming += [pool.submit(self._fill, part) for part in parts[i + 1 : i + 2]]
+                checksums[tensor] = zlib.crc32(_raw(parts[i]), checksums[tensor])
+                is_last = first + rows == h.length
+                if is_last and _hex(checksums[tensor]) != self._checksums[tensor]:
+                    self._refuse(f"whose tensor {h.tensor_names()[tensor]} is damaged")
+                yield tensor, first, parts[i]
+
+    def _fill(self, tensor: torch.Tensor) -> None:
+        data = _raw(tensor)
+        while data:
+            count = self._stream.readinto(data)
+            if not count:
+                self._refuse("which became shorter while it was read")
+            data = data[count:]
 
     def __enter__(self) -> Reader:
         return self
@@ -231,7 +282,7 @@ class Reader:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del self._file
+        self._stream.close()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

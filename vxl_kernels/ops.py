@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from . import _ext
+from . import _ext, _pages, _triton
 from .layout import ChunkLayout
 
 __all__ = ["layout_from_ints", "layout_to_ints"]
@@ -23,13 +23,17 @@ SCHEMAS = {
     ),
     "vst_attention_backward": (
         "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor? k_cache, "
-        "Tensor? v_cache, Tensor? block_table, Tensor? cache_lens, int[] layout, float scale) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? v_cache, Tensor? block_table, Tensor? cache_lens, Tensor out, Tensor lse, "
+        "int[] layout, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "rope_append": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) "
         "-> (Tensor, Tensor)"
+    ),
+    "rope_append_copy": (
+        "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+        "Tensor cache_lens, int[] layout, Tensor inv_freq) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "rope_append_": (
         "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, "
@@ -38,6 +42,20 @@ SCHEMAS = {
     "vst_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
         "int[] layout) -> Tensor"
+    ),
+    # The same in one launch over both weight sets; without a gradient, for inference.
+    "vst_linear_one_launch": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
+        "int[] layout) -> Tensor"
+    ),
+    # Pages of all layers, k_cache and v_cache (layers, pages, page_size, kv_heads, head_dim).
+    # copies: int32 (n, 3), source page, target page, rows; targets are distinct and no
+    # sources; rows == 0 marks an unused entry, so that n may be fixed in a CUDA graph.
+    "copy_pages_": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor copies) -> ()",
+    # Rows [first, first + rows) of a sequence, (layers, rows, kv_heads, head_dim) dense.
+    "gather_rows": ("(Tensor cache, Tensor block_table_row, SymInt first, SymInt rows) -> Tensor"),
+    "scatter_rows_": (
+        "(Tensor(a!) cache, Tensor block_table_row, SymInt first, Tensor rows) -> ()"
     ),
 }
 
@@ -70,7 +88,9 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
 
 
 @torch.library.register_fake("vxl::vst_attention_backward", lib=_library)
-def _(grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+def _(
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout, scale
+):
     none = q.new_empty(0)
     caches = [none if c is None else c.new_empty(c.shape) for c in (k_cache, v_cache)]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *caches
@@ -81,15 +101,61 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+@torch.library.register_fake("vxl::rope_append_copy", lib=_library)
+def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    return tuple(x.new_empty(x.shape) for x in (q, k, k_cache, v_cache))
+
+
 @torch.library.register_fake("vxl::rope_append_", lib=_library)
 def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return None
 
 
+@torch.library.register_fake("vxl::vst_linear_one_launch", lib=_library)
+def _(x, weight, bias, vst_weight, vst_bias, layout):
+    return x.new_empty((*x.shape[:2], weight.shape[0]))
+
+
+@torch.library.register_fake("vxl::copy_pages_", lib=_library)
+def _(k_cache, v_cache, copies):
+    return None
+
+
+@torch.library.register_fake("vxl::gather_rows", lib=_library)
+def _(cache, block_table_row, first, rows):
+    return cache.new_empty((cache.shape[0], rows, *cache.shape[3:]))
+
+
+@torch.library.register_fake("vxl::scatter_rows_", lib=_library)
+def _(cache, block_table_row, first, rows):
+    return None
+
+
+# -- pages: plain PyTorch wherever the extension registers nothing better --------------------
+
+for _name in ("copy_pages_", "gather_rows", "scatter_rows_"):
+    _library.impl(_name, getattr(_pages, _name), "CompositeExplicitAutograd")
+
+
 # -- vst_linear: two dense products, the same on every device -----------------------------
 
 
+def _one_launch_is_better(x, weight, bias, vst_weight, vst_bias, layout) -> bool:
+    """On a GPU, in inference, where all tiles of both products fit the GPU at once. Two products
+    are two rounds then, each as long as one tile takes; with more tiles than that, the library's
+    faster product wins. Modelled, not measured: `_triton.configs.one_wave`."""
+    if x.device.type != "cuda" or not layout:
+        return False
+    tensors = (x, weight, bias, vst_weight, vst_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return _triton.one_wave(x, weight, layout) and not _triton.reasons(x)
+
+
 def _vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
+    if _one_launch_is_better(x, weight, bias, vst_weight, vst_bias, layout):
+        args = (x, weight, bias, vst_weight, vst_bias, layout)
+        return torch.ops.vxl.vst_linear_one_launch(*args)
     shape = layout_from_ints(layout)
     linear = torch.nn.functional.linear
     if shape is None:
@@ -106,6 +172,18 @@ def _vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
 
 
 _library.impl("vst_linear", _vst_linear, "CompositeImplicitAutograd")
+
+
+# -- rope_append that returns new caches, for gradients: the same on every device -------------
+
+
+def _rope_append_copy(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    caches = k_cache.clone(), v_cache.clone()
+    rotated = torch.ops.vxl.rope_append(q, k, v, *caches, block_table, cache_lens, layout, inv_freq)
+    return *rotated, *caches
+
+
+_library.impl("rope_append_copy", _rope_append_copy, "CompositeExplicitAutograd")
 
 
 # -- the reference, where CPU or CUDA have no kernel of their own ---------------------------
@@ -151,7 +229,7 @@ def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
 
 
 def _reference_attention_backward(
-    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout, scale
 ):
     """Recomputes the reference and differentiates it."""
     if q.numel() == 0:
@@ -170,6 +248,13 @@ def _reference_attention_backward(
     return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
 
 
+_REFERENCE = {
+    "vst_attention": _reference_attention,
+    "rope_append": _reference_rope,
+    "rope_append_": _reference_rope_,
+}
+
+
 def _install_reference(key: str, device: str, reason: str) -> None:
     def warned(fn):
         def call(*args):
@@ -178,40 +263,44 @@ def _install_reference(key: str, device: str, reason: str) -> None:
 
         return call
 
-    _library.impl("vst_attention", warned(_reference_attention), key)
-    _library.impl("rope_append", warned(_reference_rope), key)
-    _library.impl("rope_append_", warned(_reference_rope_), key)
+    for name, fn in _REFERENCE.items():
+        _library.impl(name, warned(fn), key)
+
+
+# Which arguments an op of `_REFERENCE` writes.
+_WRITTEN = {"vst_attention": (), "rope_append": (3, 4), "rope_append_": (0, 1, 3, 4)}
+
+
+def _install_triton(name: str) -> None:
+    """The Triton kernel under the CUDA key, looked up when it is called."""
+
+    def call(*args):
+        reasons = _triton.reasons(args[0])
+        if reasons:
+            _warn_once("CUDA", "; ".join(reasons))
+            return _REFERENCE[name](*args)
+        with torch.cuda.device(args[0].device):
+            result = getattr(_triton.kernels(), name)(*args)
+        if _WRITTEN[name]:
+            torch.autograd.graph.increment_version([args[i] for i in _WRITTEN[name]])
+        return result
+
+    _library.impl(name, call, "CUDA")
 
 
 if _ext.extension is None:
     _install_reference("CPU", "CPU", f"extension not loaded: {_ext.reason_missing}")
-_install_reference("CUDA", "CUDA", "this version has no GPU kernels")
-for _key in ("CPU", "CUDA"):
-    _library.impl("vst_attention_backward", _reference_attention_backward, _key)
+for _name in _REFERENCE:
+    if _name == "vst_attention" or not _ext.has_cuda:  # else the extension has registered it
+        _install_triton(_name)
 
 
-# -- gradient of vst_attention ---------------------------------------------------------------
+def _triton_linear(x, *args):
+    with torch.cuda.device(x.device):
+        return _triton.kernels().vst_linear(x, *args)
 
 
-def _save(ctx, inputs, output):
-    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale = inputs
-    ctx.save_for_backward(q, k, v, k_cache, v_cache, block_table, cache_lens)
-    ctx.layout, ctx.scale = layout, scale
-
-
-def _backward(ctx, grad_out, grad_lse):
-    if torch.is_grad_enabled():  # create_graph=True: the result would silently be constant
-        raise NotImplementedError(
-            "vst_attention has no second derivative; use backend='reference' for it"
-        )
-    q, k, v, k_cache, v_cache, block_table, cache_lens = ctx.saved_tensors
-    dq, dk, dv, dk_cache, dv_cache = torch.ops.vxl.vst_attention_backward(
-        grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens,
-        ctx.layout, ctx.scale,
-    )  # fmt: skip
-    if k_cache is None:
-        dk_cache = dv_cache = None
-    return dq, dk, dv, dk_cache, dv_cache, None, None, None, None
-
-
-torch.library.register_autograd("vxl::vst_attention", _backward, setup_context=_save, lib=_library)
+_library.impl("vst_linear_one_launch", _triton_linear, "CUDA")
+_library.impl("vst_attention_backward", _reference_attention_backward, "CUDA")
+if _ext.extension is None:
+    _library.impl("vst_attention_backward", _reference_attention_backward, "CPU")

@@ -45,7 +45,7 @@ def plan_memory(
     num_layers: int = 28,
     kv_heads: int = 4,
     head_dim: int = 128,
-    page_size: int = 64,
+    page_size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
 ) -> MemoryPlan:
     """Pages and bytes for one video and the questions to it. Defaults are Video-XL-7B's.
@@ -63,7 +63,7 @@ def plan_memory(
 
     >>> plan = plan_memory(2048, 8, prompt=14, tail=256)
     >>> plan.video_tokens, plan.pages, plan.bytes / 2**30, plan.raw_bytes / 2**30
-    (36878, 582, 1.98..., 15.76...)
+    (36878, 292, 1.99..., 15.76...)
     """
     counts = {"frames": frames, "prompt": prompt, "tail": tail}
     sizes = {

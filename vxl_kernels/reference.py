@@ -23,7 +23,10 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _mask(layout: ChunkLayout | None, rows: int, cache_len: int, device: torch.device):
+def visible(
+    layout: ChunkLayout | None, rows: int, cache_len: int, device: torch.device
+) -> torch.Tensor:
+    """The mask of a call, `ChunkLayout.materialize` or causal: bool `(rows, entries + rows)`."""
     if layout is not None:
         return layout.materialize(cache_len, device)
     causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
@@ -70,7 +73,7 @@ def vst_attention(
             values = torch.cat([v_cache[pages].flatten(0, 1)[:seen], values])
         keys = keys.to(dtype).repeat_interleave(group, dim=1)
         values = values.to(dtype).repeat_interleave(group, dim=1)
-        mask = _mask(layout, rows, lens[b], q.device)
+        mask = visible(layout, rows, lens[b], q.device)
         out_parts = [q.new_empty(0, heads, head_dim)]
         lse_parts = [q.new_empty(heads, 0, dtype=dtype)]
         for start in range(0, rows, _ROWS_AT_ONCE):

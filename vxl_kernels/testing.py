@@ -16,7 +16,14 @@ import torch
 from . import reference
 from .layout import ChunkLayout
 
-__all__ = ["Inputs", "check_attention", "inverse_frequencies", "make_inputs", "poisoned_memory"]
+__all__ = [
+    "Inputs",
+    "check_attention",
+    "check_gradients",
+    "inverse_frequencies",
+    "make_inputs",
+    "poisoned_memory",
+]
 
 
 def inverse_frequencies(head_dim: int, theta: float = 1e6) -> torch.Tensor:
@@ -149,6 +156,83 @@ def check_attention(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None 
         allowed = 2 * _error(plain_lse, truth_lse) + 8 * torch.finfo(lse.dtype).eps * largest
         error = _error(lse, truth_lse)
         assert error <= allowed, f"LSE error {error:.3e}, allowed {allowed:.3e}"
+
+
+def _reference_gradients(
+    inputs: Inputs, grad_out: torch.Tensor, grad_lse: torch.Tensor
+) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs.args()[:5]]
+    out, lse = reference.vst_attention(*leaves, *inputs.args()[5:])
+    grads = [grad_out.to(out.dtype), grad_lse.to(lse.dtype)]
+    return list(torch.autograd.grad((out, lse), leaves, grads, materialize_grads=True))
+
+
+def _gradient_masses(
+    inputs: Inputs, grad_out: torch.Tensor, grad_lse: torch.Tensor
+) -> tuple[list[float], list[float], float]:
+    """What bounds rounding in the gradients of q, k and v (and so of the caches), in float64:
+    the largest sums of absolute terms; the same of what `sum dO . out` alone adds; and the
+    largest sum of |q| |k| behind a score."""
+    x, group = inputs.to(torch.float64), inputs.q.shape[2] // inputs.k.shape[2]
+    scale = x.q.shape[3] ** -0.5
+    masses, delta_masses, score = [0.0] * 3, [0.0] * 3, 0.0
+    earlier = 0 if x.layout is None else (x.layout.chunks - 1) * x.layout.vsts_per_chunk
+    for b, length in enumerate(x.cache_lens.tolist()):
+        slots = torch.arange(length + earlier)
+        page_size = x.k_cache.shape[1]
+        at = x.block_table[b, slots // page_size].long(), slots % page_size
+        keys = torch.cat([x.k_cache[at], x.k[b]]).repeat_interleave(group, dim=1).abs()
+        values = torch.cat([x.v_cache[at], x.v[b]]).repeat_interleave(group, dim=1).abs()
+        q, grad = x.q[b].abs(), grad_out[b].double().abs()
+        signed_keys = torch.cat([x.k_cache[at], x.k[b]]).repeat_interleave(group, dim=1)
+        scores = torch.einsum("rhd,khd->hrk", x.q[b], signed_keys) * scale
+        mask = reference.visible(x.layout, len(q), length, q.device)
+        p = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+        dp = torch.einsum("rhd,khd->hrk", grad, values)
+        ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse[b].double().abs()[..., None])
+        signed_values = torch.cat([x.v_cache[at], x.v[b]]).repeat_interleave(group, dim=1)
+        out = torch.einsum("hrk,khd->rhd", p, signed_values)
+        delta = p * (grad * out.abs()).sum(-1).T[..., None]
+        for found, weights in ((masses, ds), (delta_masses, delta)):
+            sums = (
+                torch.einsum("hrk,khd->rhd", weights, keys) * scale,
+                torch.einsum("hrk,rhd->khd", weights, q) * scale,
+                torch.einsum("hrk,rhd->khd", p, grad) * (weights is ds),
+            )
+            for i, total in enumerate(sums):
+                if i:  # the heads of one KV head add up
+                    total = total.unflatten(1, (-1, group)).sum(2)
+                found[i] = max(found[i], float(total.max()) if total.numel() else 0.0)
+        products = torch.einsum("rhd,khd->hrk", q, keys) * scale
+        score = max(score, float(products.masked_fill(~mask, 0).max()) if p.numel() else 0.0)
+    return masses, delta_masses, score
+
+
+def check_gradients(
+    inputs: Inputs,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    grads: Sequence[torch.Tensor],
+) -> None:
+    """Raises AssertionError unless the gradients (of q, k, v, k_cache, v_cache) are as near to
+    the float64 truth as their precision allows: twice the error of the plain reference, and a
+    floor. In the floor, sums of absolute terms may be off by some units of float32, and by as
+    many as a score is large, since probabilities are recomputed from it; `out` was rounded to
+    the output's type before it was used, and so is the gradient itself."""
+    truth = _reference_gradients(inputs.to(torch.float64), grad_out, grad_lse)
+    plain = _reference_gradients(inputs, grad_out, grad_lse)
+    masses, delta_masses, score = _gradient_masses(inputs, grad_out, grad_lse)
+    unit = 4 * torch.finfo(torch.float32).eps * (1 + score)
+    eps = torch.finfo(inputs.q.dtype).eps
+    names = ("q", "k", "v", "k_cache", "v_cache")
+    for i, (name, x, exact, other) in enumerate(zip(names, grads, truth, plain, strict=True)):
+        assert x.shape == exact.shape, f"{name}: {tuple(x.shape)}, expected {tuple(exact.shape)}"
+        kind = i if i < 3 else i - 2
+        largest = float(exact.abs().max()) if exact.numel() else 0.0
+        allowed = 2 * _error(other, exact) + unit * masses[kind]
+        allowed += eps * (delta_masses[kind] + largest)
+        error = _error(x, exact)
+        assert error <= allowed, f"gradient of {name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 @contextmanager

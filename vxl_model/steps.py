@@ -173,10 +173,9 @@ class TrainingStep:
         k_cache, v_cache = normed[0].new_zeros(shape), normed[0].new_zeros(shape)
         rotated = []
         for (q, k, v), segment, lens in zip(projected, self.segments, self._lens, strict=True):
-            # The reference is the one rope_append with a gradient.
             q, k = rope_append(
                 q, k, v, k_cache, v_cache, self._table, lens, segment.layout, self.inv_freq,
-                backend="reference",
+                backend=backend,
             )  # fmt: skip
             rotated.append((q, k, v))
         out = [

@@ -10,5 +10,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &vxl::cpu_isa,
         "Instruction set of the CPU kernels in this process: 'avx512', 'avx2' or 'baseline'. "
         "The environment variable VXL_CPU_ISA, read once, lowers it.");
+#ifdef VXL_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
   bind_page_manager(m);
 }

@@ -1,118 +1,19 @@
 // The CPU kernels as torch operators. Schemas, fakes and gradients are in vxl_kernels/ops.py;
 // shapes and dtypes are checked in vxl_kernels/api.py, what only the data tells is checked
 // here, before anything is written.
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 
 #include "../cpu/kernels.h"
+#include "arguments.h"
+#include "threads.h"
 
 namespace {
 
 using at::Tensor;
-
-vxl::ThreadPool thread_pool() {
-  vxl::ThreadPool pool;
-#ifdef _OPENMP
-  pool.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  pool.run = [](int threads, void (*body)(void*, int), void* arg) {
-#pragma omp parallel num_threads(threads)
-    body(arg, omp_get_thread_num());
-  };
-#endif
-  return pool;
-}
-
-vxl::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return vxl::DType::f32;
-    case at::kBFloat16: return vxl::DType::bf16;
-    case at::kHalf: return vxl::DType::f16;
-    default:
-      TORCH_CHECK_VALUE(false, "q: got ", x.scalar_type(),
-                        ", expected float32, bfloat16 or float16");
-  }
-}
-
-// The kernels want head_dim contiguous; other strides are free. Caches are never copied:
-// vxl_kernels/checks.py refuses them.
-Tensor rows_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
-// A large result is fresh memory, and the kernel hands it out page by page: with four chunks
-// in a call that was 4 % of the attention. Huge pages make it 512 times fewer.
-Tensor empty_rows(const Tensor& like) {
-  Tensor x = at::empty(like.sizes(), like.options());
-#ifdef __linux__
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + x.nbytes()) / huge * huge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return x;
-}
-
-// Tells autograd that these were written, so that a backward that saved them refuses.
-void bump_versions(std::initializer_list<const Tensor*> written) {
-  for (const Tensor* x : written) x->unsafeGetTensorImpl()->bump_version();
-}
-
-vxl::RowTensor row_tensor(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-vxl::ChunkGeometry geometry_of(at::IntArrayRef layout, int64_t rows) {
-  if (layout.empty()) return {rows, 0, 1, true};
-  TORCH_CHECK_VALUE(layout.size() == 4, "layout: got ", layout.size(),
-                    " numbers, expected [window, ratio, chunks, split]");
-  const vxl::ChunkGeometry g{layout[0], layout[1], layout[2], layout[3] != 0};
-  TORCH_CHECK_VALUE(g.window > 0 && g.ratio > 0 && g.chunks > 0 && g.rows() == rows,
-                    "layout: got ", layout, ", expected a layout of ", rows, " rows");
-  return g;
-}
-
-// What would read or write outside a tensor. Calls through vxl_kernels/api.py never get
-// here with it; the operators can be called by name, too.
-void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() &&
-                        k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
-                        k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0 &&
-                        q.size(3) > 0 && q.size(3) <= 256,
-                    "q, k, v: got shapes ", q.sizes(), ", ", k.sizes(), ", ", v.sizes(),
-                    ", expected (batch, rows, heads, head_dim), k and v with a divisor of heads");
-  TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                    "k, v: got ", k.scalar_type(), ", ", v.scalar_type(), ", expected ",
-                    q.scalar_type(), " as q");
-}
-
-void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_cache,
-                 const Tensor& block_table, const Tensor& cache_lens) {
-  TORCH_CHECK_VALUE(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() &&
-                        k_cache.size(1) > 0 && k_cache.size(2) == k.size(2) &&
-                        k_cache.size(3) == k.size(3) && k_cache.stride(3) == 1 &&
-                        v_cache.stride(3) == 1 && k_cache.scalar_type() == k.scalar_type() &&
-                        v_cache.scalar_type() == k.scalar_type(),
-                    "k_cache, v_cache: got ", k_cache.scalar_type(), " ", k_cache.sizes(), ", ",
-                    v_cache.scalar_type(), " ", v_cache.sizes(), ", expected ", k.scalar_type(),
-                    " (pages, page_size, ", k.size(2), ", ", k.size(3), "), head_dim contiguous");
-  TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == k.size(0) &&
-                        block_table.scalar_type() == at::kInt && cache_lens.dim() == 1 &&
-                        cache_lens.size(0) == k.size(0) && cache_lens.scalar_type() == at::kInt,
-                    "block_table, cache_lens: got shapes ", block_table.sizes(), ", ",
-                    cache_lens.sizes(), ", expected int32 (batch, max_pages) and (batch,)");
-}
+using namespace vxl::bindings;
 
 // Every sequence's first cache_lens + extra tokens lie in existing pages. The words are
 // those of vxl_kernels/checks.py.
@@ -138,21 +39,6 @@ void check_paging(const Tensor& block_table, const Tensor& cache_lens, const Ten
   }
 }
 
-// What both kernels take: AttentionParams and RopeParams name these alike.
-template <typename Params>
-void set_call(Params& p, const Tensor& q, const Tensor& k, const Tensor& v,
-              at::IntArrayRef layout) {
-  p.dtype = dtype_of(q);
-  p.batch = q.size(0);
-  p.heads = q.size(2);
-  p.kv_heads = k.size(2);
-  p.head_dim = q.size(3);
-  p.geometry = geometry_of(layout, q.size(1));
-  p.q = row_tensor(q);
-  p.k = row_tensor(k);
-  p.v = row_tensor(v);
-}
-
 struct Paging {  // owns what PagedCache points to
   Tensor block_table, cache_lens;
   vxl::PagedCache cache;
@@ -161,16 +47,7 @@ struct Paging {  // owns what PagedCache points to
          int64_t extra)
       : block_table(table.contiguous()), cache_lens(lens.contiguous()) {
     check_paging(block_table, cache_lens, k_cache, extra);
-    cache.k = k_cache.data_ptr();
-    cache.v = v_cache.data_ptr();
-    for (int i = 0; i < 3; ++i) {
-      cache.k_strides[i] = k_cache.stride(i);
-      cache.v_strides[i] = v_cache.stride(i);
-    }
-    cache.page_size = k_cache.size(1);
-    cache.block_table = block_table.const_data_ptr<int32_t>();
-    cache.block_table_stride = block_table.size(1);
-    cache.lens = cache_lens.const_data_ptr<int32_t>();
+    cache = paged_cache(k_cache, v_cache, block_table, cache_lens);
   }
 };
 
@@ -205,16 +82,65 @@ std::tuple<Tensor, Tensor> vst_attention(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vst_attention_backward(
+    const Tensor& grad_out_in, const Tensor& grad_lse_in, const Tensor& q_in, const Tensor& k_in,
+    const Tensor& v_in, const std::optional<Tensor>& k_cache, const std::optional<Tensor>& v_cache,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_lens,
+    const Tensor& out_in, const Tensor& lse_in, at::IntArrayRef layout, double scale) {
+  check_shapes(q_in, k_in, v_in);
+  for (const Tensor* x : {&grad_out_in, &out_in}) {
+    TORCH_CHECK_VALUE(x->sizes() == q_in.sizes() && x->scalar_type() == q_in.scalar_type(),
+                      "grad_out, out: got ", x->scalar_type(), " ", x->sizes(), ", expected ",
+                      q_in.scalar_type(), " ", q_in.sizes(), " as q");
+  }
+  const int64_t lse_sizes[] = {q_in.size(0), q_in.size(2), q_in.size(1)};
+  for (const Tensor* x : {&grad_lse_in, &lse_in}) {
+    TORCH_CHECK_VALUE(x->sizes() == at::IntArrayRef(lse_sizes) && x->scalar_type() == at::kFloat,
+                      "grad_lse, lse: got ", x->scalar_type(), " ", x->sizes(),
+                      ", expected float32 ", at::IntArrayRef(lse_sizes));
+  }
+  const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in), v = rows_contiguous(v_in);
+  const Tensor grad_out = rows_contiguous(grad_out_in), out = rows_contiguous(out_in);
+  const Tensor grad_lse = grad_lse_in.contiguous(), lse = lse_in.contiguous();
+  Tensor grad_q = empty_rows(q), grad_k = empty_rows(k), grad_v = empty_rows(v);
+
+  vxl::AttentionBackwardParams p;
+  set_call(p.call, q, k, v, layout);
+  p.call.scale = static_cast<float>(scale);
+  p.call.out = row_tensor(out);
+  p.call.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  p.grad_lse = grad_lse.const_data_ptr<float>();
+  p.grad_out = row_tensor(grad_out);
+  p.grad_q = row_tensor(grad_q);
+  p.grad_k = row_tensor(grad_k);
+  p.grad_v = row_tensor(grad_v);
+
+  std::optional<Paging> paging;
+  Tensor grad_k_cache = at::empty({0}, q.options()), grad_v_cache = grad_k_cache.clone();
+  if (k_cache.has_value()) {
+    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_lens.has_value(),
+                      "v_cache: got None, expected all four cache arguments or none");
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_lens);
+    const vxl::ChunkGeometry& g = p.call.geometry;
+    paging.emplace(*k_cache, *v_cache, *block_table, *cache_lens, (g.chunks - 1) * g.vsts());
+    p.call.cache = paging->cache;
+    grad_k_cache = at::zeros(k_cache->sizes(), q.options());
+    grad_v_cache = at::zeros(k_cache->sizes(), q.options());
+    p.grad_k_cache = grad_k_cache.data_ptr();
+    p.grad_v_cache = grad_v_cache.data_ptr();
+    for (int i = 0; i < 3; ++i) p.grad_cache_strides[i] = grad_k_cache.stride(i);
+  } else {
+    TORCH_CHECK_VALUE(p.call.geometry.chunks == 1, "k_cache: got None, expected a tensor");
+  }
+  if (q.numel() > 0) vxl::attention_backward_cpu(p, thread_pool());
+  return {grad_q, grad_k, grad_v, grad_k_cache, grad_v_cache};
+}
+
 void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, const Tensor& k_cache,
                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
-  check_shapes(q, k, v_in);
-  check_cache(k, k_cache, v_cache, block_table, cache_lens);
-  TORCH_CHECK_VALUE(inv_freq_in.dim() == 1 && 2 * inv_freq_in.size(0) == q.size(3) &&
-                        inv_freq_in.scalar_type() == at::kFloat,
-                    "inv_freq: got ", inv_freq_in.scalar_type(), " ", inv_freq_in.sizes(),
-                    ", expected float32 (head_dim / 2,)");
+  check_rope(q, k, v_in, k_cache, v_cache, block_table, cache_lens, inv_freq_in);
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
   set_call(p, q, k, v, layout);
@@ -258,6 +184,7 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 
 TORCH_LIBRARY_IMPL(vxl, CPU, m) {
   m.impl("vst_attention", vst_attention);
+  m.impl("vst_attention_backward", vst_attention_backward);
   m.impl("rope_append", rope_append);
   m.impl("rope_append_", rope_append_);
 }

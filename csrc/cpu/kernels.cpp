@@ -122,6 +122,33 @@ void attention_cpu(const AttentionParams& p, const ThreadPool& pool) {
   }
 }
 
+void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& pool) {
+  const CpuKernels& k = kernels();
+  const AttentionParams& call = p.call;
+  const int type = static_cast<int>(call.dtype);
+  const BackwardPlan plan = plan_backward(call, k.lanes);
+  thread_local Arena arena;
+  float* workspace = arena.floats(plan.tasks * plan.workspace_floats(call.geometry));
+  // Late segments see the most keys: they go first, so that the threads end together.
+  const int64_t per_segment = call.batch * call.kv_heads * plan.parts;
+  each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t i, float* scratch) {
+    const int64_t segment = plan.segments - 1 - i / per_segment, rest = i % per_segment;
+    const int64_t sequence = rest / plan.parts;  // batch and KV head
+    const int64_t task = (sequence * plan.segments + segment) * plan.parts + rest % plan.parts;
+    k.backward_task[type](p, plan, task, scratch, workspace);
+  });
+  if (plan.tasks == 0) return;
+  const int64_t chunks = call.geometry.chunks, heads = call.kv_heads;
+  each_task(pool, call.batch * heads * chunks, plan.dims, [&](int64_t i, float* scratch) {
+    k.sum_own_rows[type](p, plan, i / chunks / heads, i / chunks % heads, i % chunks, scratch,
+                         workspace);
+  });
+  if (p.grad_k_cache == nullptr) return;
+  each_task(pool, heads, plan.dims, [&](int64_t kv_head, float* scratch) {
+    k.sum_cache[type](p, plan, kv_head, scratch, workspace);
+  });
+}
+
 void rope_append_cpu(const RopeParams& p, const ThreadPool& pool) {
   const CpuKernels& k = kernels();
   const int64_t blocks = (p.geometry.chunk_rows() + k.rope_rows - 1) / k.rope_rows;

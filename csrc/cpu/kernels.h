@@ -17,10 +17,13 @@ struct ThreadPool {
 // out and lse of every row. The caller has checked shapes, page indices and lengths.
 void attention_cpu(const AttentionParams& p, const ThreadPool& pool);
 
+// Gradients of attention_cpu. Those of the cache are added to what is there.
+void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& pool);
+
 // q_out, k_out and the cache rows of every kept row. q_out may be q, k_out may be k.
 void rope_append_cpu(const RopeParams& p, const ThreadPool& pool);
 
-// "avx512", "avx2" or "baseline": what the two above use on this machine. The environment
+// "avx512", "avx2" or "baseline": what they use on this machine. The environment
 // variable VXL_CPU_ISA lowers it, for tests and for comparing.
 const char* cpu_isa();
 
@@ -32,6 +35,12 @@ struct CpuKernels {
                             float* scratch, float* workspace);  // by DType
   void (*merge_row[3])(const AttentionParams&, const AttentionPlan&, int64_t batch,
                        int64_t row, float* scratch, float* workspace);
+  void (*backward_task[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t task,
+                           float* scratch, float* workspace);
+  void (*sum_own_rows[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t batch,
+                          int64_t kv_head, int64_t chunk, float* scratch, const float* workspace);
+  void (*sum_cache[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t kv_head,
+                       float* scratch, const float* workspace);
   void (*rope_task[3])(const RopeParams&, int64_t task, float* scratch);
   int64_t rope_rows;  // rows of a rope task
 };

@@ -44,6 +44,39 @@ struct AttentionPlan {
 // `lanes`: floats in a SIMD vector; `threads` only shapes the tiles, which changes no bit.
 AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads);
 
+// How the gradients of one call are cut into tasks. A task goes through some tiles of some
+// chunks, for one KV head of one sequence, and adds up K's and V's gradients in a workspace of
+// its own; the workspaces are summed in their order. The cut depends on shapes alone, so the
+// gradients do not depend on the number of threads.
+struct BackwardPlan {
+  int64_t group = 1;           // query heads of one KV head
+  int64_t tile_rows = 1;       // positions of a chunk in one tile
+  int64_t tiles = 1;           // of one chunk
+  int64_t segments = 1;        // runs of chunks of a sequence
+  int64_t segment_chunks = 1;  // chunks of a run (the last may have fewer)
+  int64_t parts = 1;           // of a chunk's tiles: part i takes tiles i, i + parts, ...
+  int64_t tasks = 0;
+  int64_t dims = 0;            // head_dim as the panels hold it
+  int64_t cached = 0;          // cache entries of the longest sequence, with earlier VSTs
+  int64_t scratch_floats = 0;
+
+  // A workspace: K's, then V's gradient of `cached` entries and the segment's own rows, and
+  // room for a register tile that ends behind the last row.
+  VXL_ALWAYS_INLINE int64_t workspace_keys(const ChunkGeometry& g) const {
+    return cached + segment_chunks * g.chunk_rows() + 8;
+  }
+  VXL_ALWAYS_INLINE int64_t workspace_floats(const ChunkGeometry& g) const {
+    return 2 * workspace_keys(g) * dims;
+  }
+  // Tasks of one sequence and KV head are neighbours.
+  VXL_ALWAYS_INLINE int64_t task_of(const AttentionParams& p, int64_t batch, int64_t kv_head,
+                                    int64_t segment, int64_t part) const {
+    return ((batch * p.kv_heads + kv_head) * segments + segment) * parts + part;
+  }
+};
+
+BackwardPlan plan_backward(const AttentionParams& p, int lanes);
+
 // All keys that the last chunk of sequence b sees.
 VXL_ALWAYS_INLINE int64_t sequence_keys(const AttentionParams& p, int64_t b) {
   const int64_t cached = p.cache.lens ? p.cache.lens[b] : 0;

@@ -2,16 +2,12 @@
 #pragma once
 
 #include "../include/vxl/params.h"
+#include "../include/vxl/rotary.h"
 #include "tile.h"
 
 namespace {
 
 constexpr int64_t kRopeRows = 16;  // rows of a task
-
-// sin r = r + r z (a + b z + c z^2), cos r = 1 - z / 2 + z^2 (a + b z + c z^2), z = r^2:
-// least-squares minimax fits on [-pi/4, pi/4], errors 2e-9 and 1e-10 before rounding.
-constexpr float kSin[3] = {-1.66666505458e-1f, 8.331971729e-3f, -1.94947565e-4f};
-constexpr float kCos[3] = {4.166664671349e-2f, -1.388735971658e-3f, 2.443752550776e-5f};
 
 // cos and sin of n angles position * inv_freq, the product rounded to float as in the
 // published code. Cody-Waite reduction by pi/2 in three parts with fused multiply-adds,
@@ -20,6 +16,7 @@ inline void angles(float position, const float* inv_freq, int64_t n, float* cos_
                    float* sin_out) {
   int64_t i = 0;
 #if defined(__FMA__) || defined(__aarch64__)
+  using Fit = vxl::SinCosFit;
   for (; i + kLanes <= n; i += kLanes) {
     const Vec x = splat(position) * load(inv_freq + i);
     const Vec magic = splat(12582912.0f);
@@ -30,11 +27,11 @@ inline void angles(float position, const float* inv_freq, int64_t n, float* cos_
     r = r - turns * splat(-4.371138828673793e-8f);
     r = r - turns * splat(-1.7151245100058819e-15f);
     const Vec z = r * r;
-    Vec sp = splat(kSin[2]) * z + splat(kSin[1]);
-    sp = sp * z + splat(kSin[0]);
+    Vec sp = splat(Fit::s2) * z + splat(Fit::s1);
+    sp = sp * z + splat(Fit::s0);
     const Vec s = r + r * (z * sp);
-    Vec cp = splat(kCos[2]) * z + splat(kCos[1]);
-    cp = cp * z + splat(kCos[0]);
+    Vec cp = splat(Fit::c2) * z + splat(Fit::c1);
+    cp = cp * z + splat(Fit::c0);
     const Vec c = (splat(1.0f) - splat(0.5f) * z) + (z * z) * cp;
     // Odd quadrants swap sine and cosine; the sign follows the quadrant.
     const IVec odd = (quadrant & isplat(1)) != isplat(0);
@@ -86,7 +83,7 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
   for (int64_t position = first; position < least(first + kRopeRows, g.chunk_rows());
        ++position) {
     const int64_t row = g.row_of(chunk, position);
-    const int64_t kept = g.ratio == 0 ? position : g.vst_at(position);
+    const int64_t kept = g.kept_at(position);
     if (kept >= 0) {  // before K is rotated in place
       const int64_t slot = base + kept;
       const vxl::PagedCache& cache = p.cache;

@@ -1,0 +1,111 @@
+// The CUDA kernels as torch operators: shapes checked, the tensors' device and the current stream
+// chosen. Page numbers and lengths stay on the device: nothing here reads them or waits.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../cuda/launch.h"
+#include "page_arguments.h"
+
+namespace {
+
+using at::Tensor;
+using namespace vxl::bindings;
+
+// A pointer of another device would be read as if it were this one's.
+void check_device(const Tensor& x, const char* name, const Tensor& q) {
+  TORCH_CHECK_VALUE(x.device() == q.device(), name, ": got device ", x.device(), ", expected ",
+                    q.device(), " as q");
+}
+
+void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, const Tensor& k_cache,
+                      const Tensor& v_cache, const Tensor& table_in, const Tensor& lens_in,
+                      at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
+                      const Tensor& k_out) {
+  check_rope(q, k, v_in, k_cache, v_cache, table_in, lens_in, inv_freq_in);
+  check_device(k, "k", q);
+  check_device(v_in, "v", q);
+  check_device(k_cache, "k_cache", q);
+  check_device(v_cache, "v_cache", q);
+  check_device(table_in, "block_table", q);
+  check_device(lens_in, "cache_lens", q);
+  check_device(inv_freq_in, "inv_freq", q);
+  const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
+  const Tensor table = table_in.contiguous(), lens = lens_in.contiguous();
+  vxl::RopeParams p;
+  set_call(p, q, k, v, layout);
+  p.q_out = row_tensor(q_out);
+  p.k_out = row_tensor(k_out);
+  p.cache = paged_cache(k_cache, v_cache, table, lens);
+  p.inv_freq = inv_freq.const_data_ptr<float>();
+  C10_CUDA_CHECK(vxl::rope_append_cuda(p, c10::cuda::getCurrentCUDAStream()));
+  bump_versions({&k_cache, &v_cache});
+}
+
+std::tuple<Tensor, Tensor> rope_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v,
+                                       const Tensor& k_cache, const Tensor& v_cache,
+                                       const Tensor& block_table, const Tensor& cache_lens,
+                                       at::IntArrayRef layout, const Tensor& inv_freq) {
+  const c10::cuda::CUDAGuard guard(q_in.device());
+  const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in);
+  Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
+  rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out,
+                   k_out);
+  return {q_out, k_out};
+}
+
+void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                  const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
+                  at::IntArrayRef layout, const Tensor& inv_freq) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  if (q.stride(-1) == 1 && k.stride(-1) == 1) {
+    rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q, k);
+  } else {
+    auto [q_out, k_out] = rope_append(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
+                                      inv_freq);
+    q.copy_(q_out);
+    k.copy_(k_out);
+  }
+  bump_versions({&q, &k});
+}
+
+void copy_pages_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& copies) {
+  const c10::cuda::CUDAGuard guard(k_cache.device());
+  const vxl::PageCopyParams p = page_copies(k_cache, v_cache, copies);
+  C10_CUDA_CHECK(vxl::copy_pages_cuda(p, c10::cuda::getCurrentCUDAStream()));
+  bump_versions({&k_cache, &v_cache});
+}
+
+Tensor gather_rows(const Tensor& cache, const Tensor& block_table_row, int64_t first,
+                   int64_t rows) {
+  const c10::cuda::CUDAGuard guard(cache.device());
+  vxl::RowTransferParams p = row_transfer(cache, block_table_row, first, rows);
+  Tensor out = at::empty({cache.size(0), rows, cache.size(3), cache.size(4)}, cache.options());
+  p.buffer = static_cast<char*>(out.data_ptr());
+  C10_CUDA_CHECK(vxl::gather_rows_cuda(p, c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+void scatter_rows_(const Tensor& cache, const Tensor& block_table_row, int64_t first,
+                   const Tensor& rows_in) {
+  const c10::cuda::CUDAGuard guard(cache.device());
+  check_dense_rows(rows_in, cache);
+  const Tensor rows = rows_in.contiguous();
+  vxl::RowTransferParams p = row_transfer(cache, block_table_row, first, rows.size(1));
+  p.buffer = static_cast<char*>(rows.data_ptr());
+  C10_CUDA_CHECK(vxl::scatter_rows_cuda(p, c10::cuda::getCurrentCUDAStream()));
+  bump_versions({&cache});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vxl, CUDA, m) {
+  m.impl("rope_append", rope_append);
+  m.impl("rope_append_", rope_append_);
+  m.impl("copy_pages_", copy_pages_);
+  m.impl("gather_rows", gather_rows);
+  m.impl("scatter_rows_", scatter_rows_);
+}

@@ -1,0 +1,341 @@
+// Gradients of attention, one pass over the pairs: with P recomputed from the LSE,
+//
+//   dV += P^T dO      dP = dO V^T      dS = P (dP - delta)      dQ += dS K      dK += dS^T Q
+//
+// where delta is each row's dO . O, less the gradient of its LSE. A task holds a tile of query
+// rows and walks the keys it sees; three of the five products are those of the forward pass
+// (tile.h: lanes are query rows), the two that sum over query rows have head dimensions as
+// lanes and keys as rows. P and dS of a tile and a key block stay in L2, so that these two
+// sum over all lanes of the tile in registers.
+//
+// Nothing of the size rows x keys is kept. K's and V's gradients are added up in float32 in
+// the task's own workspace and summed by `sum_own_rows` and `sum_cache`, in a fixed order.
+//
+// Source: FlashAttention-2, section 3.1.2, in one pass instead of two.
+#pragma once
+
+#include "prefill.h"
+
+namespace {
+
+constexpr int kWide = 2;  // vectors of head dimensions in a register tile of the sums over lanes
+
+// s becomes P = 2^(s - lse), dp becomes dS = P (dp - delta). Lanes beyond the mask hold -inf in
+// s and get zeros.
+template <int NV>
+VXL_NOINLINE void softmax_backward(float* s, float* dp, int64_t keys, const float* lse,
+                                   const float* delta) {
+  Vec pivot[NV], shift[NV];
+  for (int j = 0; j < NV; ++j) {
+    pivot[j] = load(lse + j * kLanes);
+    shift[j] = load(delta + j * kLanes);
+  }
+#pragma GCC unroll 2
+  for (int64_t key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const int64_t at = (key * NV + j) * kLanes;
+      const Vec p = exp2v(load(s + at) - pivot[j]);
+      store(s + at, p);
+      store(dp + at, p * (load(dp + at) - shift[j]));
+    }
+}
+
+// Column groups of a tile: group g of `width(g)` vectors starts at lane g * kCols * kLanes.
+struct Groups {
+  int64_t vecs;
+  VXL_INLINE int64_t count() const { return ceil_div(vecs, kCols); }
+  VXL_INLINE int64_t lanes(int64_t g) const { return least(kCols, vecs - g * kCols) * kLanes; }
+};
+
+// sum[keys][dims] += weights^T rows over all lanes of the tile. weights: a panel [key block]
+// [lanes of the group] for each group; rows: panels [dims / (kWide lanes)][padded][kWide lanes].
+// Group g has weights for the first seen[g] keys, a multiple of kRows that grows with g.
+VXL_NOINLINE void add_over_lanes(const float* weights, const float* rows, const Groups& groups,
+                                 const int32_t* seen, int64_t dims, float* sum) {
+  constexpr int64_t width = kWide * kLanes;
+  const int64_t count = groups.count(), padded = groups.vecs * kLanes;
+  const int64_t keys = seen[count - 1];
+  for (int64_t d = 0; d < dims; d += width) {
+    const float* const panel = rows + d * padded;
+    int64_t first = 0;
+    for (int64_t key = 0; key < keys; key += kRows) {
+      while (seen[first] <= key) ++first;
+      Vec acc[kRows][kWide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kWide; ++j) acc[i][j] = load(sum + (key + i) * dims + d + j * kLanes);
+      for (int64_t g = first; g < count; ++g) {
+        const int64_t lane = g * kCols * kLanes, n = groups.lanes(g);
+        multiply<kWide>(weights + lane * kKeyBlock + key * n, 1, n, panel + lane * width, n, acc);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kWide; ++j) store(sum + (key + i) * dims + d + j * kLanes, acc[i][j]);
+    }
+  }
+}
+
+// K and V of a key block as floats: both as [keys][dims], K also as panels (see accumulate).
+struct KeyBlock {
+  float *k, *k_panels, *v;
+};
+
+template <typename T>
+void pack_keys(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t dims,
+               const KeyBlock& to) {
+  for (int64_t i = 0; i < round_up(keys, kRows); ++i) {
+    float *k = to.k + i * dims, *v = to.v + i * dims;
+    const int64_t filled = i < keys ? head_dim : 0;
+    if (i < keys) {
+      load_row(reinterpret_cast<const T*>(rows[i].k), k, head_dim);
+      load_row(reinterpret_cast<const T*>(rows[i].v), v, head_dim);
+    }
+    for (int64_t d = filled; d < dims; ++d) k[d] = v[d] = 0.0f;
+    for (int64_t d = 0; d < dims; d += kRows)
+      std::memcpy(to.k_panels + d * kKeyBlock + i * kRows, k + d, kRows * sizeof(float));
+  }
+}
+
+// What a tile of query rows keeps while it walks the keys.
+struct QueryTile {
+  int64_t vecs = 0;
+  float *q_lanes, *do_lanes, *dq_lanes;  // a panel [dims][lanes] for each group
+  float *q_rows, *do_rows;               // panels as add_over_lanes wants them
+  float *p, *ds;                         // [key block][lanes] for each group
+  float *lse, *delta;                    // lse in powers of two
+  int32_t *limits, *everything;          // keys of the block that each lane sees; no limit
+  int32_t* seen;                         // of each column group, up to a multiple of kRows
+
+  // Takes what it needs from scratch.
+  QueryTile(int64_t lanes, int64_t dims, float*& scratch) {
+    vecs = ceil_div(lanes, kLanes);
+    const int64_t padded = vecs * kLanes;
+    auto take = [&scratch](int64_t n) { float* x = scratch; scratch += n; return x; };
+    for (float** x : {&q_lanes, &do_lanes, &dq_lanes, &q_rows, &do_rows}) *x = take(dims * padded);
+    for (float** x : {&p, &ds}) *x = take(kKeyBlock * padded);
+    for (float** x : {&lse, &delta}) *x = take(padded);
+    limits = reinterpret_cast<int32_t*>(take(padded));
+    everything = reinterpret_cast<int32_t*>(take(padded));
+    seen = reinterpret_cast<int32_t*>(take(padded));
+    for (int64_t i = 0; i < padded; ++i) everything[i] = INT32_MAX;
+    std::memset(dq_lanes, 0, dims * padded * sizeof(float));
+  }
+};
+
+// One key block against one column group; dq_lanes grows, p and ds are left for the rest.
+template <int NV>
+void backward_block(const KeyBlock& keys, int64_t padded, int64_t dims, const QueryTile& t,
+                    int64_t lane, Ahead& ahead) {
+  float unused[NV * kLanes], ones[NV * kLanes];
+  for (int j = 0; j < NV; ++j) store(ones + j * kLanes, splat(1.0f));
+  float *s = t.p + lane * kKeyBlock, *dp = t.ds + lane * kKeyBlock;
+  scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, ahead);
+  scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.everything + lane, dp, unused,
+             ahead);
+  softmax_backward<NV>(s, dp, padded, t.lse + lane, t.delta + lane);
+  accumulate<NV>(keys.k_panels, padded, dp, dims, ones, t.dq_lanes + lane * dims);
+}
+
+// Fills a tile with the rows of `lane_row(lane)` and head `lane_head(lane)`.
+template <typename T, typename Row, typename Head>
+void load_queries(const vxl::AttentionBackwardParams& p, int64_t batch, int64_t lanes, int64_t dims,
+                  const Row& lane_row, const Head& lane_head, QueryTile& t, float* staged) {
+  const vxl::AttentionParams& call = p.call;
+  auto at = [&](const vxl::RowTensor& x, int64_t lane) {
+    return static_cast<const T*>(x.data) + batch * x.batch_stride + lane_row(lane) * x.row_stride +
+           lane_head(lane) * x.head_stride;
+  };
+  constexpr int64_t width = kWide * kLanes;
+  const int64_t padded = t.vecs * kLanes;
+  float *q = staged, *grad = staged + kLanes * dims;
+  for (int64_t v = 0; v < t.vecs; ++v) {
+    std::memset(staged, 0, 2 * kLanes * dims * sizeof(float));
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t lane = v * kLanes + i;
+      float delta = 0.0f, lse = 0.0f;
+      if (lane < lanes) {
+        load_row(at(call.q, lane), q + i * dims, call.head_dim);
+        load_row(at(p.grad_out, lane), grad + i * dims, call.head_dim);
+        const T* out = at(call.out, lane);
+        for (int64_t d = 0; d < call.head_dim; ++d) delta += grad[i * dims + d] * to_float(out[d]);
+        const int64_t index = (batch * call.heads + lane_head(lane)) * call.geometry.rows();
+        delta -= p.grad_lse[index + lane_row(lane)];
+        lse = call.lse[index + lane_row(lane)] * kLog2e;
+      }
+      t.delta[lane] = delta;
+      t.lse[lane] = lse;
+      for (int64_t d = 0; d < dims; d += width)
+        for (int64_t j = 0; j < width; ++j) {
+          t.q_rows[d * padded + lane * width + j] = q[i * dims + d + j] * call.scale;
+          t.do_rows[d * padded + lane * width + j] = grad[i * dims + d + j];
+        }
+    }
+    const int64_t g = v / kCols * kCols, stride = least(kCols, t.vecs - g) * kLanes;
+    const int64_t to = g * kLanes * dims + (v - g) * kLanes;
+    lanes_from_rows(q, dims, call.scale * kLog2e, t.q_lanes + to, stride);
+    lanes_from_rows(grad, dims, 1.0f, t.do_lanes + to, stride);
+  }
+}
+
+template <typename T>
+VXL_INLINE void store_row(const float* from, int64_t n, float scale, T* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) store_from_float(to + d, load(from + d) * splat(scale));
+  for (; d < n; ++d) from_float(from[d] * scale, to + d);
+}
+
+// One tile: positions [first, first + rows) of a chunk. dk, dv: gradients of the keys in the
+// order of the stream, [keys][dims].
+template <typename T>
+void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
+                   int64_t batch, int64_t kv_head, int64_t chunk, int64_t first, float* cache_dk,
+                   float* cache_dv, float* own_dk, float* own_dv, float* scratch) {
+  const vxl::AttentionParams& call = p.call;
+  const int64_t dims = plan.dims, group = plan.group;
+  const int64_t rows = least(plan.tile_rows, call.geometry.chunk_rows() - first);
+  const int64_t lanes = rows * group;
+  auto row_of_lane = [&](int64_t lane) {
+    return call.geometry.row_of(chunk, first + lane / group);
+  };
+  auto head_of_lane = [&](int64_t lane) { return kv_head * group + lane % group; };
+
+  QueryTile t(lanes, dims, scratch);
+  const KeyBlock block{scratch, scratch + kKeyBlock * dims, scratch + 2 * kKeyBlock * dims};
+  float* staged = scratch + 3 * kKeyBlock * dims;
+  load_queries<T>(p, batch, lanes, dims, row_of_lane, head_of_lane, t, staged);
+
+  const KeyStream<T> stream(call, batch, kv_head, chunk);
+  const Groups groups{t.vecs};
+  Ahead ahead;
+  ahead.bytes = call.head_dim * int64_t(sizeof(T));
+  // A block lies either in the cache or in the chunk: their gradients lie apart.
+  const int64_t end = stream.cached + first + rows;
+  auto block_end = [&](int64_t key) {
+    return least(key + kKeyBlock, key < stream.cached ? stream.cached : end);
+  };
+  stream.find(0, block_end(0), ahead.rows);
+  for (int64_t key = 0, n; key < end; key += n) {
+    n = block_end(key) - key;
+    pack_keys<T>(ahead.rows, n, call.head_dim, dims, block);
+    const int64_t n_next = key + n < end ? block_end(key + n) - key - n : 0;
+    stream.find(key + n, n_next, ahead.rows);
+    ahead.plan(n_next, 2 * ceil_div(n, kRows) * groups.count());
+    for (int64_t lane = 0; lane < t.vecs * kLanes; ++lane) {
+      const int64_t row = least(lane / group, rows - 1);
+      t.limits[lane] = int32_t(least(n, most(0, stream.cached + first + row + 1 - key)));
+    }
+    for (int64_t g = 0; g < groups.count(); ++g) {
+      const int64_t lane = g * kCols * kLanes;
+      const int64_t seen = round_up(t.limits[lane + groups.lanes(g) - 1], kRows);
+      t.seen[g] = int32_t(seen);
+      if (seen == 0) continue;
+      switch (groups.lanes(g) / kLanes) {
+        case 1: backward_block<1>(block, seen, dims, t, lane, ahead); break;
+        case 2: backward_block<2>(block, seen, dims, t, lane, ahead); break;
+        default: backward_block<kCols>(block, seen, dims, t, lane, ahead);
+      }
+    }
+    const bool cached = key < stream.cached;
+    const int64_t at = (cached ? key : key - stream.cached) * dims;
+    add_over_lanes(t.p, t.do_rows, groups, t.seen, dims, (cached ? cache_dv : own_dv) + at);
+    add_over_lanes(t.ds, t.q_rows, groups, t.seen, dims, (cached ? cache_dk : own_dk) + at);
+  }
+
+  for (int64_t v = 0; v < t.vecs; ++v) {
+    const int64_t g = v / kCols * kCols, stride = least(kCols, t.vecs - g) * kLanes;
+    rows_from_lanes(t.dq_lanes + g * kLanes * dims + (v - g) * kLanes, stride, dims, staged);
+    for (int64_t i = 0; i < least(kLanes, lanes - v * kLanes); ++i) {
+      const int64_t lane = v * kLanes + i;
+      T* to = static_cast<T*>(p.grad_q.data) + batch * p.grad_q.batch_stride +
+              row_of_lane(lane) * p.grad_q.row_stride + head_of_lane(lane) * p.grad_q.head_stride;
+      store_row(staged + i * dims, call.head_dim, call.scale, to);
+    }
+  }
+}
+
+template <typename T>
+void backward_task(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
+                   int64_t task, float* scratch, float* workspace) {
+  const vxl::ChunkGeometry& g = p.call.geometry;
+  const int64_t size = plan.workspace_floats(g), keys = plan.workspace_keys(g);
+  float* dk = workspace + task * size;
+  float* dv = dk + keys * plan.dims;
+  std::memset(dk, 0, size * sizeof(float));
+
+  const int64_t part = task % plan.parts;
+  task /= plan.parts;
+  const int64_t segment = task % plan.segments;
+  task /= plan.segments;
+  const int64_t kv_head = task % p.call.kv_heads, batch = task / p.call.kv_heads;
+  const int64_t from = segment * plan.segment_chunks;
+  for (int64_t c = from; c < least(from + plan.segment_chunks, g.chunks); ++c) {
+    const int64_t own = (plan.cached + (c - from) * g.chunk_rows()) * plan.dims;
+    for (int64_t tile = part; tile * plan.tile_rows < g.chunk_rows(); tile += plan.parts) {
+      backward_tile<T>(p, plan, batch, kv_head, c, tile * plan.tile_rows, dk, dv, dk + own,
+                       dv + own, scratch);
+    }
+  }
+}
+
+// grad_k and grad_v of one row: the sum of the parts of its chunk.
+template <typename T>
+void sum_own_rows(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
+                  int64_t batch, int64_t kv_head, int64_t chunk, float* sum,
+                  const float* workspace) {
+  const vxl::ChunkGeometry& g = p.call.geometry;
+  const int64_t segment = chunk / plan.segment_chunks, in_segment = chunk % plan.segment_chunks;
+  const int64_t keys = plan.workspace_keys(g);
+  for (int64_t position = 0; position < g.chunk_rows(); ++position) {
+    const int64_t row = g.row_of(chunk, position);
+    for (int side = 0; side < 2; ++side) {
+      const int64_t key = side * keys + plan.cached + in_segment * g.chunk_rows() + position;
+      std::memset(sum, 0, plan.dims * sizeof(float));
+      for (int64_t part = 0; part < plan.parts; ++part) {
+        const float* x = workspace +
+                         plan.task_of(p.call, batch, kv_head, segment, part) *
+                             plan.workspace_floats(g) +
+                         key * plan.dims;
+        for (int64_t d = 0; d < plan.dims; d += kLanes) store(sum + d, load(sum + d) + load(x + d));
+      }
+      const vxl::RowTensor& to = side == 0 ? p.grad_k : p.grad_v;
+      store_row(sum, p.call.head_dim, 1.0f,
+                static_cast<T*>(to.data) + batch * to.batch_stride + row * to.row_stride +
+                    kv_head * to.head_stride);
+    }
+  }
+}
+
+// Adds the gradients of one KV head's cache entries, sequence by sequence: they may share pages.
+template <typename T>
+void sum_cache(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
+               int64_t kv_head, float* sum, const float* workspace) {
+  const vxl::ChunkGeometry& g = p.call.geometry;
+  const vxl::PagedCache& c = p.call.cache;
+  const int64_t keys = plan.workspace_keys(g), size = plan.workspace_floats(g);
+  for (int64_t b = 0; b < p.call.batch; ++b) {
+    const int64_t cached = vxl::sequence_keys(p.call, b) - g.chunk_rows();
+    const float* const tasks = workspace + plan.task_of(p.call, b, kv_head, 0, 0) * size;
+    for (int64_t entry = 0; entry < cached; ++entry) {
+      const int64_t page = c.block_table[b * c.block_table_stride + entry / c.page_size];
+      const int64_t at = page * p.grad_cache_strides[0] +
+                         entry % c.page_size * p.grad_cache_strides[1] +
+                         kv_head * p.grad_cache_strides[2];
+      for (int side = 0; side < 2; ++side) {
+        T* to = static_cast<T*>(side == 0 ? p.grad_k_cache : p.grad_v_cache) + at;
+        load_row(to, sum, p.call.head_dim);
+        for (int64_t d = p.call.head_dim; d < plan.dims; ++d) sum[d] = 0.0f;
+        for (int64_t task = 0; task < plan.segments * plan.parts; ++task) {
+          const float* x = tasks + task * size + (side * keys + entry) * plan.dims;
+          for (int64_t d = 0; d < plan.dims; d += kLanes)
+            store(sum + d, load(sum + d) + load(x + d));
+        }
+        store_row(sum, p.call.head_dim, 1.0f, to);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,209 @@
+"""The same contract on a real GPU, bf16 included; with CUDA graphs and torch.compile."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vxl_kernels import ChunkLayout, reference, rope_append, vst_attention, vst_linear
+from vxl_kernels.testing import check_attention, inverse_frequencies, make_inputs, poisoned_memory
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TENSORS = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens")
+QWEN = {"heads": 28, "kv_heads": 4, "head_dim": 128}
+
+
+def on_gpu(inputs):
+    return dataclasses.replace(inputs, **{n: getattr(inputs, n).cuda() for n in TENSORS})
+
+
+def attend(inputs, **options):
+    return vst_attention(*inputs.args(), return_lse=True, backend="triton", **options)
+
+
+SHAPES = [
+    {"cache_lens": (0, 1000), "layout": ChunkLayout(1440, 8)},
+    {"cache_lens": (333,), "layout": ChunkLayout(1440, 16, 3)},
+    {"cache_lens": (100,), "layout": ChunkLayout(1001, 2, 1, "interleaved")},
+    {"cache_lens": (2000, 7), "rows": 700},
+    {"cache_lens": (2000, 7), "rows": 40},
+    {"cache_lens": (5000, 0, 64), "rows": 1},
+    {"cache_lens": (5000,), "rows": 5},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [16, 48, 64, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(shape, page_size, dtype):
+    inputs = on_gpu(make_inputs(**shape, **QWEN, page_size=page_size, dtype=dtype))
+    with poisoned_memory():
+        out, lse = attend(inputs)
+    check_attention(inputs, out, lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 75, 100, 256])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_head_dims(rows, head_dim, dtype):
+    inputs = make_inputs((500, 3), rows=rows, heads=6, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    inputs = on_gpu(inputs)
+    check_attention(inputs, *attend(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_orders_and_chunks_are_equal_to_the_bit(dtype):
+    split = on_gpu(make_inputs((700,), ChunkLayout(720, 8, 2), **QWEN, page_size=64, dtype=dtype))
+    out, lse = attend(split)
+    index = split.layout.interleaved_to_split("cuda").argsort()
+    twin = dataclasses.replace(
+        split,
+        layout=ChunkLayout(720, 8, 2, "interleaved"),
+        **{n: getattr(split, n)[:, index] for n in ("q", "k", "v")},
+    )
+    twin_out, twin_lse = attend(twin)
+    assert torch.equal(out[:, index], twin_out)
+    assert torch.equal(lse[:, :, index], twin_lse)
+    one = ChunkLayout(720, 8)
+    for c in range(2):
+        rows = torch.nonzero(split.layout.chunk_index("cuda") == c).squeeze(1)
+        alone = dataclasses.replace(
+            split,
+            layout=one,
+            cache_lens=split.cache_lens + c * one.vsts_per_chunk,
+            **{n: getattr(split, n)[:, rows] for n in ("q", "k", "v")},
+        )
+        assert torch.equal(out[:, rows], attend(alone)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 900])
+def test_repeats_and_neighbours_change_no_bit(rows):
+    inputs = on_gpu(make_inputs((9000, 0, 2500), rows=rows, **QWEN, dtype=torch.bfloat16))
+    out, _ = attend(inputs)
+    for _ in range(5):
+        assert torch.equal(attend(inputs)[0], out)
+    take = ("q", "k", "v", "block_table", "cache_lens")
+    for b in range(3):
+        alone = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
+        assert torch.equal(attend(alone)[0], out[b : b + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layout", [None, ChunkLayout(77, 5, 2), ChunkLayout(77, 5, 2, "interleaved")]
+)
+def test_rope_append(layout, dtype):
+    inv_freq = inverse_frequencies(128).cuda()
+    inputs = on_gpu(make_inputs((300_000, 5), layout, rows=4, **QWEN, page_size=4096, dtype=dtype))
+    ours, theirs = inputs.clone(), inputs.clone()
+    with poisoned_memory():
+        q, k = rope_append(*ours.args(), inv_freq, backend="triton")
+    q_ref, k_ref = reference.rope_append(*theirs.args(), inv_freq)
+    for x, truth in ((q, q_ref), (k, k_ref), (ours.k_cache, theirs.k_cache)):
+        largest = float(truth.nan_to_num().abs().max())
+        allowed = 2 * torch.finfo(dtype).eps * largest + 1e-6
+        torch.testing.assert_close(x, truth, rtol=0, atol=allowed, equal_nan=True)
+    torch.testing.assert_close(ours.v_cache, theirs.v_cache, rtol=0, atol=0, equal_nan=True)
+    rope_append(*inputs.args(), inv_freq, inplace=True, backend="triton")
+    assert torch.equal(inputs.q, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_features", [512, 3584])
+@pytest.mark.parametrize("order", ["split", "interleaved"])
+def test_linear(order, out_features, dtype):
+    layout = ChunkLayout(1440, 8, 1, order)
+    torch.manual_seed(0)
+    x = torch.randn(1, layout.rows, 3584, device="cuda").to(dtype)
+    weight, vst_weight = torch.randn(2, out_features, 3584, device="cuda").to(dtype)
+    bias = torch.randn(out_features, device="cuda").to(dtype)
+    args = (x, weight, bias, vst_weight, -bias, layout)
+    truth = reference.vst_linear(*(t.double() if isinstance(t, torch.Tensor) else t for t in args))
+    allowed = torch.finfo(dtype).eps * float(truth.abs().max()) + 2e-4
+    for out in (vst_linear(*args, backend="triton"), vst_linear(*args)):
+        assert (out.double() - truth).abs().max() <= allowed
+
+
+def step(x, weights, k, v, k_cache, v_cache, table, lens, layout, inv_freq):
+    q = vst_linear(x, weights[0], None, weights[1], None, layout).unflatten(2, (28, 128))
+    q, k = rope_append(q, k, v, k_cache, v_cache, table, lens, layout, inv_freq)
+    return vst_attention(q, k, v, k_cache, v_cache, table, lens, layout)
+
+
+def step_arguments(layout, cache_len):
+    x = on_gpu(make_inputs((cache_len,), layout, **QWEN, page_size=64, dtype=torch.bfloat16))
+    torch.manual_seed(1)
+    hidden = torch.randn(1, x.q.shape[1], 256, device="cuda", dtype=torch.bfloat16)
+    weights = torch.randn(2, 28 * 128, 256, device="cuda", dtype=torch.bfloat16) / 16
+    cache = (x.k_cache.nan_to_num_(), x.v_cache.nan_to_num_(), x.block_table, x.cache_lens)
+    return hidden, weights, x.k, x.v, *cache, layout, inverse_frequencies(128).cuda()
+
+
+@pytest.mark.parametrize("layout", [None, ChunkLayout(360, 8)])
+def test_a_captured_step_follows_the_lengths(layout):
+    """Nothing synchronises, and the lengths are read when the graph runs."""
+    args = step_arguments(layout, 600)
+    lens = args[7]
+    with torch.no_grad():
+        step(*args)  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step(*args)
+        for length in (600, 100, 333):
+            lens.fill_(length)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, step(*args))
+
+
+@pytest.mark.parametrize("layout", [None, ChunkLayout(360, 8)])
+def test_compile(layout):
+    args = step_arguments(layout, 600)
+    with torch.no_grad():
+        expected = step(*args)
+        actual = torch.compile(step, fullgraph=True)(*args)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_nothing_synchronises():
+    args = step_arguments(ChunkLayout(360, 8), 600)
+    with torch.no_grad():
+        step(*args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_offsets_beyond_32_bits():
+    """A cache of more than 2**31 elements, its last pages in use."""
+    pages = 2**31 // (64 * 4 * 128) + 64
+    if torch.cuda.get_device_properties(0).total_memory < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    small = make_inputs((640,), ChunkLayout(360, 8), **QWEN, page_size=64, dtype=torch.bfloat16)
+    out, _ = attend(on_gpu(small))
+    shift = pages - small.k_cache.shape[0]
+    caches = {}
+    for name in ("k_cache", "v_cache"):
+        cache = torch.empty(pages, 64, 4, 128, dtype=torch.bfloat16, device="cuda")
+        cache[shift:] = getattr(small, name).cuda()
+        caches[name] = cache
+    far = dataclasses.replace(
+        on_gpu(small), block_table=(small.block_table + shift).int().cuda(), **caches
+    )
+    assert torch.equal(attend(far)[0], out)
+
+
+def test_gradients_recompute_the_reference():
+    inputs = on_gpu(make_inputs((20,), ChunkLayout(40, 4), heads=4, kv_heads=2, head_dim=32))
+    cache = (inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num(), *inputs.args()[5:])
+    grads = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out = vst_attention(*leaves, *cache, backend=backend)
+        grads.append(torch.autograd.grad(out.sum(), leaves))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

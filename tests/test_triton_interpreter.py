@@ -1,0 +1,40 @@
+"""Runs `tests/triton_interpreter` in processes of their own: see its conftest.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parent / "triton_interpreter"
+# Shares of about equal length: one for each core of a small machine.
+SHARES = {
+    "attention": ["test_triton_attention.py"],
+    "rest": [p.name for p in sorted(FOLDER.glob("test_*.py")) if "attention" not in p.name],
+}
+
+
+@pytest.fixture(scope="module")
+def shares():
+    """Both shares at once, each pytest with one thread."""
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "pytest", *(str(FOLDER / file) for file in files)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=FOLDER.parents[1],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        )
+        for name, files in SHARES.items()
+    }
+    return {name: (process, process.communicate()[0]) for name, process in running.items()}
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_under_the_interpreter(shares, share):
+    process, output = shares[share]
+    assert process.returncode == 0, output[-4000:]
+    assert " passed" in output

@@ -1,0 +1,224 @@
+"""What is launched, told from shapes alone: on the meta device, so on any machine."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vxl_kernels
+from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention, vst_linear
+from vxl_kernels._triton import catalog, configs, launch
+
+BF16 = torch.bfloat16
+FOLDER = Path(vxl_kernels.__file__).parent / "_triton"
+
+
+def plan(layout=None, rows=1, batch=1, heads=28, kv_heads=4, page_size=128, pages=256, **options):
+    rows = rows if layout is None else layout.rows
+    q = torch.empty(batch, rows, heads, 128, dtype=BF16, device="meta")
+    k = torch.empty(batch, rows, kv_heads, 128, dtype=BF16, device="meta")
+    cache = torch.empty(512, page_size, kv_heads, 128, dtype=BF16, device="meta")
+    table = torch.empty(batch, pages, dtype=torch.int32, device="meta")
+    lens = torch.empty(batch, dtype=torch.int32, device="meta")
+    args = (q, k, k, cache, cache, table, lens, ops.layout_to_ints(layout), 0.1)
+    return launch.plan_attention(*args, **options)[0]
+
+
+# -- no value of a tensor comes to the host ----------------------------------------------------
+
+
+def test_plans_from_shapes_alone():
+    """The meta device has no values: reading one raises."""
+    assert [x.name for x in plan(ChunkLayout(1440, 8))] == ["prefill"]
+    assert [x.name for x in plan(rows=1)] == ["decode", "merge"]
+
+
+def test_no_synchronising_call_in_the_source():
+    forbidden = {
+        "item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select",
+        "is_nonzero", "equal", "any", "all",
+    }  # fmt: skip
+    allocations = set()
+    for name in ("launch.py", "configs.py"):
+        for node in ast.walk(ast.parse((FOLDER / name).read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in forbidden, f"{name}:{node.lineno}"
+                if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+                    allocations.add(node.func.attr)
+            elif isinstance(node.func, ast.Name):
+                converts = node.func.id in ("int", "float", "bool", "print")
+                assert not (converts and name == "launch.py"), f"{name}:{node.lineno}"
+    assert allocations == {"empty"}
+
+
+@pytest.mark.parametrize("layout", [None, ChunkLayout(90, 8, 2)])
+def test_a_step_on_a_fake_gpu(layout):
+    """Projection, append and attention traced as on a GPU, where reading a value raises."""
+    with FakeTensorMode(), torch.no_grad():
+        rows = 5 if layout is None else layout.rows
+        x = torch.empty(2, rows, 64, dtype=BF16, device="cuda")
+        weight = torch.empty(64, 64, dtype=BF16, device="cuda")
+        k = torch.empty(2, rows, 1, 16, dtype=BF16, device="cuda")
+        cache = torch.empty(9, 64, 1, 16, dtype=BF16, device="cuda")
+        table = torch.empty(2, 4, dtype=torch.int32, device="cuda")
+        lens = torch.empty(2, dtype=torch.int32, device="cuda")
+        inv_freq = torch.empty(8, device="cuda")
+        args = (x, weight, None, weight, None)
+        q = torch.ops.vxl.vst_linear_one_launch(*args, ops.layout_to_ints(layout))
+        q = q.unflatten(2, (4, 16))
+        q, k = rope_append(q, k, k, cache, cache, table, lens, layout, inv_freq)
+        out, lse = vst_attention(q, k, k, cache, cache, table, lens, layout, return_lse=True)
+    assert out.shape == q.shape
+    assert out.device.type == "cuda"
+    assert lse.shape == (2, 4, rows)
+
+
+def test_all_memory_is_known_from_shapes():
+    """As a captured CUDA graph needs: other lengths, same launch."""
+    first, second = plan(rows=3), plan(rows=3)
+    assert [x.grid for x in first] == [x.grid for x in second]
+    assert first[0].arguments["part_ptr"].shape == (1, 1 + 256 * 128 // 256, 3, 28, 128)
+
+
+# -- nothing recompiles ------------------------------------------------------------------------
+
+
+def compiled(planned):
+    """What Triton keys its cache by."""
+    return [
+        dataclasses.replace(catalog.compilation(x, "", BF16), config="", tile={}) for x in planned
+    ]
+
+
+def test_no_length_is_compiled_in():
+    layouts = [
+        ChunkLayout(1440, 8),
+        ChunkLayout(1440, 8, 4),
+        ChunkLayout(1439, 2),
+        ChunkLayout(1, 1),
+        ChunkLayout(160, 16, 16),
+    ]
+    reference = compiled(plan(layouts[0]))
+    for layout in layouts:
+        for pages, batch in ((256, 1), (17, 3), (16, 16)):
+            assert compiled(plan(layout, pages=pages, batch=batch)) == reference
+    assert compiled(plan(rows=1621)) == reference  # a text, too
+    for pages in (1, 16, 17):
+        assert compiled(plan(rows=1, pages=pages)) == compiled(plan(rows=1))
+
+
+def test_split_size_depends_on_rows_alone():
+    sizes = {
+        (batch, pages): plan(rows=1, batch=batch, pages=pages)[0].constexprs["SPLIT_KEYS"]
+        for batch in (1, 64)
+        for pages in (1, 4096)
+    }
+    assert set(sizes.values()) == {256}
+
+
+# -- memory read -------------------------------------------------------------------------------
+
+
+def keys_read(planned, rows):
+    """K and V rows that a launch fetches for each key and output row: its programs that walk
+    the keys (tiles x KV heads), over rows."""
+    first = planned[0]
+    walks = first.grid[0] if first.name == "prefill" else first.grid[1]
+    return walks / rows
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_heads_read_keys_once(rows):
+    """28 query over 4 KV heads: a seventh of what tiles of one query head read."""
+    packed = keys_read(plan(rows=rows), rows)
+    per_head = keys_read(plan(rows=rows, kv_heads=28), rows)
+    assert per_head == 7 * packed
+
+
+def test_packing_wastes_no_lane():
+    """128 lanes are not 18 positions of 7 heads (126) but 18 and two sevenths."""
+    layout = ChunkLayout(1440, 8)
+    first = plan(layout)[0]
+    lanes = layout.rows * 28
+    assert first.grid[0] * first.tile["rows"] - lanes < 4 * first.tile["rows"]
+
+
+# -- what is shipped ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_the_catalog_is_complete(arch):
+    entries = catalog.shipped(arch)
+    assert {e.kernel for e in entries} == {"prefill", "decode", "merge", "linear", "rope_append"}
+    assert len({(e.kernel, e.config) for e in entries}) == len(entries)
+    for e in entries:
+        assert set(e.signature) == {p.name for p in e.fn.params}
+        constants = {name for name, kind in e.signature.items() if kind == "constexpr"}
+        assert constants == set(e.constexprs)
+    lengths = ("window", "ratio", "chunks", "rows", "page_size", "max_pages", "splits")
+    for e in entries:
+        for name in lengths:
+            assert e.signature.get(name, "i32") == "i32"
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match=r"arch: got 'cuda:75', expected one of cuda:80"):
+        catalog.shipped("cuda:75")
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [("cuda:80", "cuda:80"), ("cuda:89", "cuda:86"), ("cuda:90", "cuda:90"),
+     ("cuda:103", "cuda:100"), ("cuda:120", "cuda:86"), ("hip:gfx950", "hip:gfx942")],
+)  # fmt: skip
+def test_families(arch, family):
+    assert configs.family(arch) == family
+
+
+# -- tuning ------------------------------------------------------------------------------------
+
+
+def test_a_tuned_file_is_used_where_it_was_made(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    entry = {configs.tuning_name(128, 2): [64, 32, 32, 4, 3]}
+    path.write_text(json.dumps({"GPU A, triton 3.9.0": entry}))
+    monkeypatch.setenv("VXL_TRITON_CONFIGS", str(path))
+    for key, block_m in (("GPU A, triton 3.9.0", 64), ("GPU B, triton 3.9.0", 128)):
+        monkeypatch.setattr(configs, "tuning_key", lambda key=key: key)
+        configs._tuned.cache_clear()
+        assert plan(ChunkLayout(1440, 8))[0].tile["rows"] == block_m
+    configs._tuned.cache_clear()
+
+
+def test_the_tuner_needs_a_gpu(capsys, tmp_path):
+    from vxl_kernels._triton import tune
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert tune.main([str(tmp_path / "a.json")]) == 1
+    assert "no GPU" in capsys.readouterr().err
+    assert len(tune.candidates(128, 2)) > 10
+
+
+# -- reasons -----------------------------------------------------------------------------------
+
+
+def test_reasons():
+    x = torch.randn(1, 2, 2, 16)
+    with pytest.raises(ValueError, match=r"'triton' cannot serve this call: tensors are on the"):
+        vst_attention(x, x, x, backend="triton")
+    with pytest.raises(ValueError, match="tensors are on the CPU"):
+        vst_linear(
+            torch.randn(1, 2, 3), torch.randn(4, 3), None, None, None, None, backend="triton"
+        )
+    if not torch.cuda.is_available():
+        assert "there is no GPU" in vxl_kernels.backends()["triton"][0]

@@ -1,0 +1,32 @@
+"""The Triton kernels on a CPU, under Triton's interpreter.
+
+TRITON_INTERPRET=1 has to be set before triton is imported and turns every kernel of the process
+into Python, so these tests run in a process of their own: `tests/test_triton_interpreter.py`
+starts it, or by hand
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter
+
+Only float32 and float16: the interpreter computes products of bfloat16 wrongly.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["*.py"]
+else:
+    collect_ignore = ["guarded.py"]  # a script
+    torch.set_num_threads(1)  # the interpreter is one thread of Python; leave it the cores
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short calls have full, masked and partial ones of every kind."""
+    from vxl_kernels._triton import configs
+
+    small = configs.AttentionConfig(32, 32, 16, 4, 2)
+    monkeypatch.setattr(configs, "prefill_config", lambda *args: small)
+    monkeypatch.setattr(configs, "decode_config", lambda *args: small)
+    monkeypatch.setattr(configs, "split_keys", lambda lanes: 64 if lanes <= 32 else None)

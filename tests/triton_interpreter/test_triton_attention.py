@@ -1,0 +1,255 @@
+"""vst_attention's Triton kernels against the float64 truth, and against themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import CASES, HALF, WITHOUT_CACHE, attend, call
+from hypothesis import HealthCheck, given, settings
+from strategies import calls
+
+from vxl_kernels import ChunkLayout, ops, vst_attention
+from vxl_kernels._triton import configs, launch
+from vxl_kernels.testing import check_attention, make_inputs, poisoned_memory
+
+core = pytest.mark.triton_core  # also with the oldest Triton
+
+
+@core
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("small_tiles")
+def test_against_the_truth(name):
+    inputs = call(name)
+    with poisoned_memory():
+        out, lse = attend(inputs)
+    check_attention(inputs, out, lse)
+
+
+@core
+@pytest.mark.parametrize("name", WITHOUT_CACHE)
+@pytest.mark.usefixtures("small_tiles")
+def test_without_a_cache(name):
+    inputs = call(name)
+    with poisoned_memory():
+        out, lse = attend(inputs, cache=False)
+    check_attention(inputs, out, lse)
+    empty_out, empty_lse = attend(inputs)
+    assert torch.equal(out, empty_out)
+    assert torch.equal(lse, empty_lse)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_cases_take_every_branch():
+    """A branch that no case takes would be compiled for users and never run here."""
+    taken: dict[str, set] = {}
+    for name in (*CASES, *WITHOUT_CACHE):
+        x = call(name)
+        tensors = list(x.args()[:-1])
+        if name in WITHOUT_CACHE:
+            tensors[3:] = [None] * 4
+        launches, _, _ = launch.plan_attention(*tensors, ops.layout_to_ints(x.layout), 1.0)
+        c = launches[0].constexprs
+        odd = c["HEAD_DIM"] != c["BLOCK_D"]
+        branch = (c.get("SPLIT"), c["HAS_CACHE"], c["PAGES"], odd)
+        taken.setdefault(launches[0].name, set()).add(branch)
+    for kernel, column in (("prefill", 0), ("prefill", 1), ("prefill", 3), ("decode", 1)):
+        assert {b[column] for b in taken[kernel]} == {True, False}, (kernel, column)
+    for kernel in ("prefill", "decode"):
+        assert {b[2] for b in taken[kernel]} == {"whole", "part", "any"}
+    assert {b[3] for b in taken["decode"]} == {True, False}
+
+
+@core
+@pytest.mark.parametrize(
+    "name", ["split, whole pages", "interleaved", "text", "one page a sequence", "split, no cache"]
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_the_copy_engine_brings_the_same(name, monkeypatch):
+    """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
+    cache = name in CASES
+    inputs = make_inputs(**CASES[name] | {"page_size": 64}) if name == "text" else call(name)
+    out, lse = attend(inputs, cache)
+    launches = []
+    plan = launch._plan_prefill
+    monkeypatch.setattr(configs, "has_tma", lambda arch: True)
+    monkeypatch.setattr(
+        launch, "_plan_prefill", lambda *args: launches.extend(plan(*args)) or launches
+    )
+    tma_out, tma_lse = attend(inputs, cache)
+    assert launches[0].constexprs["TMA"]
+    assert torch.equal(out, tma_out)
+    assert torch.equal(lse, tma_lse)
+
+
+@core
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"layout": ChunkLayout(150, 8), "cache_lens": (150,)},
+        {"rows": 60, "cache_lens": (200,)},
+        {"rows": 1, "cache_lens": (600,)},
+    ],
+)
+def test_shipped_tiles(shape, dtype):
+    inputs = make_inputs(**shape, heads=7, kv_heads=1, head_dim=64, page_size=64, dtype=dtype)
+    with poisoned_memory():
+        out, lse = attend(inputs)
+    check_attention(inputs, out, lse)
+
+
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
+@given(calls(dtypes=(torch.float32, HALF)))
+def test_random_calls(inputs):
+    with poisoned_memory():
+        out, lse = attend(inputs)
+    check_attention(inputs, out, lse)
+
+
+# -- bits --------------------------------------------------------------------------------------
+
+
+@core
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.usefixtures("small_tiles")
+def test_orders_are_equal_to_the_bit(dtype):
+    split = make_inputs((37,), ChunkLayout(37, 5, 2), heads=6, kv_heads=2, dtype=dtype)
+    index = split.layout.interleaved_to_split().argsort()
+    twin = dataclasses.replace(
+        split,
+        layout=ChunkLayout(37, 5, 2, "interleaved"),
+        **{n: getattr(split, n)[:, index] for n in ("q", "k", "v")},
+    )
+    out, lse = attend(split)
+    twin_out, twin_lse = attend(twin)
+    assert torch.equal(out[:, index], twin_out)
+    assert torch.equal(lse[:, :, index], twin_lse)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_chunks_at_once_equal_one_after_the_other():
+    layout, one = ChunkLayout(33, 7, chunks=3), ChunkLayout(33, 7)
+    inputs = make_inputs((25,), layout, heads=6, kv_heads=2)
+    out, lse = attend(inputs)
+    for c in range(3):
+        rows = torch.nonzero(layout.chunk_index() == c).squeeze(1)
+        alone = dataclasses.replace(
+            inputs,
+            layout=one,
+            cache_lens=inputs.cache_lens + c * one.vsts_per_chunk,
+            **{n: getattr(inputs, n)[:, rows] for n in ("q", "k", "v")},
+        )
+        alone_out, alone_lse = attend(alone)
+        assert torch.equal(out[:, rows], alone_out)
+        assert torch.equal(lse[:, :, rows], alone_lse)
+
+
+SHAPES = [
+    pytest.param({"layout": ChunkLayout(24, 5, 2)}, id="chunks"),
+    pytest.param({"rows": 36}, id="text"),
+    pytest.param({"rows": 1}, id="decode"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_a_sequence_does_not_see_its_neighbours(shape):
+    inputs = make_inputs((170, 0, 70), heads=3, kv_heads=1, **shape)
+    out, lse = attend(inputs)
+    take = ("q", "k", "v", "block_table", "cache_lens")
+    for b in range(3):
+        alone = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
+        alone_out, alone_lse = attend(alone)
+        assert torch.equal(out[b : b + 1], alone_out)
+        assert torch.equal(lse[b : b + 1], alone_lse)
+    for x in (inputs.q, inputs.k, inputs.v):
+        x[1].fill_(torch.nan)
+    poisoned, _ = attend(inputs)
+    assert poisoned[1].isnan().all()
+    for b in (0, 2):
+        assert torch.equal(poisoned[b], out[b])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_spare_capacity_changes_no_bit():
+    """More pages in the table are more programs, which find nothing to do."""
+    inputs = make_inputs((130,), rows=1, heads=7, kv_heads=1)
+    wider = torch.full((1, 40), 10**6, dtype=torch.int32)  # entries behind the length: garbage
+    wider[:, : inputs.block_table.shape[1]] = inputs.block_table
+    out, lse = attend(inputs)
+    wide_out, wide_lse = attend(dataclasses.replace(inputs, block_table=wider))
+    assert torch.equal(out, wide_out)
+    assert torch.equal(lse, wide_lse)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_strides_are_free(shape):
+    inputs = make_inputs((70, 9), heads=4, kv_heads=2, **shape)
+
+    def restride(x, order):
+        """The same values behind other strides and an offset, poison between them."""
+        poison = torch.nan if x.is_floating_point() else 10**6
+        wide = torch.full([n + 1 for n in x.permute(order).shape], poison, dtype=x.dtype)
+        back = torch.tensor(order).argsort().tolist()
+        return wide[tuple(slice(1, None) for _ in order)].permute(back).copy_(x)
+
+    orders = {
+        "q": [3, 1, 0, 2],
+        "k": [0, 2, 1, 3],
+        "v": [2, 0, 1, 3],
+        "k_cache": [0, 2, 1, 3],
+        "v_cache": [1, 0, 2, 3],
+        "block_table": [1, 0],
+    }
+    odd = {name: restride(getattr(inputs, name), order) for name, order in orders.items()}
+    out, lse = attend(dataclasses.replace(inputs, **odd))
+    plain_out, plain_lse = attend(inputs)
+    assert torch.equal(out, plain_out)
+    assert torch.equal(lse, plain_lse)
+
+
+# -- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spread", [1e-6, 20.0, 1e4])
+@pytest.mark.usefixtures("small_tiles")
+def test_extreme_logits_stay_finite(shape, spread):
+    inputs = make_inputs((70,), heads=2, kv_heads=1, head_dim=32, spread=spread, **shape)
+    out, lse = attend(inputs)
+    assert out.isfinite().all()
+    check_attention(inputs, out, lse)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_any_scale(shape, scale):
+    inputs = make_inputs((40,), heads=2, kv_heads=1, **shape)
+    out, lse = attend(inputs, scale=scale)
+    twin = dataclasses.replace(inputs, q=inputs.q * scale * 4)  # head_dim 16: scale 1/4
+    check_attention(twin, out, lse)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 3), (2, 0)])
+def test_zero_sizes(batch, rows):
+    inputs = make_inputs((4,) * batch, rows=rows)
+    out, lse = attend(inputs)
+    assert out.shape == inputs.q.shape
+    assert lse.shape == (batch, inputs.q.shape[2], rows)
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def test_refusals():
+    bf16 = make_inputs((3,), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="interpreter computes products of bfloat16 wrongly"):
+        attend(bf16)
+    fp64 = make_inputs((3,), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"dtype torch\.float64 is not float32"):
+        attend(fp64)
+    x = make_inputs((3,))
+    with pytest.raises(ValueError, match="require a gradient, the interpreter has none"):
+        vst_attention(x.q.requires_grad_(), *x.args()[1:], backend="triton")

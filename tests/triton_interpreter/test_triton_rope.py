@@ -1,0 +1,106 @@
+"""rope_append's Triton kernel: positions, what is written where, and what is left alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from strategies import calls
+
+from vxl_kernels import ChunkLayout, reference, rope_append
+from vxl_kernels.testing import inverse_frequencies, make_inputs, poisoned_memory
+
+core = pytest.mark.triton_core
+
+
+def append(inputs, **options):
+    inv_freq = inverse_frequencies(inputs.q.shape[3])
+    return rope_append(*inputs.args(), inv_freq, backend="triton", **options)
+
+
+def check(inputs):
+    """Against the reference: rotations to two roundings, and no other byte of the caches."""
+    ours, theirs, kept = inputs.clone(), inputs.clone(), inputs.clone()
+    with poisoned_memory():
+        q, k = append(ours)
+    q_ref, k_ref = reference.rope_append(*theirs.args(), inverse_frequencies(q.shape[3]))
+    for x, truth in ((q, q_ref), (k, k_ref), (ours.k_cache, theirs.k_cache)):
+        largest = float(truth.nan_to_num().abs().max())
+        allowed = 2 * torch.finfo(x.dtype).eps * largest + 1e-6
+        torch.testing.assert_close(x, truth, rtol=0, atol=allowed, equal_nan=True)
+    torch.testing.assert_close(ours.v_cache, theirs.v_cache, rtol=0, atol=0, equal_nan=True)
+    for name in ("q", "k", "v"):
+        assert torch.equal(getattr(ours, name), getattr(kept, name))
+    with poisoned_memory():
+        same = append(kept, inplace=True)
+    assert same[0] is kept.q
+    assert torch.equal(kept.q, q)
+    assert torch.equal(kept.k, k)
+    assert torch.equal(kept.k_cache.nan_to_num(), ours.k_cache.nan_to_num())
+
+
+@core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"layout": ChunkLayout(13, 3, 2)},
+        {"layout": ChunkLayout(13, 3, 2, "interleaved"), "heads": 6},
+        {"rows": 5, "heads": 7, "kv_heads": 1},
+        {"rows": 1, "head_dim": 100},
+        {"layout": ChunkLayout(5, 5), "heads": 66, "kv_heads": 3},
+    ],
+)
+def test_against_the_reference(shape, dtype):
+    check(make_inputs((9, 0), page_size=4, dtype=dtype, **shape))
+
+
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
+@given(calls(dtypes=(torch.float32, torch.float16), even_head_dim=True))
+def test_random_calls(inputs):
+    check(inputs)
+
+
+@core
+@pytest.mark.parametrize("position", [0, 1, 20_250, 300_000, 2**20 - 1])
+def test_angles_far_out(position):
+    """Against cosines of the exactly rounded float32 angle."""
+    inputs = make_inputs((0,), rows=1, heads=1, kv_heads=1, head_dim=128)
+    inputs = dataclasses.replace(
+        inputs,
+        k_cache=torch.zeros(1, 2**20, 1, 128),
+        v_cache=torch.zeros(1, 2**20, 1, 128),
+        block_table=torch.zeros(1, 1, dtype=torch.int32),
+        cache_lens=torch.tensor([position], dtype=torch.int32),
+    )
+    inputs.q[:] = 0
+    inputs.q[..., :64] = 1
+    q, _ = append(inputs)
+    angle = (torch.tensor(float(position)) * inverse_frequencies(128)).double()
+    expected = torch.cat([angle.cos(), angle.sin()])
+    assert (q.flatten().double() - expected).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("layout", [None, ChunkLayout(12, 3)])
+def test_a_full_table_is_not_overrun(layout):
+    """On a GPU lengths are not checked: what has no room must not land in a neighbour's page."""
+    inputs = make_inputs((9, 9), layout, rows=4, page_size=4)
+    inputs.cache_lens[0] = 4 * inputs.block_table.shape[1] - 1
+    before = inputs.clone()
+    append(inputs)
+    mine = set(inputs.block_table[0].tolist())
+    append(alone := dataclasses.replace(before, cache_lens=before.cache_lens.clone()))
+    for page in range(inputs.k_cache.shape[0]):
+        if page in mine:
+            continue
+        assert torch.equal(inputs.k_cache[page].nan_to_num(), alone.k_cache[page].nan_to_num())
+    first_page = int(inputs.block_table[0, 0])
+    assert torch.equal(inputs.k_cache[first_page], before.clone().k_cache[first_page])
+
+
+def test_negative_lengths_stay_inside():
+    inputs = make_inputs((9,), rows=2, page_size=4)
+    inputs.cache_lens[0] = -5
+    zero = inputs.clone()
+    zero.cache_lens[0] = 0
+    assert torch.equal(append(inputs)[0], append(zero)[0])

@@ -1,0 +1,79 @@
+"""Mistakes in the kernels that the tests must see: each alone exceeds the tolerance."""
+
+import pytest
+import triton
+import triton.language as tl
+from cases import attend, call
+
+from vxl_kernels._triton import decode, prefill, primitives
+from vxl_kernels.testing import check_attention
+
+
+@triton.jit
+def sees_one_more(position, ratio):
+    vst = (position + 1) // (ratio + 1)
+    return position + 2 - vst, vst
+
+
+@triton.jit
+def sees_vsts_late(position, ratio):
+    vst = position // (ratio + 1)
+    return position + 1 - vst, vst
+
+
+@triton.jit
+def without_vsts(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):  # noqa: N803
+    return tl.minimum(position + chunk * window, chunks * window - 1)
+
+
+@triton.jit
+def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):  # noqa: N803
+    vsts = window // ratio
+    return tl.where(is_vst, chunks * window, chunk * window) + index + 0 * vsts
+
+
+@triton.jit
+def first_page_only(table_ptr, entry, max_pages):
+    return tl.load(table_ptr + 0 * entry).to(tl.int64)
+
+
+@triton.jit
+def one_more_cached(cache_lens_ptr, i_batch, page_size, max_pages):
+    return tl.load(cache_lens_ptr + i_batch) + 1
+
+
+@triton.jit
+def one_less_cached(cache_lens_ptr, i_batch, page_size, max_pages):
+    return tl.maximum(tl.load(cache_lens_ptr + i_batch) - 1, 0)
+
+
+@triton.jit
+def no_rescaling(scores, scale, pivot, total, acc):
+    new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_pivot[:, None])
+    return weights, new_pivot, total + tl.sum(weights, 1), acc
+
+
+MISTAKES = [
+    (prefill, "visible_own", sees_one_more, "split, whole pages"),
+    (prefill, "visible_own", sees_vsts_late, "split, whole pages"),
+    (prefill, "query_row", without_vsts, "split, whole pages"),
+    (primitives, "own_row", next_chunks_vsts, "split, whole pages"),
+    (primitives, "page_of", first_page_only, "split, whole pages"),
+    (primitives, "page_of", first_page_only, "split, parts"),
+    (primitives, "page_of", first_page_only, "decode, any pages"),
+    (prefill, "cached_entries", one_more_cached, "text"),
+    (prefill, "cached_entries", one_less_cached, "text"),
+    (decode, "cached_entries", one_less_cached, "decode, whole pages"),
+    (primitives, "_softmax_step", no_rescaling, "text"),
+    (primitives, "_softmax_step", no_rescaling, "decode, whole pages"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "mistake", "case"), MISTAKES)
+@pytest.mark.usefixtures("small_tiles")
+def test_a_mistake_shows(module, name, mistake, case, monkeypatch):
+    inputs = call(case)
+    monkeypatch.setattr(module, name, mistake)
+    with pytest.raises(AssertionError, match="output error"):
+        check_attention(inputs, *attend(inputs))

@@ -1,0 +1,118 @@
+"""The Triton kernels. Importing this loads neither triton nor them: `reasons` and `kernels` do.
+
+primitives.py  what kernels share: rows and positions, pages, the softmax step
+prefill.py decode.py linear.py rope.py   the kernels
+configs.py     tile shapes per architecture, with reasons; tune.py can override them
+launch.py      tensors -> launches, without reading a tensor's values
+catalog.py     what is shipped, for compiling ahead of time
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+__all__ = ["architecture", "kernels", "one_wave", "reasons"]
+
+_OLDEST = (3, 6)
+_MOST_BATCH = 65535  # the grid's second axis
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why triton cannot be used at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        triton = importlib.import_module("triton")
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken install raises anything
+        return f"triton does not import ({type(error).__name__}: {error})"
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return f"triton is {triton.__version__}, older than {'.'.join(map(str, _OLDEST))}"
+    return None
+
+
+def kernels() -> ModuleType:
+    """The launchers, `launch.py`."""
+    return importlib.import_module(".launch", __name__)
+
+
+def _interpreted() -> bool:
+    """Whether the kernels were loaded under TRITON_INTERPRET=1, for the CPU."""
+    triton = importlib.import_module("triton")
+    return not isinstance(kernels().prefill_kernel, triton.JITFunction)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"the GPU is sm_{major}{minor}, older than sm_80" if major < 8 else None
+
+
+def reasons(x: torch.Tensor | None) -> list[str]:
+    """Why the kernels cannot serve x (or anything here, for None). Empty: they can."""
+    missing = _missing()
+    if missing:
+        return [missing]
+    interpreted = _interpreted()
+    if x is None:
+        if interpreted or torch.cuda.is_available():
+            return []
+        return ["there is no GPU (and TRITON_INTERPRET=1 was not set for the interpreter)"]
+    found = []
+    if x.device.type == "cuda":
+        too_old = _too_old(x.device)
+        found += [too_old] if too_old else []
+    elif x.device.type != "cpu":
+        found.append(f"tensors are on {x.device}")
+    elif not interpreted:
+        found.append("tensors are on the CPU (and TRITON_INTERPRET=1 was not set)")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        found.append(f"dtype {x.dtype} is not float32, float16 or bfloat16")
+    elif x.dtype == torch.bfloat16 and interpreted:
+        found.append("Triton's interpreter computes products of bfloat16 wrongly")
+    if x.dim() and x.shape[0] > _MOST_BATCH:
+        found.append(f"batch {x.shape[0]} is larger than {_MOST_BATCH}")
+    return found
+
+
+def one_wave(x: torch.Tensor, weight: torch.Tensor, layout: list[int]) -> bool:
+    """Whether `vst_linear` in one launch has no more tiles than the GPU has multiprocessors.
+
+    Model, in tiles' times on an H100 (132 SMs), 1620 rows, hidden 3584, tiles of 128 x 256: the
+    key or value projection (512 columns) is 24 raw and 4 VST tiles. Two products take 2, one
+    launch 1 / 0.85 at a Triton product's usual share of the library's speed. The query
+    projection (3584 columns) is 168 + 28 tiles: 2 + 1 rounds against 2 / 0.85, which the
+    library's finer tiles make up for.
+    """
+    from . import configs
+
+    window, ratio, chunks, _ = layout
+    config = configs.linear_config(architecture(x.device), x.element_size())
+    rows = (x.shape[0] * chunks * window, x.shape[0] * chunks * (window // ratio))
+    tiles = sum(-(-n // config.block_m) for n in rows) * -(-weight.shape[0] // config.block_n)
+    return tiles <= _multiprocessors(x.device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "cuda:90", "hip:gfx942"; for the interpreter and meta tensors "cuda:80"."""
+    if device.type != "cuda":
+        return "cuda:80"
+    if torch.version.hip:
+        return "hip:" + torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{major}{minor}"

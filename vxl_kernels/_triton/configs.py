@@ -1,0 +1,193 @@
+"""Tile shapes, warps and stages, per architecture. Nothing is tuned at import or in a call:
+`tune.py` can be asked to, and writes a file that is read here.
+
+How they were chosen: compiled for each target and read as machine code, for no spilled register
+and few instructions beside the matrix ones in the loop of unmasked tiles. For prefill at head_dim
+128, bf16, instructions of a warp per 128 x 128 scores and 8 warps, Triton 3.9:
+
+    sm_80   128 x 128: 647         128 x 64: 770, at three stages 832
+    sm_90   128 x 128 by TMA: 519  by threads: 567; 128 x 64: 748 by threads
+    sm_100  128 x 128 by TMA: 470  by threads: 502; 128 x 64: 724 by threads
+
+4 warps spill on all of them. A wider block of keys rescales the accumulator less often. EDGE_N,
+the block where masks are needed, is small for less masked waste and fewer registers. Pages of
+at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost a tenth more on sm_80, a fifth
+on sm_90 and sm_100, where TMA cannot follow. Two blocks of 64, each from a page of its own, in
+one step were no better (614 on sm_90).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "ARCHITECTURES",
+    "AttentionConfig",
+    "LinearConfig",
+    "decode_config",
+    "family",
+    "has_tma",
+    "linear_config",
+    "prefill_config",
+    "split_keys",
+    "tuning_key",
+    "tuning_name",
+]
+
+# Families that have a table: what an architecture is compiled as when it has none of its own.
+# "cuda:86" stands for GPUs with 100 KiB of shared memory (RTX 30, 40 and 50).
+ARCHITECTURES = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """BLOCK_M lanes (rows x heads) against blocks of BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    edge_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+def family(arch: str) -> str:
+    """The table's name for "cuda:<major><minor>" or "hip:<gfx name>"."""
+    kind, _, name = arch.partition(":")
+    if kind == "hip":
+        return "hip:gfx942"
+    capability = int(name)
+    if capability in (80, 87) or capability < 80:
+        return "cuda:80"
+    if capability < 90 or capability >= 120:
+        return "cuda:86"
+    return "cuda:90" if capability < 100 else "cuda:100"
+
+
+def _table(*entries: tuple[int, tuple[int, int, int, int, int]]) -> dict[int, AttentionConfig]:
+    return {block_d: AttentionConfig(*values) for block_d, values in entries}
+
+
+# By head_dim (up to this many, a power of two), for 16-bit types and for float32.
+_PREFILL_16 = {
+    "cuda:80": _table(
+        (64, (128, 128, 32, 8, 2)),
+        (128, (128, 128, 32, 8, 2)),
+        (256, (64, 64, 32, 8, 2)),
+    ),
+    "cuda:86": _table(
+        (64, (128, 128, 32, 8, 2)),
+        (128, (128, 128, 32, 8, 2)),
+        (256, (64, 32, 32, 8, 2)),
+    ),
+    "cuda:90": _table(
+        (64, (128, 128, 64, 8, 3)),
+        (128, (128, 128, 32, 8, 2)),
+        (256, (64, 64, 32, 8, 2)),
+    ),
+    "cuda:100": _table(
+        (64, (128, 128, 64, 8, 3)),
+        (128, (128, 128, 32, 8, 2)),
+        (256, (64, 64, 32, 8, 2)),
+    ),
+    "hip:gfx942": _table(
+        (64, (128, 64, 64, 4, 2)),
+        (128, (128, 64, 64, 4, 2)),
+        (256, (64, 32, 32, 4, 2)),
+    ),
+}
+# float32 is three tf32 products for one (AMD has its own): registers decide. At head_dim 256 no
+# tile was found that does not spill; it is right, and slow.
+_32 = _table((64, (32, 32, 32, 4, 1)), (128, (32, 32, 32, 4, 1)), (256, (32, 16, 16, 4, 1)))
+_PREFILL_32 = {
+    "cuda:80": _32,
+    "cuda:86": _32,
+    "cuda:90": _table(
+        (64, (32, 32, 16, 8, 1)), (128, (32, 32, 16, 8, 1)), (256, (32, 16, 16, 4, 1))
+    ),
+    "cuda:100": _table(
+        (64, (32, 32, 32, 4, 1)), (128, (32, 64, 16, 8, 1)), (256, (32, 16, 16, 4, 1))
+    ),
+    "hip:gfx942": _table(
+        (64, (64, 32, 32, 8, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1))
+    ),
+}
+
+
+def tuning_key() -> str:
+    """What a tuned entry holds for: this GPU and this Triton."""
+    import torch
+    import triton
+
+    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+
+
+def tuning_name(block_d: int, itemsize: int) -> str:
+    return f"prefill head_dim {block_d}, {8 * itemsize} bit"
+
+
+@functools.cache
+def _tuned() -> dict[str, list[int]]:
+    """Entries of the file that VXL_TRITON_CONFIGS names (`tune.py` writes it); read once."""
+    path = os.environ.get("VXL_TRITON_CONFIGS")
+    return json.loads(Path(path).read_text()).get(tuning_key(), {}) if path else {}
+
+
+def has_tma(arch: str) -> bool:
+    """Whether blocks of K and V may come by the copy engine: fewer registers and instructions."""
+    return family(arch) in ("cuda:90", "cuda:100")
+
+
+def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
+    tuned = _tuned().get(tuning_name(max(block_d, 64), itemsize))
+    if tuned is not None:
+        return AttentionConfig(*tuned)
+    table = (_PREFILL_16 if itemsize == 2 else _PREFILL_32)[family(arch)]
+    return table[max(block_d, 64)]
+
+
+def split_keys(lanes: int) -> int | None:
+    """Cache entries of a split, from `lanes` = rows x heads of a KV head; None where rows fill
+    the GPU by themselves. It depends on nothing else: not on batch or lengths.
+
+    At 8100 cached tokens and 4 KV heads, 256 entries make 128 programs for the 132 SMs of an
+    H100, each reading 128 KiB (bf16, head_dim 128). With more rows a program does more work on
+    its keys, and its parts cost more to write and merge.
+    """
+    if lanes <= 64:
+        return 256
+    return 1024 if lanes <= 512 else None
+
+
+def decode_config(arch: str, block_d: int, itemsize: int, lanes: int) -> AttentionConfig:
+    """Decode waits for memory: the tile is what the matrix instruction needs at least, and the
+    stages keep several blocks of K and V in flight."""
+    block_m = 16 if lanes <= 16 else 32 if lanes <= 32 else 64
+    block_n = 64 if block_d * itemsize <= 256 else 32 if block_d * itemsize <= 512 else 16
+    stages = 2 if family(arch) in ("cuda:86", "hip:gfx942") or block_d * itemsize > 256 else 3
+    return AttentionConfig(block_m, block_n, block_n, 8 if block_m == 64 else 4, stages)
+
+
+def linear_config(arch: str, itemsize: int) -> LinearConfig:
+    if itemsize == 4:
+        return LinearConfig(64, 64, 32, 8, 4, 2)
+    return {
+        "cuda:80": LinearConfig(128, 128, 32, 8, 4, 4),
+        "cuda:86": LinearConfig(128, 128, 32, 8, 4, 3),
+        "cuda:90": LinearConfig(128, 256, 64, 8, 8, 3),
+        "cuda:100": LinearConfig(128, 128, 64, 8, 8, 4),
+        "hip:gfx942": LinearConfig(128, 128, 64, 8, 4, 2),
+    }[family(arch)]

@@ -1,0 +1,417 @@
+"""From tensors to launches. Reads shapes, strides and dtypes only: no value of a tensor ever
+comes to the host, so a step can be captured in a CUDA graph, and all memory is `torch.empty`.
+
+`plan_*` makes a `Launch` and starts nothing: given tensors on the meta device it tells what
+would be compiled and how often memory is read, which is how `catalog.py` and the tests use it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import architecture, configs
+from .decode import decode_kernel, merge_kernel
+from .linear import linear_kernel
+from .prefill import prefill_kernel
+from .rope import rope_append_kernel
+
+__all__ = [
+    "Launch",
+    "plan_attention",
+    "plan_linear",
+    "plan_rope_append",
+    "rope_append",
+    "rope_append_",
+    "vst_attention",
+    "vst_linear",
+]
+
+_NEVER = 1 << 30  # a ratio that no position reaches: plain rows are a chunk without VSTs
+_MOST_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all it takes. `tile` names its block sizes for reports."""
+
+    name: str
+    fn: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    tile: dict[str, int] = field(default_factory=dict)
+    # Said here because Triton 3.10 is to change its default.
+    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
+
+    def __call__(self) -> None:
+        if 0 in self.grid:
+            return
+        self.fn[self.grid](
+            **self.arguments,
+            **self.constexprs,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            **self.options,
+        )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _precision(dtype: torch.dtype, arch: str) -> str:
+    """float32 products: three tf32 ones, 21 bits of mantissa; AMD has a float32 instruction."""
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("cuda") else "ieee"
+
+
+def _dense_heads(x: torch.Tensor, block: int = 1) -> torch.Tensor:
+    """x with head_dim dense, and `block` rows within 32-bit reach of one another."""
+    if x.stride(-1) == 1 and block * x.stride(1) <= _MOST_INT32:
+        return x
+    return x.contiguous()
+
+
+def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> str:
+    """See `primitives.locate`. A cache of one page a sequence is never left by a block."""
+    far = block_n * max(k_cache.stride(1), v_cache.stride(1)) > _MOST_INT32
+    if (page_size % block_n == 0 or max_pages == 1) and not far:
+        return "whole"
+    return "part" if block_n % page_size == 0 else "any"
+
+
+def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
+    """Arguments and constexprs of the attention kernels' cache; all None without one."""
+    names = ("k_cache_ptr", "v_cache_ptr", "block_table_ptr", "cache_lens_ptr")
+    k_cache, v_cache, block_table, _ = cache
+    if k_cache is None or block_table.shape[1] == 0:
+        strides = dict.fromkeys(
+            ("kc_page", "kc_slot", "kc_head", "vc_page", "vc_slot", "vc_head"), 0
+        )
+        numbers = {**strides, "page_size": 1, "max_pages": 0}
+        constexprs = {"HAS_CACHE": False, "PAGES": "whole", "SAME_STRIDES": True}
+        return {**dict.fromkeys(names), **numbers}, constexprs
+    page_size, max_pages = k_cache.shape[1], block_table.shape[1]
+    kc, vc = k_cache.stride(), v_cache.stride()
+    arguments = {
+        **dict(zip(names, cache, strict=True)),
+        **dict(zip(("kc_page", "kc_slot", "kc_head"), kc[:3], strict=True)),
+        **dict(zip(("vc_page", "vc_slot", "vc_head"), vc[:3], strict=True)),
+        "page_size": page_size,
+        "max_pages": max_pages,
+    }
+    pages = _pages(page_size, max_pages, k_cache, v_cache, config.block_n)
+    return arguments, {"HAS_CACHE": True, "PAGES": pages, "SAME_STRIDES": kc == vc}
+
+
+def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """`q_batch, q_row, q_head` for q=..., and so on."""
+    return {
+        f"{name}_{axis}": x.stride(i)
+        for name, x in tensors.items()
+        for i, axis in enumerate(("batch", "row", "head"))
+    }
+
+
+def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """Blocks of `block_n` keys of x (batch or page, row, head, head_dim); None where the copy
+    engine cannot reach them."""
+    size, block_d = x.element_size(), x.shape[3]
+    aligned = x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in x.stride()[:3])
+    if not aligned or block_d != _power_of_two(block_d) or min(x.stride()[:3]) <= 0:
+        return None
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_n, block_d])
+
+
+def _descriptors(k, v, k_cache, v_cache, constexprs: dict, arch: str) -> dict[str, Any]:
+    """The copy engine's view of each tensor, all of them or none."""
+    tensors = {"k_desc": k, "v_desc": v, "k_cache_desc": k_cache, "v_cache_desc": v_cache}
+    if not constexprs["HAS_CACHE"]:
+        tensors |= {"k_cache_desc": None, "v_cache_desc": None}
+    if not configs.has_tma(arch) or constexprs["PAGES"] != "whole":
+        return dict.fromkeys(tensors)
+    found = {
+        name: None if x is None else _descriptor(x, constexprs["BLOCK_N"])
+        for name, x in tensors.items()
+    }
+    missing = any(found[name] is None for name, x in tensors.items() if x is not None)
+    return dict.fromkeys(tensors) if missing else found
+
+
+# -- vst_attention -----------------------------------------------------------------------------
+
+
+def plan_attention(
+    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale, arch=None, config=None
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
+    """Launches of `vst_attention` in their order, and the tensors that they fill.
+
+    layout: `[window, ratio, chunks, split]`, or `[]` for plain rows. arch, config: instead of
+    the device's own and of the table's.
+    """
+    arch = arch or architecture(q.device)
+    batch, rows, heads, head_dim = q.shape
+    # The kernels take the largest product for the largest score, so scale has to be positive.
+    if scale < 0:
+        q, scale = -q, -scale
+    scale = max(scale, 1e-30) * math.log2(math.e)
+    block_table = None if block_table is None else block_table.contiguous()
+    cache_lens = None if cache_lens is None else cache_lens.contiguous()
+    group = heads // k.shape[2]
+    out = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+    # The kernels' offsets are 32 bits wide within a block of keys, interleaved within a chunk.
+    reach = 128 if not layout or layout[3] else layout[0] + layout[0] // layout[1]
+    q, k, v = (_dense_heads(x, reach) for x in (q, k, v))
+    cache = (k_cache, v_cache, block_table, cache_lens)
+    each = configs.split_keys(rows * group) if not layout else None
+    if 0 in (batch, rows):
+        return [], out, lse
+    block_d, itemsize = _power_of_two(head_dim), q.element_size()
+    if each is None:
+        config = config or configs.prefill_config(arch, block_d, itemsize)
+        launches = _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config)
+    else:
+        config = config or configs.decode_config(arch, block_d, itemsize, rows * group)
+        launches = _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each)
+    return launches, out, lse
+
+
+def _shared(q, k, cache, config, arch) -> tuple[dict, dict]:
+    """What prefill and decode take alike."""
+    arguments, constexprs = _cache_arguments(cache, config)
+    head_dim = q.shape[3]
+    constexprs = {
+        "KV_HEADS": k.shape[2],
+        "GROUP": q.shape[2] // k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _power_of_two(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": _precision(q.dtype, arch),
+        **constexprs,
+    }
+    return arguments, constexprs
+
+
+def _tile(config: configs.AttentionConfig, constexprs: dict) -> dict[str, int]:
+    return {
+        "rows": config.block_m,
+        "keys": config.block_n,
+        "head_dim": constexprs["BLOCK_D"],
+        "group": constexprs["GROUP"],
+    }
+
+
+def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list[Launch]:
+    batch, rows = q.shape[:2]
+    arguments, constexprs = _shared(q, k, cache, config, arch)
+    window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
+    constexprs["SPLIT"] = split == 1
+    constexprs["EDGE_N"] = config.edge_n
+    constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
+    arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
+    arguments |= {"scale": scale, "window": window, "ratio": ratio, "chunks": chunks}
+    arguments |= _row_strides(q=q, k=k, v=v)
+    descriptors = _descriptors(k, v, cache[0], cache[1], constexprs, arch)
+    constexprs["TMA"] = descriptors["k_desc"] is not None
+    arguments |= descriptors
+    lanes = (window + window // ratio) * constexprs["GROUP"]
+    tiles = -(-lanes // config.block_m)
+    return [
+        Launch(
+            "prefill",
+            prefill_kernel,
+            (tiles * chunks * k.shape[2], batch),
+            arguments,
+            constexprs,
+            config.num_warps,
+            config.num_stages,
+            _tile(config, constexprs),
+        )
+    ]
+
+
+def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[Launch]:
+    batch, rows, heads, head_dim = q.shape
+    lanes = rows * (heads // k.shape[2])
+    arguments, constexprs = _shared(q, k, cache, config, arch)
+    constexprs["SPLIT_KEYS"] = each
+    constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
+    capacity = arguments["page_size"] * arguments["max_pages"]
+    splits = 1 + -(-capacity // each)
+    part = torch.empty((batch, splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((batch, splits, rows, heads), dtype=torch.float32, device=q.device)
+    shared = {"part_ptr": part, "part_lse_ptr": part_lse, "rows": rows, "splits": splits}
+    merge = {name: arguments[name] for name in ("cache_lens_ptr", "page_size", "max_pages")}
+    arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "scale": scale}
+    arguments |= _row_strides(q=q, k=k, v=v)
+    merge_constexprs = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": constexprs["BLOCK_D"],
+        "HAS_CACHE": constexprs["HAS_CACHE"],
+        "SPLIT_KEYS": each,
+        "BLOCK_S": 16,
+    }
+    tiles = -(-lanes // config.block_m)
+    return [
+        Launch(
+            "decode",
+            decode_kernel,
+            (splits, tiles * k.shape[2], batch),
+            arguments | shared,
+            constexprs,
+            config.num_warps,
+            config.num_stages,
+            _tile(config, constexprs),
+        ),
+        Launch(
+            "merge",
+            merge_kernel,
+            (rows * heads, batch),
+            {**merge, **shared, "out_ptr": out, "lse_ptr": lse},
+            merge_constexprs,
+            4,
+            1,
+            {"splits": 16, "head_dim": constexprs["BLOCK_D"]},
+        ),
+    ]
+
+
+def vst_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+    """Output and natural-log LSE; arguments as the op's schema in `ops.py`."""
+    launches, out, lse = plan_attention(
+        q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale
+    )
+    for launch in launches:
+        launch()
+    return out, lse
+
+
+# -- rope_append ---------------------------------------------------------------------------------
+
+
+def plan_rope_append(
+    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out, k_out
+) -> Launch:
+    batch, rows, heads, head_dim = q.shape
+    window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
+    kv_heads = k.shape[2]
+    tensors = {
+        "q": q, "k": k, "v": v, "q_out": q_out, "k_out": k_out, "k_cache": k_cache,
+        "v_cache": v_cache, "block_table": block_table.contiguous(),
+        "cache_lens": cache_lens.contiguous(), "inv_freq": inv_freq.contiguous(),
+    }  # fmt: skip
+    numbers = {
+        "rows": rows,
+        "window": window,
+        "ratio": ratio,
+        "chunks": chunks,
+        "page_size": k_cache.shape[1],
+        "max_pages": block_table.shape[1],
+        **_row_strides(q=q, k=k, v=v, qo=q_out, ko=k_out),
+        **dict(zip(("kc_page", "kc_slot", "kc_head"), k_cache.stride()[:3], strict=True)),
+        **dict(zip(("vc_page", "vc_slot", "vc_head"), v_cache.stride()[:3], strict=True)),
+    }
+    constexprs = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _power_of_two(head_dim // 2),
+        "SPLIT": split == 1,
+        "KEEP_ALL": not layout,
+        "BLOCK_H": min(_power_of_two(heads), 32),
+        "BLOCK_KV": _power_of_two(kv_heads),
+    }
+    arguments = {f"{name}_ptr": x for name, x in tensors.items()} | numbers
+    return Launch(
+        "rope_append", rope_append_kernel, (rows, batch), arguments, constexprs, 4, 1,
+        {"rows": 1, "head_dim": head_dim},
+    )  # fmt: skip
+
+
+def rope_append(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    """q and k rotated, in new tensors."""
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
+    plan_rope_append(
+        q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out, k_out
+    )()
+    return q_out, k_out
+
+
+def rope_append_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    """q and k rotated in place."""
+    q_dense, k_dense = _dense_heads(q), _dense_heads(k)
+    plan_rope_append(
+        q_dense, k_dense, _dense_heads(v), k_cache, v_cache, block_table, cache_lens, layout,
+        inv_freq, q_dense, k_dense,
+    )()  # fmt: skip
+    for x, dense in ((q, q_dense), (k, k_dense)):
+        if dense is not x:
+            x.copy_(dense)
+
+
+# -- vst_linear ------------------------------------------------------------------------------------
+
+
+def plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out, arch=None) -> Launch:
+    arch = arch or architecture(x.device)
+    batch, rows, features = x.shape
+    window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
+    config = configs.linear_config(arch, x.element_size())
+    raw, vst = batch * chunks * window, batch * chunks * (window // ratio)
+    tiles_m = -(-raw // config.block_m) + -(-vst // config.block_m)
+    tiles_n = -(-weight.shape[0] // config.block_n)
+    arguments = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "vst_weight_ptr": weight if vst_weight is None else vst_weight,
+        "vst_bias_ptr": vst_bias,
+        "out_ptr": out,
+        "x_batch": x.stride(0),
+        "x_row": x.stride(1),
+        "batch": batch,
+        "window": window,
+        "ratio": ratio,
+        "chunks": chunks,
+    }
+    constexprs = {
+        "OUT": weight.shape[0],
+        "IN": features,
+        "SPLIT": split == 1,
+        "BIAS": bias is not None,
+        "VST_BIAS": vst_bias is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PRECISION": _precision(x.dtype, arch),
+    }
+    return Launch(
+        "linear", linear_kernel, (tiles_m * tiles_n,), arguments, constexprs,
+        config.num_warps, config.num_stages,
+        {"m": config.block_m, "n": config.block_n, "k": config.block_k},
+    )  # fmt: skip
+
+
+def vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
+    """Both weight sets in one launch."""
+    weight, bias, vst_weight, vst_bias = (
+        None if t is None else t.contiguous() for t in (weight, bias, vst_weight, vst_bias)
+    )
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = torch.empty((*x.shape[:2], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if out.numel():
+        plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out)()
+    return out

@@ -1,0 +1,180 @@
+"""Attention of many rows: chunks (and long texts) over `[cache | own chunk]`.
+
+A program owns BLOCK_M rows of one KV head: consecutive positions of a chunk times the GROUP
+query heads that share the head, packed flat, so K and V are read once for all of them and no
+lane is wasted whatever the group is.
+
+What a row sees is three runs of keys, each from its start up to a bound:
+
+    cache entries     cache_lens + chunk * vsts_per_chunk       all rows of the chunk alike
+    own raw tokens    by position
+    own VSTs          by position
+
+Bounds are computed from positions once per program. Blocks of keys below the smallest bound of
+the tile need no mask: they run in loops of their own, which hold nothing but loads, products
+and the softmax. In split order each run is contiguous in memory, so positions cost these loops
+nothing; one run in position order would divide by the ratio for every key. Both storage orders
+take keys in the same order: same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    advance,
+    cached_entries,
+    load_block,
+    load_rows,
+    locate,
+    own_offset,
+    own_row,
+    paged_offset,
+    query_row,
+    score_block,
+    visible_own,
+)
+
+__all__ = ["prefill_kernel"]
+
+# Data, not code: no length may lead to another compilation.
+_LENGTHS = ["window", "ratio", "chunks", "page_size", "max_pages"]
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def prefill_kernel(
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_lens_ptr,
+    k_desc, v_desc, k_cache_desc, v_cache_desc, out_ptr, lse_ptr, scale,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
+    window, ratio, chunks, page_size, max_pages,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_CACHE: tl.constexpr, PAGES: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles * chunks * KV_HEADS, batch). `*_batch` etc. are strides in elements.
+
+    PAGES: how blocks of keys meet pages, see `locate`. SAME_STRIDES: v and v_cache have the
+    strides of k and k_cache. EDGE_N: keys in a block that needs a mask, a part of BLOCK_N:
+    less is masked for nothing, and the masks take fewer registers. TMA: full blocks come by
+    the copy engine, through the descriptors (batch or page, head, row, head_dim).
+    """
+    if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
+        v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
+    length = window + window // ratio  # rows of a chunk
+    rows = chunks * length
+    pid = tl.program_id(0)
+    i_head = pid % KV_HEADS
+    i_chunk = pid // KV_HEADS % chunks
+    # Programs start in the order of their number: those with the most keys first.
+    i_tile = tl.cdiv(length * GROUP, BLOCK_M) - 1 - pid // (KV_HEADS * chunks)
+    i_batch = tl.program_id(1).to(tl.int64)
+
+    # The tile's rows. Lanes behind the last row repeat it and are not stored.
+    first_lane = i_tile * BLOCK_M
+    last_lane = tl.minimum(first_lane + BLOCK_M, length * GROUP) - 1
+    offs_lane = tl.minimum(first_lane + tl.arange(0, BLOCK_M), last_lane)
+    position = offs_lane // GROUP
+    offs_head = i_head * GROUP + offs_lane % GROUP
+    offs_row = query_row(position, i_chunk, window, ratio, chunks, SPLIT)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_e = tl.arange(0, EDGE_N)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+
+    q_ptr += i_batch * q_batch
+    q_ptrs = q_ptr + offs_row.to(tl.int64)[:, None] * q_row + offs_head[:, None] * q_head
+    q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
+
+    pivot = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # -- cache: the same bound for all rows --
+    if HAS_CACHE:
+        table_ptr = block_table_ptr + i_batch * max_pages
+        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = tl.minimum(cached + i_chunk * (window // ratio), max_pages * page_size)
+        full = cached // BLOCK_N * BLOCK_N
+        k_cache_ptr += i_head * kc_head
+        v_cache_ptr += i_head * vc_head
+        place = locate(table_ptr, 0, offs_n, page_size, max_pages, PAGES)
+        for _start in tl.range(0, full, BLOCK_N):
+            _, slot, page = place
+            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
+            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
+            # The next block's page is looked up while this block is computed.
+            place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
+            k = load_block(k_cache_desc, page, i_head, slot, k_ptrs, HEAD_DIM, TMA)
+            weights, pivot, total, acc = score_block(
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+            )
+            v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        for start in tl.range(full, cached, EDGE_N, num_stages=1):
+            edge = locate(table_ptr, start, offs_e, page_size, max_pages, PAGES)
+            k_ptrs = k_cache_ptr + paged_offset(edge, offs_e, kc_page, kc_slot, PAGES) + offs_d
+            v_ptrs = v_cache_ptr + paged_offset(edge, offs_e, vc_page, vc_slot, PAGES) + offs_d
+            k = load_rows(k_ptrs, start + offs_e, cached, HEAD_DIM, True)
+            bound = tl.full([BLOCK_M], 0, tl.int32) + cached
+            weights, pivot, total, acc = score_block(
+                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION
+            )
+            v = load_rows(v_ptrs, start + offs_e, cached, HEAD_DIM, True)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    # -- own chunk: raw tokens, then VSTs --
+    # Positions once more, for few of the loops' registers: see the end.
+    lane = first_lane + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    raw_bound, vst_bound = visible_own(tl.minimum(lane, last_lane) // GROUP, ratio)
+    raw_least, vst_least = visible_own(first_lane // GROUP, ratio)
+    raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
+    raw_full = raw_least // BLOCK_N
+    vst_full = vst_least // BLOCK_N
+    k_ptr += i_batch * k_batch + i_head * k_head
+    v_ptr += i_batch * v_batch + i_head * v_head
+    for i in tl.range(0, raw_full + vst_full):
+        is_vst = i >= raw_full
+        start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
+        row = own_row(is_vst, start, i_chunk, window, ratio, chunks, SPLIT)
+        k_at = own_offset(start, offs_n, is_vst, i_chunk, window, ratio, chunks, k_row, SPLIT)
+        v_at = own_offset(start, offs_n, is_vst, i_chunk, window, ratio, chunks, v_row, SPLIT)
+        k = load_block(k_desc, i_batch, i_head, row, k_ptr + k_at + offs_d, HEAD_DIM, TMA and SPLIT)
+        weights, pivot, total, acc = score_block(
+            q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+        )
+        v = load_block(v_desc, i_batch, i_head, row, v_ptr + v_at + offs_d, HEAD_DIM, TMA and SPLIT)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    raw_full *= BLOCK_N // EDGE_N
+    vst_full *= BLOCK_N // EDGE_N
+    raw_edge = tl.cdiv(raw_end, EDGE_N) - raw_full
+    vst_edge = tl.cdiv(vst_end, EDGE_N) - vst_full
+    for i in tl.range(0, raw_edge + vst_edge):
+        is_vst = i >= raw_edge
+        start = tl.where(is_vst, vst_full + i - raw_edge, raw_full + i) * EDGE_N
+        k_at = own_offset(start, offs_e, is_vst, i_chunk, window, ratio, chunks, k_row, SPLIT)
+        v_at = own_offset(start, offs_e, is_vst, i_chunk, window, ratio, chunks, v_row, SPLIT)
+        bound = tl.where(is_vst, vst_bound, raw_bound)
+        end = tl.where(is_vst, vst_end, raw_end)
+        k = load_rows(k_ptr + k_at + offs_d, start + offs_e, end, HEAD_DIM, True)
+        weights, pivot, total, acc = score_block(
+            q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION
+        )
+        v = load_rows(v_ptr + v_at + offs_d, start + offs_e, end, HEAD_DIM, True)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    # -- result: out (batch, rows, heads, head_dim), lse (batch, heads, rows), both dense --
+    # Lanes and rows are worked out once more: kept from the start they would take registers
+    # through all loops, or be spilled. program_id(2) is 0, but no compiler knows.
+    offs_lane = first_lane + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    stored = offs_lane <= last_lane
+    offs_lane = tl.minimum(offs_lane, last_lane)
+    offs_head = i_head * GROUP + offs_lane % GROUP
+    offs_row = query_row(offs_lane // GROUP, i_chunk, window, ratio, chunks, SPLIT)
+    out_ptr += i_batch * rows * (KV_HEADS * GROUP * HEAD_DIM)
+    offs_out = (offs_row * (KV_HEADS * GROUP) + offs_head).to(tl.int64)
+    out_ptrs = out_ptr + offs_out[:, None] * HEAD_DIM + offs_d
+    out = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
+    in_dims = offs_d < HEAD_DIM
+    tl.store(out_ptrs, out, mask=stored[:, None] & in_dims)
+    lse_ptrs = lse_ptr + (i_batch * (KV_HEADS * GROUP) + offs_head) * rows + offs_row
+    tl.store(lse_ptrs, (pivot + tl.log2(total)) * 0.6931471805599453, mask=stored)

@@ -1,0 +1,185 @@
+"""What the kernels share: rows and positions, pages, the softmax step.
+
+Names: `offs_` index vectors, `_ptrs` pointer tiles, UPPER CASE compile-time constants. Lengths
+are never constants. `layout.py` describes rows and positions; this is its twin on the device,
+as `csrc/include/vxl/params.h` is for the CPU kernels. `layout=None` is one chunk of plain rows:
+a ratio that no position reaches and no VSTs.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "advance",
+    "load_block",
+    "load_rows",
+    "locate",
+    "own_offset",
+    "paged_offset",
+    "query_row",
+    "score_block",
+    "visible_own",
+]
+
+
+# -- rows and positions ----------------------------------------------------------------------
+
+
+@triton.jit
+def own_row(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
+    """Row that holds raw token (or VST) `index` of `chunk`. In split order it grows with
+    `index` by one; interleaved, a VST stands behind each `ratio` raw tokens."""
+    vsts = window // ratio
+    if SPLIT:
+        return tl.where(is_vst, chunks * window + chunk * vsts, chunk * window) + index
+    else:
+        place = tl.where(is_vst, index * (ratio + 1) + ratio, index + index // ratio)
+        return chunk * (window + vsts) + place
+
+
+@triton.jit
+def query_row(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
+    """Row that holds the token at `position` of `chunk`."""
+    before = position // (ratio + 1)  # VSTs in front of the position
+    is_vst = position % (ratio + 1) == ratio
+    index = tl.where(is_vst, before, position - before)
+    return own_row(is_vst, index, chunk, window, ratio, chunks, SPLIT)
+
+
+@triton.jit
+def visible_own(position, ratio):
+    """How many raw tokens and how many VSTs of its chunk the row at `position` sees, itself
+    included. A bound for each: so both are runs of keys from 0 on, in either storage order."""
+    vst = (position + 1) // (ratio + 1)
+    return position + 1 - vst, vst
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def cached_entries(cache_lens_ptr, i_batch, page_size, max_pages):
+    """Length of a sequence's cache, held inside its table."""
+    return tl.minimum(tl.maximum(tl.load(cache_lens_ptr + i_batch), 0), max_pages * page_size)
+
+
+@triton.jit
+def page_of(table_ptr, entry, max_pages):
+    """Page at an entry of a sequence's table, int64. Entries behind the table's end are taken
+    for its last: whoever looks ahead stays inside."""
+    return tl.load(table_ptr + tl.minimum(entry, max_pages - 1)).to(tl.int64)
+
+
+@triton.jit
+def locate(table_ptr, start, offs_n, page_size, max_pages, PAGES: tl.constexpr):
+    """Where the cache entries `start + offs_n` lie: (entry in the table, slot in the page, page).
+
+    PAGES tells how blocks of N keys, which start at multiples of N, meet pages:
+    "whole"  page_size is a multiple of N: one page a block, so these are scalars, of `start`;
+    "part"   page_size divides N: a vector, but a key's slot is the same in every block;
+    "any"    neither.
+    """
+    index = start if PAGES == "whole" else start + offs_n
+    entry = index // page_size
+    return entry, index - entry * page_size, page_of(table_ptr, entry, max_pages)
+
+
+@triton.jit
+def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
+    """`locate` for the block BY entries further on, from that of this block. It divides by
+    page_size only where it must: for "part", once, ahead of the loop."""
+    entry, slot, _ = place
+    if PAGES == "part":
+        entry += BY // page_size
+    else:
+        slot += BY
+        pages = (slot >= page_size).to(tl.int32) if PAGES == "whole" else slot // page_size
+        entry += pages
+        slot -= pages * page_size
+    return entry, slot, page_of(table_ptr, entry, max_pages)
+
+
+@triton.jit
+def paged_offset(place, offs_n, page_stride, slot_stride, PAGES: tl.constexpr):
+    """Elements from the cache's start to each key of a block: int64 [N, 1]."""
+    _, slot, page = place
+    offset = page * page_stride + slot.to(tl.int64) * slot_stride
+    if PAGES == "whole":  # 32 bits within a block: half the registers
+        return offset + (offs_n * slot_stride)[:, None]
+    else:
+        return offset[:, None]
+
+
+@triton.jit
+def own_offset(
+    start, offs_n, is_vst, chunk, window, ratio, chunks, row_stride, SPLIT: tl.constexpr
+):
+    """Elements from the call's first row to own keys `start + offs_n`: int64 [N, 1]. In split
+    order they follow one another, so what differs per key does not change from block to block."""
+    first = own_row(is_vst, start, chunk, window, ratio, chunks, SPLIT)
+    base = first.to(tl.int64) * row_stride
+    if SPLIT:
+        return base + (offs_n * row_stride)[:, None]
+    else:  # 32 bits within a chunk: half the registers
+        rows = own_row(is_vst, start + offs_n, chunk, window, ratio, chunks, SPLIT)
+        return base + ((rows - first) * row_stride)[:, None]
+
+
+@triton.jit
+def load_rows(ptrs, offs_row, rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """A tile [R, D] of which rows at or behind `rows` and dimensions behind HEAD_DIM are 0."""
+    BLOCK_D: tl.constexpr = ptrs.shape[1]
+    in_dims = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    if MASK_ROWS:
+        in_rows = offs_row[:, None] < rows
+        if HEAD_DIM != BLOCK_D:
+            return tl.load(ptrs, mask=in_rows & in_dims, other=0.0)
+        return tl.load(ptrs, mask=in_rows, other=0.0)
+    if HEAD_DIM != BLOCK_D:
+        return tl.load(ptrs, mask=in_dims, other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA: tl.constexpr):
+    """A full block of keys [N, D]: by the copy engine from a tensor (batch or page, head, row,
+    head_dim), or by the threads from pointers."""
+    if TMA:
+        BLOCK_N: tl.constexpr = ptrs.shape[0]
+        BLOCK_D: tl.constexpr = ptrs.shape[1]
+        return desc.load([at_batch.to(tl.int32), i_head, at_row, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        return load_rows(ptrs, 0, 0, HEAD_DIM, False)
+
+
+# -- softmax -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softmax_step(scores, scale, pivot, total, acc):
+    """Weights of a block of scores [M, N], and the running pivot [M], sum [M] and output
+    [M, D] rescaled to it. Everything is in powers of two: `scale` holds log2(e) and is
+    positive, so a score costs one fused multiply-add and one exp2.
+
+    The pivot is finite from a row's first block on: every row's first block must hold a key
+    that it sees.
+    """
+    new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_pivot[:, None])
+    shrink = tl.exp2(pivot - new_pivot)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    return weights, new_pivot, total, acc
+
+
+@triton.jit
+def score_block(
+    q, k, offs_key, bound, scale, pivot, total, acc,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights of a block of keys, [M, N], and the rescaled state; the caller adds weights x V.
+    If MASKED, lane i sees the keys below bound[i]."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
+    return _softmax_step(scores, scale, pivot, total, acc)

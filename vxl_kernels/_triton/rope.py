@@ -1,0 +1,134 @@
+"""Rotates q and k and writes what is kept to its pages, in one pass.
+
+Row r of chunk c is rotated to `cache_lens + c * vsts_per_chunk + position(r)`. A VST's K goes to
+the cache rotated to its entry there, `cache_lens + c * vsts_per_chunk + j`, its final position;
+its V is copied. Plain rows (`layout=None`) are all kept, at the position they are rotated to.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import page_of
+
+__all__ = ["rope_append_kernel"]
+
+_LENGTHS = ["rows", "window", "ratio", "chunks", "page_size", "max_pages"]
+
+
+@triton.jit
+def _cos_sin(position, inv_freq):
+    """Cosine and sine of the float32 angle, to float32 rounding for any angle.
+
+    The angle is reduced in float64: exact enough for millions of radians, and one row has few
+    frequencies. Then Cephes' polynomials within a quarter turn, absolute error 6e-8; the GPU's own
+    approximations are good to 5e-7 and its accurate ones put tables into local memory.
+    """
+    angle = (position.to(tl.float32) * inv_freq).to(tl.float64)
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)  # 2 / pi
+    x = (angle - quarter * 1.5707963267948966).to(tl.float32)
+    quarter = quarter.to(tl.int32) & 3
+    xx = x * x
+    sine = x + x * xx * (-1.6666654611e-1 + xx * (8.3321608736e-3 - xx * 1.9515295891e-4))
+    cosine = 1 - 0.5 * xx + xx * xx * (
+        4.166664568298827e-2 + xx * (-1.388731625493765e-3 + xx * 2.443315711809948e-5)
+    )  # fmt: skip
+    turned = (quarter & 1) == 1
+    cos = tl.where(turned, sine, cosine)
+    sin = tl.where(turned, cosine, sine)
+    cos = tl.where((quarter == 1) | (quarter == 2), -cos, cos)
+    sin = tl.where(quarter >= 2, -sin, sin)
+    return cos, sin
+
+
+@triton.jit
+def _rotate(first, second, cos, sin):
+    """The halves [H, D / 2] of heads, rotated ("rotate_half" form), in float32."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def rope_append_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr,
+    block_table_ptr, cache_lens_ptr, inv_freq_ptr,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    qo_batch, qo_row, qo_head, ko_batch, ko_row, ko_head,
+    kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
+    rows, window, ratio, chunks, page_size, max_pages,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP_ALL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows, batch): a row with all its heads, so its cosines are computed once.
+    BLOCK_D covers half a head. The outputs may be the inputs: each row is read, then written."""
+    i_row = tl.program_id(0)
+    i_batch = tl.program_id(1).to(tl.int64)
+    cached = tl.maximum(tl.load(cache_lens_ptr + i_batch), 0)
+
+    # Which token is this row? The way back from `own_row`.
+    vsts = window // ratio
+    if KEEP_ALL:
+        position = i_row
+        slot = cached + i_row
+        is_kept = True
+    else:
+        if SPLIT:
+            is_vst = i_row >= chunks * window
+            within = tl.where(is_vst, i_row - chunks * window, i_row)
+            each = tl.where(is_vst, vsts, window)
+            chunk = within // each
+            index = within % each
+            position = tl.where(is_vst, index * (ratio + 1) + ratio, index + index // ratio)
+        else:
+            chunk = i_row // (window + vsts)
+            position = i_row % (window + vsts)
+            is_vst = position % (ratio + 1) == ratio
+            index = position // (ratio + 1)
+        is_kept = is_vst
+        slot = cached + chunk * vsts + index
+        position += chunk * vsts
+    position += cached
+
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    in_dims = offs_d < HEAD_DIM // 2
+    inv_freq = tl.load(inv_freq_ptr + offs_d, mask=in_dims, other=0.0)
+    cos, sin = _cos_sin(position, inv_freq)
+
+    row = i_row.to(tl.int64)
+    q_ptr += i_batch * q_batch + row * q_row
+    q_out_ptr += i_batch * qo_batch + row * qo_row
+    for start in tl.range(0, HEADS, BLOCK_H):
+        offs_h = start + tl.arange(0, BLOCK_H)[:, None]
+        inside = (offs_h < HEADS) & in_dims
+        ptrs = q_ptr + offs_h * q_head + offs_d
+        first = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(ptrs + HEAD_DIM // 2, mask=inside, other=0.0).to(tl.float32)
+        first, second = _rotate(first, second, cos, sin)
+        ptrs = q_out_ptr + offs_h * qo_head + offs_d
+        tl.store(ptrs, first.to(q_out_ptr.dtype.element_ty), mask=inside)
+        tl.store(ptrs + HEAD_DIM // 2, second.to(q_out_ptr.dtype.element_ty), mask=inside)
+
+    # K and V. A slot behind the table's end is not written: its page would be a neighbour's.
+    kept = is_kept & (slot < max_pages * page_size)
+    page = page_of(block_table_ptr + i_batch * max_pages, slot // page_size, max_pages)
+    in_page = (slot % page_size).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_KV)[:, None]
+    inside = (offs_h < KV_HEADS) & in_dims
+    dtype = k_out_ptr.dtype.element_ty
+    ptrs = k_ptr + i_batch * k_batch + row * k_row + offs_h * k_head + offs_d
+    first = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(ptrs + HEAD_DIM // 2, mask=inside, other=0.0).to(tl.float32)
+    rotated, rotated_2 = _rotate(first, second, cos, sin)
+    ptrs = k_out_ptr + i_batch * ko_batch + row * ko_row + offs_h * ko_head + offs_d
+    tl.store(ptrs, rotated.to(dtype), mask=inside)
+    tl.store(ptrs + HEAD_DIM // 2, rotated_2.to(dtype), mask=inside)
+    if kept:
+        cos, sin = _cos_sin(slot, inv_freq)
+        rotated, rotated_2 = _rotate(first, second, cos, sin)
+        ptrs = k_cache_ptr + page * kc_page + in_page * kc_slot + offs_h * kc_head + offs_d
+        tl.store(ptrs, rotated.to(dtype), mask=inside)
+        tl.store(ptrs + HEAD_DIM // 2, rotated_2.to(dtype), mask=inside)
+        ptrs = v_ptr + i_batch * v_batch + row * v_row + offs_h * v_head + offs_d
+        value = tl.load(ptrs, mask=inside, other=0.0)
+        value_2 = tl.load(ptrs + HEAD_DIM // 2, mask=inside, other=0.0)
+        ptrs = v_cache_ptr + page * vc_page + in_page * vc_slot + offs_h * vc_head + offs_d
+        tl.store(ptrs, value, mask=inside)
+        tl.store(ptrs + HEAD_DIM // 2, value_2, mask=inside)

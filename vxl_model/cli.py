@@ -1,0 +1,409 @@
+"""`python -m vxl_model`: ask a video from the command line.
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 fine; 2 the input cannot be used,
+said in one line; 1 out of memory; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from ._progress import Progress
+
+if TYPE_CHECKING:
+    from .memory import VideoMemory
+    from .modeling import VideoXLForConditionalGeneration
+    from .processing import VideoXLProcessor
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for one error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    warnings.showwarning = _warn  # type: ignore[assignment]
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output left: no complaint, and none at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        return _complain(_one_line(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+            "memory" not in str(error)
+        ):
+            raise
+        return _complain(
+            f"out of memory ({_one_line(error)}); fewer --frames, a larger --ratio or "
+            "--dtype bfloat16 take less, see the plan command", 1,
+        )  # fmt: skip
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"vxl_model: {text}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed; pip install 'vxl[model,video]'"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _warn(message: Any, category: type, *_: Any) -> None:
+    from .video import VideoWarning
+
+    if issubclass(category, VideoWarning):
+        print(f"vxl_model: warning: {message}", file=sys.stderr)
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m vxl_model", description="Video-XL: ask questions of a video.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ask = commands.add_parser("ask", help="watch a video and answer questions about it")
+    ask.add_argument("questions", nargs="+", metavar="QUESTION")
+    _source_arguments(ask, memory=True)
+    _answer_arguments(ask)
+    ask.set_defaults(run=_ask)
+
+    chat = commands.add_parser("chat", help="many questions, a line each, over one video")
+    _source_arguments(chat, memory=True)
+    _answer_arguments(chat)
+    chat.set_defaults(run=_chat)
+
+    watch = commands.add_parser("watch", help="watch a video and keep what remains of it")
+    _source_arguments(watch, memory=False)
+    watch.add_argument("--save", required=True, metavar="FILE", help="for ask and chat --memory")
+    watch.add_argument("--json", action="store_true", help="print one JSON object")
+    watch.set_defaults(run=_watch)
+
+    plan = commands.add_parser("plan", help="memory and arithmetic of a video, nothing loaded")
+    plan.add_argument("--frames", type=_count, required=True)
+    plan.add_argument("--ratio", type=_count, required=True)
+    plan.add_argument("--model", metavar="PATH", help="folder or Hub name; default: Video-XL-7B")
+    _device_arguments(plan)
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=_plan)
+
+    demo = commands.add_parser("demo", help="the whole way with random weights, no download")
+    demo.add_argument("--frames", type=_count)
+    demo.add_argument("--ratio", type=_ratio)
+    demo.add_argument("--max-new-tokens", type=_count, default=32)
+    _device_arguments(demo)
+    demo.add_argument("--json", action="store_true", help="print one JSON object")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _source_arguments(parser: argparse.ArgumentParser, memory: bool) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="checkpoint: a folder or a name on the Hub"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--video", metavar="FILE", help="any container that FFmpeg reads")
+    source.add_argument(
+        "--image", action="append", metavar="FILE", help="a picture; several are like a video"
+    )
+    if memory:
+        source.add_argument("--memory", metavar="FILE", help="what watch --save wrote")
+    parser.add_argument("--frames", type=_count, help="so many, evenly spaced (with --fps: most)")
+    parser.add_argument("--fps", type=float, help="frames a second (default: 1, at most 128)")
+    parser.add_argument(
+        "--ratio", type=_ratio, help="visual tokens a kept token: 8, or 2,4,8 to draw from"
+    )
+    _device_arguments(parser)
+
+
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=_count, default=256)
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def _device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (default: a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 1 on")
+    return value
+
+
+def _ratio(text: str) -> int | list[int]:
+    values = [_count(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"got {text!r}: {reason}") from None
+    return device
+
+
+def _placement(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return device, DTYPES.get(options.dtype, default)
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def _ask(options: argparse.Namespace) -> None:
+    session = _Session(options, options.questions)
+    for question in options.questions:
+        session.answer(question)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    session = _Session(options)
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            question = input(prompt).strip()
+        except EOFError:
+            return
+        if not question:
+            if prompt:
+                return
+            continue
+        try:
+            session.answer(question)
+        except ValueError as error:  # of this question; the next may be fine
+            _complain(_one_line(error), 2)
+
+
+def _watch(options: argparse.Namespace) -> None:
+    target = Path(options.save)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise ValueError(f"--save {target}: no such folder, or a folder itself")
+    session = _Session(options)
+    session.memory.save(target)
+    about = {**session.about, "saved": str(target), "file_bytes": target.stat().st_size}
+    if options.json:
+        print(json.dumps(about))
+    else:
+        print(
+            f"{target}: {about['frames']} frames, {about['visual_tokens']} visual tokens, "
+            f"{about['kept_tokens']} kept, {about['file_bytes'] / 2**20:.1f} MiB"
+        )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .configuration import VideoXLConfig
+    from .plan import device_memory, plan_video, released_config
+    from .processing import VideoXLProcessor
+
+    device, dtype = _placement(options)
+    if options.model is None:
+        config, name = released_config(), "Video-XL-7B (the released geometry)"
+    else:
+        VideoXLProcessor.read_config(options.model)  # its errors are short
+        config, name = VideoXLConfig.from_pretrained(options.model), options.model
+    plan = plan_video(config, options.frames, options.ratio, dtype=dtype, device=device)
+    free = device_memory(device)
+    if options.json:
+        print(json.dumps({"model": name, "device": str(device), "free_bytes": free,
+                          **plan.to_dict()}))  # fmt: skip
+        return
+    gib = 2.0**30
+    raw = plan.raw_dense_flops + plan.raw_attention_flops
+    language = plan.dense_flops + plan.attention_flops
+    fits = "fits" if plan.total_bytes < free else "does not fit"
+    print(f"model     {name}, {plan.parameters / 1e9:.2f} G parameters, {plan.dtype}, on {device}")
+    print(f"video     {plan.frames} frames, {plan.visual_tokens} visual tokens, one in "
+          f"{plan.ratio} kept: {plan.kept_tokens} with the prompt")  # fmt: skip
+    print("memory")
+    print(f"  weights                {plan.weight_bytes / gib:9.2f} GiB")
+    print(f"  kept K and V           {plan.cache_bytes / gib:9.2f} GiB   "
+          f"(every token kept: {plan.raw_cache_bytes / gib:.2f} GiB)")  # fmt: skip
+    print(f"  activations, about     {plan.step_bytes / gib:9.2f} GiB")
+    print(f"  together               {plan.total_bytes / gib:9.2f} GiB   "
+          f"{fits}: {free / gib:.1f} GiB are free")  # fmt: skip
+    print("arithmetic")
+    print(f"  vision                 {plan.vision_flops / 1e12:9.1f} TFLOP")
+    print(f"  language model         {language / 1e12:9.1f} TFLOP, "
+          f"{100 * plan.attention_flops / language:.0f} % of it attention "
+          f"(every token kept: {raw / 1e12:.1f})")  # fmt: skip
+    print(f"  a question             {plan.question_flops / 1e12:9.1f} TFLOP, "
+          "64 tokens and 256 of answer")  # fmt: skip
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import print_demo, run_demo
+
+    _quiet()
+    device, dtype = _placement(options)
+    result = run_demo(
+        str(device), dtype, options.frames, options.ratio, max_new_tokens=options.max_new_tokens
+    )
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print_demo(result)
+
+
+class _Session:
+    """A loaded model and one video in its memory.
+
+    What costs nothing is looked at first: a wrong file or question is said before gigabytes of
+    weights are read.
+    """
+
+    def __init__(self, options: argparse.Namespace, questions: Sequence[str] = ()) -> None:
+        from .processing import VideoXLProcessor
+
+        _quiet()
+        self.options = options
+        device, dtype = _placement(options)
+        self.processor: VideoXLProcessor = VideoXLProcessor.from_pretrained(options.model)
+        for question in questions:
+            self.processor.tail_ids(question)
+        self.processor.prompt_ids()
+        source = self._open()
+        begin = time.perf_counter()
+        self.model = _load(options.model, device, dtype)
+        self.model.processor = self.processor
+        loaded = time.perf_counter()
+        self.memory = self._remember(source)
+        self.about: dict[str, Any] = {
+            "model": options.model,
+            "source": options.video or options.image or options.memory,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "frames": self.memory.visual_tokens[0] // self.model.tokens_per_frame,
+            "visual_tokens": self.memory.visual_tokens[0],
+            "kept_tokens": self.memory.kept_tokens[0],
+            "memory_bytes": self.memory.bytes,
+            "load_seconds": round(loaded - begin, 3),
+            "watch_seconds": round(time.perf_counter() - loaded, 3),
+        }
+
+    def _open(self) -> dict[str, Any]:
+        """Arguments of `watch`; empty for a memory."""
+        from .processing import open_image
+        from .video import open_video
+
+        options = self.options
+        if getattr(options, "memory", None):
+            for name in ("frames", "fps", "ratio"):
+                if getattr(options, name) is not None:
+                    raise ValueError(f"--{name}: the memory has been made already")
+            with open(options.memory, "rb"):
+                return {}
+        if options.video:
+            return {"video": open_video(
+                options.video, options.frames, options.fps, size=self.processor.size
+            )}  # fmt: skip
+        if options.frames is not None or options.fps is not None:
+            raise ValueError("--frames, --fps: for --video only")
+        if len(options.image) > 1:
+            return {"pixel_values": self.processor.images_to_pixels(options.image)}
+        picture = open_image(options.image[0])
+        pixels = self.processor.image_to_pixels(picture)
+        return {"pixel_values": pixels, "image_sizes": picture.size}
+
+    def _remember(self, source: dict[str, Any]) -> VideoMemory:
+        from .memory import VideoMemory
+
+        if not source:
+            return VideoMemory.load(self.options.memory, self.model)
+        bar = Progress("watching", "frames" if "video" in source else "tiles")
+        try:
+            memory = self.model.watch(
+                **source,
+                input_ids=self.processor.prompt_ids(),
+                ratio=self.options.ratio,
+                progress=bar,
+            )
+        finally:
+            bar.close()
+        damaged = getattr(source.get("video"), "damaged", 0)
+        if damaged:
+            print(f"vxl_model: warning: {damaged} frames could not be decoded; the one before "
+                  "stands for each", file=sys.stderr)  # fmt: skip
+        return memory
+
+    def answer(self, question: str) -> None:
+        """Prints the answer, word by word as it comes, or as JSON."""
+        from transformers import TextStreamer
+
+        options = self.options
+        tail = self.processor.tail_ids(question)[0]
+        streamer = None
+        if not options.json:
+            streamer = TextStreamer(
+                self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+            )
+        begin = time.perf_counter()
+        ids = self.memory.ask(
+            tail, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer,
+            eos_token_id=self.processor.stop_ids, pad_token_id=self.processor.stop_ids[0],
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        if options.json:
+            answer = {
+                "question": question,
+                "answer": self.processor.decode(ids),
+                "new_tokens": len(ids),
+                "answer_seconds": round(seconds, 3),
+            }
+            print(json.dumps({**self.about, **answer}), flush=True)
+
+
+def _load(path: str, device: torch.device, dtype: torch.dtype) -> VideoXLForConditionalGeneration:
+    from . import VideoXLForConditionalGeneration
+
+    return VideoXLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device)
+
+
+def _quiet() -> None:
+    """No bars and advice of transformers between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
