@@ -2,6 +2,7 @@
 measurement of peak memory is a property worth holding, too."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ def bench(*options):
     return subprocess.run(
         [sys.executable, str(SCRIPT), "--small", *options],
         capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # nothing in it is large enough for two
     )  # fmt: skip
 
 
@@ -36,10 +38,10 @@ def test_small_run(tmp_path):
 
 def test_peak_memory_does_not_grow_with_the_video(tmp_path):
     done = bench(
-        "--case", "memory", "--memory-frames", "128,1024", "--json", str(tmp_path / "a.json")
+        "--case", "memory", "--memory-frames", "64,384", "--json", str(tmp_path / "a.json")
     )
     assert done.returncode == 0, done.stderr
     short, long = json.loads((tmp_path / "a.json").read_text())["memory"]["rows"]
-    assert long["kept_mib"] > 7 * short["kept_mib"]
+    assert long["kept_mib"] > 5 * short["kept_mib"]
     # Tiny models: a MiB of the allocator's whim is much here.
     assert long["peak_mib"] < 1.1 * (short["peak_mib"] + long["kept_mib"]) + 4

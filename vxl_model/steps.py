@@ -45,7 +45,7 @@ class RunSettings:
     backend: Backend | None = None
     last_layer_shortcut: bool = True
     same_bits_in_batch: bool = True
-    page_size: int = 64
+    page_size: int = 128
 
 
 class Step(Protocol):
