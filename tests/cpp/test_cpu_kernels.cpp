@@ -220,6 +220,67 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
   }
 }
 
+// Gradients of the call that check_attention ran, held to what must be true over all keys that a
+// KV head's queries see: the sum of dV is that of dO (weights sum to 1), and <dK, K> is <dQ, Q>
+// (scores depend on both alike).
+void check_backward(Call& c, const vxl::ThreadPool& pool) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> grad = normals(c.q.size()), grad_lse = normals(c.lse.size());
+  std::vector<float> dq(c.q.size(), nan), dk(c.k.size(), nan), dv(c.v.size(), nan);
+  std::vector<float> dk_cache(c.k_cache.size(), 0.0f), dv_cache = dk_cache;
+  vxl::AttentionBackwardParams p;
+  set_call(p.call, c);
+  p.call.out = tensor(c.out, c.rows, c.heads, c.dim);
+  p.call.lse = c.lse.data();
+  p.call.scale = 1.0f / std::sqrt(float(c.dim));
+  p.grad_out = tensor(grad, c.rows, c.heads, c.dim);
+  p.grad_lse = grad_lse.data();
+  p.grad_q = tensor(dq, c.rows, c.heads, c.dim);
+  p.grad_k = tensor(dk, c.rows, c.kv_heads, c.dim);
+  p.grad_v = tensor(dv, c.rows, c.kv_heads, c.dim);
+  p.grad_k_cache = dk_cache.data();
+  p.grad_v_cache = dv_cache.data();
+  for (int i = 0; i < 3; ++i) p.grad_cache_strides[i] = c.cache.k_strides[i];
+  vxl::attention_backward_cpu(p, pool);
+
+  const int64_t group = c.heads / c.kv_heads;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t seen = c.lens[b] + (c.geometry.chunks - 1) * c.geometry.vsts();
+    for (int64_t kv = 0; kv < c.kv_heads; ++kv) {
+      std::vector<double> from_rows(c.dim, 0.0), from_keys(c.dim, 0.0);
+      double by_q = 0, by_k = 0, size = 1;
+      for (int64_t r = 0; r < c.rows; ++r) {
+        for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+          for (int64_t d = 0; d < c.dim; ++d) {
+            from_rows[d] += c.row(grad, c.heads, b, r, h)[d];
+            const double term = double(c.row(c.q, c.heads, b, r, h)[d]) * c.row(dq, c.heads, b, r, h)[d];
+            by_q += term;
+            size += std::abs(term);
+          }
+        }
+      }
+      auto key = [&](const float* k, const float* k_grad, const float* v_grad) {
+        for (int64_t d = 0; d < c.dim; ++d) {
+          by_k += double(k[d]) * k_grad[d];
+          from_keys[d] += v_grad[d];
+        }
+      };
+      for (int64_t r = 0; r < c.rows; ++r) {
+        key(c.row(c.k, c.kv_heads, b, r, kv), c.row(dk, c.kv_heads, b, r, kv),
+            c.row(dv, c.kv_heads, b, r, kv));
+      }
+      for (int64_t i = 0; i < seen; ++i) {
+        key(c.entry(c.k_cache, b, i, kv), c.entry(dk_cache, b, i, kv), c.entry(dv_cache, b, i, kv));
+      }
+      const double rows = double(c.rows * group);
+      for (int64_t d = 0; d < c.dim; ++d) {
+        expect_near(from_keys[d], from_rows[d], 4e-6 * (rows + 8), "sum of dV");
+      }
+      expect_near(by_k, by_q, 2e-6 * size + 2e-6 * rows * double(c.dim), "<dK, K>");
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -229,6 +290,7 @@ int main(int argc, char** argv) {
     const vxl::ThreadPool pool{1 + i % 3, run_threads};
     if (c.dim % 2 == 0) check_rope(c, pool);  // fills the entries that later chunks see
     check_attention(c, pool);
+    check_backward(c, pool);
   }
   std::printf("%s: %d calls, %d failures\n", vxl::cpu_isa(), calls, failures);
   return failures == 0 ? 0 : 1;
