@@ -12,7 +12,7 @@ from _providers import BACKWARD, PROVIDERS, ROPE_APPEND, Provider
 
 from vxl_kernels import ChunkLayout
 
-__all__ = ["MAIN_CASES", "MORE_CASES", "Entrant", "Group", "make_groups"]
+__all__ = ["MAIN_CASES", "MORE_CASES", "Entrant", "Group", "backward_chunks", "make_groups"]
 
 MAIN_CASES = ("chunk", "tail", "decode", "backward")
 MORE_CASES = ("rope_append", "threads", "chunks", "bf16")
@@ -46,6 +46,11 @@ class Group:
         return 2.0 + answer + calls
 
 
+def backward_chunks(options: argparse.Namespace) -> int:
+    """Chunks of a sequence in the case backward: training has all in one call."""
+    return options.chunks if options.chunks > 1 else 4
+
+
 def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
     layout = ChunkLayout(g.window, options.alpha, options.chunks, options.order)
     common = (options.dtype, options.device)
@@ -58,8 +63,8 @@ def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
     for batch in g.decode_batches:
         cases.append(Case("decode", g, longest, batch, *common, plain_rows=1))
     if options.case is not None:  # 10 s of float64 for the answer: only where it is asked for
-        chunks = options.chunks if options.chunks > 1 else 4
-        cases.append(Case("backward", g, 0, 1, *common, layout=replace(layout, chunks=chunks)))
+        all_chunks = replace(layout, chunks=backward_chunks(options))
+        cases.append(Case("backward", g, 0, 1, *common, layout=all_chunks))
     return cases
 
 

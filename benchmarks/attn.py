@@ -23,7 +23,7 @@ import _machine
 import torch
 from _backward import backward_answer
 from _cases import DTYPES, Case, Geometry, Inputs
-from _groups import MAIN_CASES, MORE_CASES, Entrant, Group, make_groups
+from _groups import MAIN_CASES, MORE_CASES, Entrant, Group, backward_chunks, make_groups
 from _oracle import ROWS_CHECKED, TOLERANCE_TEXT, Answer, attention_answer, rope_answer
 from _providers import PROVIDERS, ROPE_APPEND, Provider
 from _report import Ratio, Result, milliseconds, notes, ratio_table, save_json, save_plot, table
@@ -291,7 +291,8 @@ def make_ratios(results: list[Result], ceilings: _machine.Ceilings) -> list[Rati
 
 def describe(options: argparse.Namespace, g: Geometry) -> list[tuple[str, str]]:
     heads = f"{g.heads} query / {g.kv_heads} KV heads of {g.head_dim}"
-    chunks = f"{options.chunks} chunk{'s' if options.chunks > 1 else ''} a call"
+    count = backward_chunks(options) if options.backward else options.chunks
+    chunks = f"{count} chunk{'s' if count > 1 else ''} a call"
     window = f"window {g.window}, alpha {options.alpha}"
     return [
         ("shape", f"{heads}; {window}, {chunks}, {options.order} order; {options.dtype}"),

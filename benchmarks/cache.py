@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
     add("--tokens", type=int, default=20_000, help="kept by the video (default %(default)s)")
     add("--layers", type=int, default=8, help="in the pool (default %(default)s)")
-    add("--page-size", type=int, default=64, help="rows of a page (default %(default)s)")
+    add("--page-size", type=int, default=128, help="rows of a page (default %(default)s)")
     add("--directory", type=Path, help="for save and load (default: the system's temporary one)")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
     add("--json", type=Path, metavar="FILE", help="write the results")

@@ -259,7 +259,7 @@ def test_every_bar_bites(changes: dict[str, object], message: str) -> None:
     faults, goals = violations([a_row(**changes)])
     (found,) = faults + goals
     assert message in found
-    assert bool(goals) == any(text in message for text in ("peak", "MFLOP", "compiling"))
+    assert bool(goals) == any(text in message for text in ("peak", "MFLOP", "compiling", "repeat"))
 
 
 def test_file_and_table(tmp_path: Path) -> None:

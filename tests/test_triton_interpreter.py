@@ -13,15 +13,23 @@ FOLDER = Path(__file__).parent / "triton_interpreter"
 SHARES = {
     "attention": ["test_triton_attention.py"],
     "rest": [p.name for p in sorted(FOLDER.glob("test_*.py")) if "attention" not in p.name],
+    "model": ["../test_model_parity.py"],
 }
+ONLY = {"model": ["-k", "triton"]}
 
 
 @pytest.fixture(scope="module")
 def shares():
-    """Both shares at once, each pytest with one thread."""
+    """All shares at once, each pytest with one thread."""
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "pytest", *(str(FOLDER / file) for file in files)],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                *(str(FOLDER / f) for f in files),
+                *ONLY.get(name, []),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
