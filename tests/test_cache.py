@@ -11,8 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from vxl_kernels import ChunkLayout, VstCache, rope_append, vst_attention
-from vxl_kernels._C import PoolExhausted
+from vxl_kernels import ChunkLayout, PoolExhausted, VstCache, rope_append, vst_attention
 from vxl_kernels.testing import inverse_frequencies
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vxl_kernels import VstCache
-from vxl_kernels._C import PoolExhausted
+from vxl_kernels import PoolExhausted, VstCache
 from vxl_kernels.cache_file import read_metadata
 
 GEOMETRY = {"num_layers": 2, "kv_heads": 2, "head_dim": 16}

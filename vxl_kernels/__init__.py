@@ -6,13 +6,14 @@ installed and what runs where.
 
 from ._version import __version__
 from .api import backends, rope_append, vst_attention, vst_linear
-from .cache import CacheBatch, HostSequence, VstCache
+from .cache import CacheBatch, HostSequence, PoolExhausted, VstCache
 from .layout import ChunkLayout
 
 __all__ = [
     "CacheBatch",
     "ChunkLayout",
     "HostSequence",
+    "PoolExhausted",
     "VstCache",
     "__version__",
     "backends",

@@ -35,7 +35,10 @@ from . import _ext, cache_file
 from ._arguments import at_least, fail
 from .planning import plan_memory
 
-__all__ = ["CacheBatch", "HostSequence", "VstCache"]
+__all__ = ["CacheBatch", "HostSequence", "PoolExhausted", "VstCache"]
+
+# A MemoryError with `pages_needed` and `pages_free`; the manager's own where it is there.
+PoolExhausted: type[MemoryError] = getattr(_ext.extension, "PoolExhausted", MemoryError)
 
 Seqs = int | Iterable[int] | np.ndarray
 
