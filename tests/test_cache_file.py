@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vxl_kernels import PoolExhausted, VstCache
+from vxl_kernels import PoolExhausted, VstCache, cache_file
 from vxl_kernels.cache_file import read_metadata
 
 GEOMETRY = {"num_layers": 2, "kv_heads": 2, "head_dim": 16}
@@ -52,6 +52,23 @@ def test_round_trip_into_other_pages(tmp_path, dtype, length, page_size):
     assert read_metadata(tmp_path / "video") == {"model": "Video-XL", "frames": "128"}
     assert os.listdir(tmp_path) == ["video"]
     assert cache.stats()["sequences"] == 1
+
+
+def test_round_trip_in_many_pieces(tmp_path, monkeypatch):
+    """Pieces of seven rows; written and read in other sizes."""
+    cache, seq = filled(50)
+    row_bytes = 2 * 16 * 4
+    monkeypatch.setattr(cache_file, "_PIECE_BYTES", 7 * row_bytes)
+    cache.save(tmp_path / "video", seq)
+    for rows in (7, 3, 1, 1000):
+        monkeypatch.setattr(cache_file, "_PIECE_BYTES", rows * row_bytes)
+        other = VstCache(**GEOMETRY, num_pages=32, page_size=8)
+        assert_same(cache, seq, other, other.load(tmp_path / "video"))
+    content = bytearray((tmp_path / "video").read_bytes())
+    content[-20 * row_bytes] ^= 1  # in a piece that is neither first nor last
+    (tmp_path / "video").write_bytes(content)
+    monkeypatch.setattr(cache_file, "_PIECE_BYTES", 7 * row_bytes)
+    refuse(tmp_path / "video", "tensor value.1 is damaged")
 
 
 def test_any_safetensors_reader_opens_it(tmp_path):
