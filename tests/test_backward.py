@@ -27,7 +27,7 @@ def gradients(inputs, seed=0, lse_weight=1.0):
     return grad_out, grad_lse, grads
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(calls())
 @example(make_inputs((0,), ChunkLayout(1, 1)))
 @example(make_inputs((700, 0), ChunkLayout(130, 3, 2), heads=7, kv_heads=1, head_dim=256))
@@ -117,7 +117,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_gradients_of_a_wrong_call_are_noticed(name, dtype):
     inputs = make_inputs(
-        (100, 40), ChunkLayout(96, 8, 2), heads=14, kv_heads=2, head_dim=64, dtype=dtype
+        (100, 40), ChunkLayout(96, 8, 2), heads=4, kv_heads=2, head_dim=32, dtype=dtype
     )
     noise = torch.randn(inputs.k_cache.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for cache in (inputs.k_cache, inputs.v_cache):  # numbers wherever a wrong call may look
