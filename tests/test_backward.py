@@ -81,6 +81,14 @@ def test_threads_and_neighbours_change_no_bit():
         torch.set_num_threads(before)
     for a, b in zip(grads, alone, strict=True):
         assert torch.equal(a, b)
+    for b in range(3):
+        take = {n: getattr(inputs, n)[b : b + 1] for n in ("q", "k", "v", "block_table")}
+        one = dataclasses.replace(inputs, **take, cache_lens=inputs.cache_lens[b : b + 1])
+        leaves = [x.detach().clone().requires_grad_() for x in one.args()[:5]]
+        out, lse = vst_attention(*leaves, *one.args()[5:], return_lse=True)
+        alone = torch.autograd.grad((out, lse), leaves, (grad_out[b : b + 1], grad_lse[b : b + 1]))
+        for i in range(3):
+            assert torch.equal(grads[i][b : b + 1], alone[i])
     swapped = dataclasses.replace(
         inputs, **{n: getattr(inputs, n).flip(0) for n in ("q", "k", "v", "block_table")},
         cache_lens=inputs.cache_lens.flip(0),

@@ -345,6 +345,40 @@ def test_reading_while_other_threads_fork_and_append():
     assert cache.free_pages == 400 - 8
 
 
+def test_reading_a_sequence_that_grows():
+    """Its shared last page is copied when it grows: nobody may see the copy half made."""
+    cache = small_cache(num_pages=64, page_size=4)
+    failures: list[BaseException] = []
+    sequences: dict[int, list[int]] = {}
+    for i in range(6):
+        seq = cache.new()
+        write(cache, seq, list(range(100 * i, 100 * i + 6)))
+        sequences[seq] = read(cache, seq)
+    done = threading.Event()
+
+    def reads() -> None:
+        try:
+            while not done.is_set():
+                for seq, tokens in sequences.items():
+                    assert read(cache, seq)[:6] == tokens
+        except BaseException as error:
+            failures.append(error)
+
+    readers = [threading.Thread(target=reads) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(60):
+        for seq in sequences:
+            other = cache.fork(seq)  # shares the page; the sequence itself moves to a copy
+            cache.reserve(seq, 1)
+            cache.free(other)
+            cache.truncate(seq, 6)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not failures, failures
+
+
 # -- refusals --------------------------------------------------------------------------------
 
 

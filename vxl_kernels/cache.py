@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -104,8 +105,10 @@ class VstCache:
             torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
         )
         self.dtype, self.device = dtype, self.k_cache.device
-        # Copies that a reserve() asks for are made before another one may take pages.
+        # From a reserve() to the end of its page copies nobody may look at a block table: it
+        # already names pages that are not filled yet.
         self._lock = threading.Lock()
+        self._copies: list[np.ndarray] = []  # asked for, not made yet
 
     # -- sizes ---------------------------------------------------------------------
 
@@ -158,7 +161,9 @@ class VstCache:
         Raises:
             KeyError: there is no such sequence. So for every other method that takes one.
         """
-        return self._manager.fork(seq)
+        with self._lock:
+            self._make_copies()
+            return self._manager.fork(seq)
 
     def truncate(self, seq: int, length: int) -> None:
         """Keeps the first `length` rows; pages behind them go back unless others hold them.
@@ -186,9 +191,11 @@ class VstCache:
             ValueError: a sequence is named twice, or `rows` is negative.
         """
         with self._lock:
+            self._make_copies()
             copies = self._manager.reserve_many(_ids(seqs), rows)
             if len(copies):
-                torch.ops.vxl.copy_pages_(self.k_cache, self.v_cache, self._upload(copies))
+                self._copies.append(copies)
+                self._make_copies()
 
     def commit(self, seqs: Seqs, rows: int) -> None:
         """Makes the first `rows` reserved rows, which have been written, part of the sequences.
@@ -214,11 +221,11 @@ class VstCache:
         head_dim)` each."""
         if not 0 <= layer < self.num_layers:
             fail("layer", layer, f"0 to {self.num_layers - 1}")
-        table, length = self._table(seq)
-        k, v = (
-            torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
-            for cache in (self.k_cache, self.v_cache)
-        )
+        with self._held(seq) as (table, length):
+            k, v = (
+                torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
+                for cache in (self.k_cache, self.v_cache)
+            )
         return k, v
 
     def save(
@@ -236,9 +243,7 @@ class VstCache:
         Raises:
             OSError: the file can't be written; an older file of that name is untouched.
         """
-        child = self.fork(seq)  # holds the rows still while they are written
-        try:
-            table, length = self._table(child)
+        with self._held(seq) as (table, length):
             header = cache_file.Header(
                 self.num_layers, self.kv_heads, self.head_dim, self.dtype, length
             )
@@ -248,8 +253,6 @@ class VstCache:
                 return torch.ops.vxl.gather_rows(cache, table, first, rows).cpu()
 
             cache_file.write(path, header, piece, dict(metadata or {}))
-        finally:
-            self.free(child)
 
     def load(self, path: str | os.PathLike[str]) -> int:
         """A new sequence with the rows of a file that `save` wrote, whatever page size and
@@ -276,13 +279,13 @@ class VstCache:
         From a GPU the copy goes to page-locked memory without waiting for it.
         """
         pinned = self.device.type == "cuda"
-        table, length = self._table(seq)
-        shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
-        data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
-        for side, cache in enumerate((self.k_cache, self.v_cache)):
-            for layer in range(self.num_layers):
-                rows = torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
-                data[side, layer].copy_(rows, non_blocking=pinned)
+        with self._held(seq) as (table, length):
+            shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
+            data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
+            for side, cache in enumerate((self.k_cache, self.v_cache)):
+                for layer in range(self.num_layers):
+                    rows = torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
+                    data[side, layer].copy_(rows, non_blocking=pinned)
         event = None
         if pinned:
             event = torch.cuda.Event()
@@ -302,15 +305,31 @@ class VstCache:
         want = (self.num_layers, self.kv_heads, self.head_dim, self.dtype)
         if got != want:
             fail("host", f"(layers, kv_heads, head_dim, dtype) {got}", want)
+        if host._event is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(host._event)
+        else:
+            host.wait()
         tensors = host.data.transpose(0, 1).flatten(0, 1)
         return self._filled(length, ((i, 0, rows) for i, rows in enumerate(tensors)))
 
     # -- private ---------------------------------------------------------------------
 
-    def _table(self, seq: int) -> tuple[torch.Tensor, int]:
-        """Block table of a sequence, on the device, and its committed rows."""
-        length = self._manager.length(seq)
-        return self._upload(self._manager.block_table(seq)), length
+    @contextmanager
+    def _held(self, seq: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Block table, on the device, and length of a sequence as it is now: a fork holds its
+        pages meanwhile, whatever others do."""
+        child = self.fork(seq)
+        try:
+            yield self._upload(self._manager.block_table(child)), self._manager.length(child)
+        finally:
+            self.free(child)
+
+    def _make_copies(self) -> None:
+        """Under the lock. What a failure has left undone is done before anything else."""
+        while self._copies:
+            copies = self._upload(self._copies[0])
+            torch.ops.vxl.copy_pages_(self.k_cache, self.v_cache, copies)
+            del self._copies[0]
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         """An array on the device, without waiting for the copy."""
@@ -329,7 +348,7 @@ class VstCache:
         seq = self.new()
         try:
             self.reserve(seq, length)
-            table, _ = self._table(seq)
+            table = self._upload(self._manager.block_table(seq))
             for tensor, first, rows in pieces:
                 on_device = rows.to(self.device, non_blocking=True)[None]
                 torch.ops.vxl.scatter_rows_(self._tensor(tensor), table, first, on_device)
@@ -434,8 +453,10 @@ class CacheBatch:
             self._table = np.zeros((len(self.seqs), 2 * width), dtype=np.int32)
             self.block_table = self.block_table.new_zeros(self._table.shape)
         table, lengths = np.empty_like(self._table), np.empty_like(self._lengths)
-        manager.fill_block_tables(self._ids, table)
-        manager.fill_lengths(self._ids, lengths)
+        with self.cache._lock:
+            self.cache._make_copies()
+            manager.fill_block_tables(self._ids, table)
+            manager.fill_lengths(self._ids, lengths)
         if not np.array_equal(table, self._table):
             self._table = table
             self.block_table.copy_(self.cache._upload(table), non_blocking=True)

@@ -129,10 +129,10 @@ def write(
     try:
         with open(unfinished, "xb", buffering=0) as file:
             blank = [_NO_CHECKSUM] * (2 * header.num_layers)
-            file.write(_encode(header, blank, user))
+            _write_all(file, memoryview(_encode(header, blank, user)))
             checksums = _write_pieces(file, header, piece)
             file.seek(0)
-            file.write(_encode(header, checksums, user))
+            _write_all(file, memoryview(_encode(header, checksums, user)))
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
@@ -207,7 +207,7 @@ class Reader:
         self._stream = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
         try:
             # The package maps the file; it is used for the header, whose every rule it checks.
-            with safe_open(self._path, framework="pt") as file:
+            with self._same_file(safe_open) as file:
                 self.header, self._checksums, self.user = self._parse(file)
         except (SafetensorError, OSError) as error:
             self._stream.close()
@@ -215,6 +215,16 @@ class Reader:
         except BaseException:
             self._stream.close()
             raise
+
+    def _same_file(self, safe_open):
+        """The package's view of the very file that is open here: another process may replace it
+        between the two openings."""
+        while True:
+            file = safe_open(self._path, framework="pt")
+            if os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self._path)):
+                return file
+            self._stream.close()
+            self._stream = open(self._path, "rb", buffering=0)  # noqa: SIM115
 
     def _refuse(self, got: str) -> None:
         fail("path", f"{self._path!r}, {got}", "a file that VstCache.save wrote")

@@ -127,7 +127,7 @@ void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& 
   const AttentionParams& call = p.call;
   const int type = static_cast<int>(call.dtype);
   const BackwardPlan plan = plan_backward(call, k.lanes);
-  thread_local Arena arena;
+  Arena arena;  // grows with the rows: not kept
   float* workspace = arena.floats(plan.tasks * plan.workspace_floats(call.geometry));
   // Late segments see the most keys: they go first, so that the threads end together.
   const int64_t per_segment = call.batch * call.kv_heads * plan.parts;

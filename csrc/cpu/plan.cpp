@@ -78,7 +78,7 @@ BackwardPlan plan_backward(const AttentionParams& p, int lanes) {
   plan.tiles = std::max<int64_t>(ceil_div(rows, plan.tile_rows), 1);
   plan.tile_rows = std::max<int64_t>(ceil_div(rows, plan.tiles), 1);
 
-  const int64_t spread = std::max<int64_t>(p.batch * p.kv_heads, 1);
+  const int64_t spread = std::max<int64_t>(p.kv_heads, 1);  // not the batch: no bit depends on it
   plan.segment_chunks = ceil_div(g.chunks, std::max<int64_t>(many_segments / spread, 1));
   plan.segments = ceil_div(g.chunks, plan.segment_chunks);
   plan.parts = std::clamp<int64_t>(few_tasks / (spread * plan.segments), 1, plan.tiles);
