@@ -11,7 +11,7 @@ A step of a model over a cache::
 
 Which sequence holds which page is decided by `PageManager` (C++; rules in
 `csrc/cache/page_manager.h`); this module owns the tensors and does the copies it asks for.
-Nothing here waits for the device, except `save`, `load` and `HostSequence.wait`.
+Nothing here waits for a GPU, except `save`, `load`, `HostSequence.wait` and a `restore` to a CPU.
 
 Threads: every call of `VstCache` is safe beside every other, and reading a sequence's
 committed rows stays valid while other threads fork it, append to it or free their own
@@ -223,8 +223,8 @@ class VstCache:
             fail("layer", layer, f"0 to {self.num_layers - 1}")
         with self._held(seq) as (table, length):
             k, v = (
-                torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
-                for cache in (self.k_cache, self.v_cache)
+                torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
+                for i in (2 * layer, 2 * layer + 1)
             )
         return k, v
 
@@ -282,10 +282,9 @@ class VstCache:
         with self._held(seq) as (table, length):
             shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
             data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
-            for side, cache in enumerate((self.k_cache, self.v_cache)):
-                for layer in range(self.num_layers):
-                    rows = torch.ops.vxl.gather_rows(cache[layer : layer + 1], table, 0, length)[0]
-                    data[side, layer].copy_(rows, non_blocking=pinned)
+            for i in range(2 * self.num_layers):
+                rows = torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
+                data[i % 2, i // 2].copy_(rows, non_blocking=pinned)
         event = None
         if pinned:
             event = torch.cuda.Event()

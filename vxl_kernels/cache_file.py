@@ -31,7 +31,8 @@ __all__ = ["Header", "Reader", "read_metadata", "write"]
 
 FORMAT = "vxl-cache-1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_PIECE_BYTES = 4 << 20  # 16 MiB: 0.9 of the speed, fresh memory each time
+# Loading 313 MiB took 0.20 s in pieces of 4 MiB, 0.21 of 1 MiB, 0.23 of half a MiB.
+_PIECE_BYTES = 4 << 20
 _NO_CHECKSUM = "0" * 8  # as wide as a real one, so that the header keeps its length
 
 
