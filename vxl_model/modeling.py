@@ -300,14 +300,22 @@ class VideoXLForConditionalGeneration(
         encoder, plan = self.encoder(), self.make_plan(ratio)
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
-        passes, columns = [], []
+        features = [torch.cat(list(self._features(x))) for x in sources] if sources else None
+        alike: dict[tuple[int, int, int], list[int]] = {}
         for i, row in enumerate(rows):
-            features = torch.cat(list(self._features(sources[i]))) if sources else None
-            one = training.train_pass(encoder, row, features, plan.copy(), keep)
-            passes.append(one)
-            logits = self.lm_head(one.hidden[one.tail])
+            shape = training.shape_of(row, features[i] if features else None)
+            alike.setdefault(shape, []).append(i)
+        by_row: dict[int, training.SequencePass] = {}
+        for members in alike.values():  # one pass for sequences of one shape
+            visual = [features[i] for i in members] if features else None
+            texts = [rows[i] for i in members]
+            passed = training.train_pass(encoder, texts, visual, plan.copy(), keep)
+            by_row.update(zip(members, passed, strict=True))
+        passes = [by_row[i] for i in range(len(rows))]
+        columns = []
+        for one, row in zip(passes, rows, strict=True):
             pad = (0, 0, row.tail_start - first, input_ids.shape[1] - row.tail_stop)
-            columns.append(nn.functional.pad(logits, pad))
+            columns.append(nn.functional.pad(self.lm_head(one.hidden[one.tail]), pad))
         loss = None
         if labels is not None:
             loss = training.loss_of(passes, rows, labels, self.lm_head)

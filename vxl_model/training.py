@@ -1,5 +1,5 @@
 """Loss and logits of sequences whose labels are known: all windows in one pass a layer, and
-differentiable.
+differentiable. Sequences of one shape go through together.
 
 Source: Video-XL section 3.4. The first tail token is predicted by the last raw visual row, as
 in the published code.
@@ -7,6 +7,7 @@ in the published code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from .inputs import IMAGE_TOKEN, TextRow, fail
 from .ratios import RatioPlan
 from .steps import Segment, TrainingStep
 
-__all__ = ["SequencePass", "loss_of", "train_pass"]
+__all__ = ["SequencePass", "loss_of", "shape_of", "train_pass"]
 
 _IGNORED = -100
 
@@ -46,32 +47,40 @@ class SequencePass:
 
 
 def train_pass(
-    encoder: Encoder, row: TextRow, features: Tensor | None, plan: RatioPlan, keep: bool
-) -> SequencePass:
-    """Prompt, windows of `features (tokens, hidden)` and tail of one sequence."""
+    encoder: Encoder,
+    rows: Sequence[TextRow],
+    features: Sequence[Tensor] | None,
+    plan: RatioPlan,
+    keep: bool,
+) -> list[SequencePass]:
+    """Prompt, windows of `features (tokens, hidden)` and tail of sequences of one shape (see
+    `shape_of`), in one pass."""
     core = encoder.core
-    rows: list[Tensor] = []
+    parts: list[Tensor] = []
     segments: list[Segment] = []
     cached, sizes = 0, [0]
 
     def add(hidden: Tensor, layout: ChunkLayout | None) -> None:
         nonlocal cached
         segments.append(Segment(layout, hidden.shape[1], cached))
-        rows.append(hidden)
+        parts.append(hidden)
         cached += segments[-1].kept
 
-    if len(row.prompt):
-        add(core.embed_tokens(row.prompt[None]), None)
-    before_tail = sum(x.shape[1] for x in rows) - 1 if rows else None
+    def done() -> int:
+        return sum(x.shape[1] for x in parts)
+
+    if len(rows[0].prompt):
+        add(core.embed_tokens(torch.stack([row.prompt for row in rows])), None)
+    before_tail = done() - 1 if parts else None
     if features is not None:
-        for window, ratio, chunks in _groups(plan, len(features), encoder.window):
-            start = sum(x.shape[1] for x in rows)
-            used = features[: chunks * window]
-            features = features[chunks * window :]
+        visual = torch.stack([x.to(encoder.device, encoder.dtype) for x in features])
+        for window, ratio, chunks in _groups(plan, visual.shape[1], encoder.window):
+            start = done()
+            used, visual = visual.split([chunks * window, visual.shape[1] - chunks * window], 1)
             if ratio > window:  # leaves no VST; only the last raw row may have a reader
-                if not len(features):
+                if not visual.shape[1]:
                     segments.append(Segment(None, window, cached))
-                    rows.append(used.to(encoder.dtype)[None])
+                    parts.append(used)
                     before_tail = start + window - 1
                 sizes += [0] * chunks
                 continue
@@ -79,15 +88,24 @@ def train_pass(
             add(encoder.chunk_rows(used, layout), layout)
             before_tail = start + int(layout.raw_rows()[-1])
             sizes += [layout.vsts_per_chunk] * chunks
-    tail_start = sum(x.shape[1] for x in rows)
-    add(core.embed_tokens(row.tail[None]), None)
-    step = TrainingStep(segments, core.inv_freq(), encoder.settings, keep)
-    hidden = core(torch.cat(rows, dim=1), step)[0]
-    kept = None
-    if step.kept is not None:
-        layers = [step.kept[i] for i in range(len(core.layers))]
-        kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])[:, :, :cached]
-    return SequencePass(hidden, slice(tail_start, None), before_tail, [*sizes, 0], kept)
+    tail_start = done()
+    add(core.embed_tokens(torch.stack([row.tail for row in rows])), None)
+    step = TrainingStep(segments, len(rows), core.inv_freq(), encoder.settings, keep)
+    hidden = core(torch.cat(parts, dim=1), step)
+    passes = []
+    for i in range(len(rows)):
+        kept = None
+        if step.kept is not None:
+            layers = [[x[i, :cached] for x in step.kept[n]] for n in range(len(core.layers))]
+            kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])
+        tail = slice(tail_start, None)
+        passes.append(SequencePass(hidden[i], tail, before_tail, [*sizes, 0], kept))
+    return passes
+
+
+def shape_of(row: TextRow, features: Tensor | None) -> tuple[int, int, int]:
+    """Tokens of a sequence's prompt, video and tail."""
+    return len(row.prompt), 0 if features is None else len(features), len(row.tail)
 
 
 def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:
