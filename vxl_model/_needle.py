@@ -1,13 +1,13 @@
 """A small world to lose a needle in: videos of synthetic frame features, and questions on them.
 
 A frame is 12 x 12 visual tokens of noise, as many as the released model has, and windows are as
-long as its (10 frames, 1440 tokens). A picture covers 4 x 4 tokens at a random place of its frame: the
-four inside show an animal, and a *needle* has a frame of one colour around them. The same
-pictures without a coloured frame lie scattered in between. A video has at most one needle of a
-colour, so "Which animal is framed in red?" has one answer.
+long as its (10 frames, 1440 tokens). A picture covers 4 x 4 tokens at a random place of its
+frame: the four inside show an animal, and a *needle* has a frame of one colour around them. The
+same pictures without a coloured frame lie scattered in between. A video has at most one needle of
+a colour, so "Which animal is framed in red?" has one answer.
 
-Neither colour nor animal stands in one token: whoever answers has put the two together while
-the frame could still be seen, kept that in the VSTs, and found it among all the others.
+Neither colour nor animal stands in one token: whoever answers has put the two together while the
+frame could still be seen, kept that in the VSTs, and found it among all the others.
 
 Source of the test: needle in a haystack on long videos, Video-XL section 4.
 """
@@ -31,8 +31,8 @@ __all__ = [
     "load_needle_model", "make_video", "new_needle_model", "question",
 ]  # fmt: skip
 
-ANIMALS = "ant bear cat dog eel fox goat hare ibis jay".split()
-COLOURS = "red orange yellow green blue violet white black".split()
+ANIMALS = ["ant", "bear", "cat", "dog", "eel", "fox", "goat", "hare", "ibis", "jay"]
+COLOURS = ["red", "orange", "yellow", "green", "blue", "violet", "white", "black"]
 SIDE, PICTURE, HIDDEN = 12, 4, 64  # tokens across a frame and a picture; features of a token
 FRAME_TOKENS = SIDE * SIDE
 TRAINED_FRAMES = 32  # the longest video that the shipped weights saw in training
@@ -40,7 +40,10 @@ WEIGHTS = Path(__file__).parent / "needle"
 _CONTRAST = 2.0  # length of a picture's features; noise has length 1
 _PLAIN = 0.1  # share of frames with a picture that has no coloured frame
 _CONTROL = ("<|im_start|>", "<|endoftext|>", "<|im_end|>")
-_WORDS = "system user assistant you are a helpful which animal is framed in . ?".split()
+_WORDS = [
+    "system", "user", "assistant", "you", "are", "a", "helpful", ".",
+    "which", "animal", "is", "framed", "in", "?",
+]  # fmt: skip
 
 
 class Needle(NamedTuple):

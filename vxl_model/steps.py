@@ -137,8 +137,8 @@ class Segment:
 class TrainingStep:
     """All rows of sequences of one shape, `(batch, rows, hidden)`, segment after segment.
 
-    In each layer every segment first appends what it keeps to its sequence's page, then all attend. So no
-    attention saves a cache for the backward pass that is written afterwards.
+    In each layer every segment first appends what it keeps to its sequence's page, then all
+    attend. So no attention saves a cache for the backward pass that is written afterwards.
 
     Args:
         keep: remember each layer's K and V in `kept`.
@@ -158,7 +158,9 @@ class TrainingStep:
         device = inv_freq.device
         self._capacity = max(s.cached + s.kept for s in segments)
         self._table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-        lens = torch.tensor([[s.cached] * batch for s in segments], dtype=torch.int32, device=device)
+        lens = torch.tensor(
+            [[s.cached] * batch for s in segments], dtype=torch.int32, device=device
+        )
         self._lens = list(lens)
 
     def parts(self, hidden: Tensor) -> list[Tensor]:
