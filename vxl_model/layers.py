@@ -61,6 +61,11 @@ class VideoXLAttention(nn.Module):
         k, v = (self._linear(x, name, None, None, prefix) for name in ("k", "v"))
         return k, v
 
+    def idle_vsts(self) -> Tensor:
+        """0, with a graph through the VSTs' projections."""
+        parts = (getattr(self, f"beacon_{name}_proj") for name in ("q", "k", "v"))
+        return 0 * torch.stack([w.sum() for p in parts for w in (p.weight, p.bias)]).sum()
+
     def _linear(
         self,
         x: Tensor,
