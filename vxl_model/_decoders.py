@@ -279,11 +279,11 @@ class PyAvDecoder:
         try:
             for index in self._indices(samples).tolist():
                 tick, frame = walk.on_show(index)
+                self.damaged = walk.damaged
                 if shown is None or shown[0] != tick:
                     shown = (tick, _upright(frame, reformatter, self._matrix))
                 yield shown[1]
         finally:
-            self.damaged = walk.damaged
             walk.close()
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
