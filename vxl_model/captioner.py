@@ -144,7 +144,7 @@ def _read(model: str) -> tuple[Any, str]:
         raise ValueError(f"captioner {model}: got a {config.model_type!r} model, {expected}")
     try:
         processor = AutoProcessor.from_pretrained(model)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # also ImportError and AttributeError, without torchvision
         raise ValueError(f"captioner {model}: no processor ({_first_line(error)})") from None
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ValueError(
