@@ -283,6 +283,7 @@ def test_samples_of_a_folder(folder, tmp_path):
     for sample in samples:
         check_sample(sample)
         about = sample["vico"]
+        assert sample["duration"] == (128.0 if sample["video"].endswith("a.mp4") else 100.0)
         assert (about["seed"], about["captioner"], about["clip_seconds"]) == (0, "reader", 14.0)
         for clue in about["clues"]:  # what is said was seen at that time
             numbers = [WORDS.index(word) for word in clue["text"].split()[1:]]

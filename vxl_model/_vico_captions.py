@@ -96,6 +96,7 @@ class CaptionFile:
         self.dropped = 0
         self._lines: dict[str, dict[int, Caption]] = {}
         self._clips: dict[str, dict[int, Clip]] = {}
+        self._durations: dict[str, float] = {}
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,15 +110,21 @@ class CaptionFile:
         clips = self._clips.get(key)
         return None if clips is None else list(clips.values())
 
+    def duration(self, key: str) -> float:
+        """Seconds of such a video."""
+        return self._durations[key]
+
     def captions(self, key: str) -> dict[int, Caption]:
         """Captions of a video by the clip's index."""
         return self._lines.get(key, {})
 
-    def add_video(self, key: str, name: str, clips: list[Clip]) -> None:
+    def add_video(self, key: str, name: str, duration: float, clips: list[Clip]) -> None:
         """Notes how a video is cut, so that a complete one need not be opened again."""
         self._clips[key] = {clip.index: clip for clip in clips}
+        self._durations[key] = round(duration, 3)
         self._append({
-            "key": key, "video": name, "clips": [[c.index, c.start, c.end] for c in clips],
+            "key": key, "video": name, "duration": self._durations[key],
+            "clips": [[c.index, c.start, c.end] for c in clips],
         })  # fmt: skip
 
     def add(self, key: str, caption: Caption) -> None:
@@ -147,6 +154,7 @@ class CaptionFile:
     def _take(self, entry: dict[str, Any]) -> None:
         key = entry["key"]
         if "clips" in entry:
+            self._durations[key] = float(entry["duration"])
             self._clips[key] = {i: Clip(int(i), float(a), float(b)) for i, a, b in entry["clips"]}
             return
         clip = self._clips[key][entry["clip"]]

@@ -105,9 +105,9 @@ def make_vico(
     Args:
         videos: files, and folders in which video files are looked for at any depth.
         captioner: puts a clip's pictures into words.
-        output: JSON lines `{"id", "video", "conversations", "vico"}` as LLaVA's. "video" is
-            relative to the output's folder where it lies in it, else absolute. "vico" holds the
-            form of the question, its clues with their times, the seed and the captioner.
+        output: JSON lines `{"id", "video", "duration", "conversations", "vico"}` as LLaVA's.
+            "video" is relative to the output's folder where it lies in it, else absolute. "vico"
+            holds the form of the question, its clues with their times, the seed and the captioner.
         on_error: what an unreadable video does: "skip" counts it, "stop" raises.
         progress: called with the clips that were captioned so far, and None.
         report: called with a line on every video that gave no sample, and on lost captions.
@@ -129,7 +129,8 @@ def make_vico(
             report(f"{kept.path}: {kept.dropped} unfinished or damaged lines, made again")
         for file in files:
             try:
-                captions = _captions(file, captioner, kept, settings, summary, progress)
+                key = _key(file, captioner, settings)
+                captions = _captions(file, key, captioner, kept, settings, summary, progress)
             except VideoError as error:
                 if on_error == "stop":
                     raise
@@ -140,7 +141,7 @@ def make_vico(
             if reason:
                 summary.skipped[str(file)] = reason
                 report(f"{file}: skipped: {reason}")
-            lines += _lines(file, target, questions, captioner.name, settings)
+            lines += _lines(file, target, kept.duration(key), questions, captioner.name, settings)
     summary.samples = len(lines)
     if not lines:
         raise ValueError(
@@ -194,6 +195,7 @@ def check_output(output: str | os.PathLike[str], videos: Sequence[Path]) -> Path
 
 def _captions(
     file: Path,
+    key: str,
     captioner: Captioner,
     kept: CaptionFile,
     settings: VicoSettings,
@@ -201,13 +203,12 @@ def _captions(
     progress: Callable[[int, int | None], None] | None,
 ) -> list[Caption]:
     """All captions of a video, those that are missing made now; raises VideoError."""
-    key = _key(file, captioner, settings)
     clips = kept.clips(key)
     decoder = None
     if clips is None:
         decoder = open_decoder(file, "pyav")
         clips = cut(decoder, settings.clip_seconds)
-        kept.add_video(key, str(file), clips)
+        kept.add_video(key, str(file), decoder.duration, clips)
     summary.clips += len(clips)
     missing = [clip for clip in clips if clip.index not in kept.captions(key)]
     if missing and len(clips) > 1:
@@ -252,7 +253,12 @@ def _questions(
 
 
 def _lines(
-    file: Path, target: Path, questions: list[Question], captioner: str, settings: VicoSettings
+    file: Path,
+    target: Path,
+    duration: float,
+    questions: list[Question],
+    captioner: str,
+    settings: VicoSettings,
 ) -> list[str]:
     """A video's samples as JSON lines."""
     inside = file.is_relative_to(target.parent)
@@ -262,6 +268,7 @@ def _lines(
         {
             "id": f"vico-{name}-{i}",
             "video": video,
+            "duration": duration,
             "conversations": [
                 {"from": "human", "value": f"<video>\n{question.question}"},
                 {"from": "gpt", "value": question.answer},
