@@ -57,7 +57,7 @@ class TrainSettings:
         on_bad_sample: "skip" takes the next sample in order; "stop" ends the run.
         group_by_length: steps of samples of similar lengths.
         probe_files: look for all files, and into their headers, before the start.
-        torch_compile: compile each decoder layer, by `torch_compile_backend`.
+        torch_compile: compile norms, MLP and residuals, by `torch_compile_backend`.
         dtype: of the weights, "float32" or "bfloat16". What learns is float32 under autocast
             (TrainingArguments' `bf16`) whatever this says.
         arguments: the TrainingArguments.

@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from . import _sharded
 from .configuration import VideoXLConfig
 from .data import (
     BadSample,
@@ -235,13 +235,28 @@ class VideoXLTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        # A weight at a time: all processes gather it, one keeps it.
-        gathered = {}
-        for name, value in self.model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.args.should_save:
-                gathered[name] = whole.detach().cpu().clone()
-        self._save(output_dir, gathered)
+        self._save(output_dir, _sharded.gather_weights(self.model, self.args.should_save))
+
+    # Under FSDP accelerate would save all weights a second time, and wait for ever on a CPU.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        _sharded.save_optimizer(self.model, _inner(self.optimizer), output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        _sharded.load_optimizer(self.model, _inner(self.optimizer), checkpoint)
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _sharded.load_weights(self.model, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -277,6 +292,11 @@ class VideoXLTrainer(Trainer):
             put_in_place(output / WRITING / RESULT, output / RESULT)
             shutil.rmtree(output / WRITING, ignore_errors=True)
         return output / RESULT
+
+
+def _inner(optimizer: Any) -> Any:
+    """torch's optimizer in accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class _Epochs(TrainerCallback):
@@ -453,7 +473,7 @@ def train(
             parameter.data = parameter.data.float()
     if settings.torch_compile:
         for layer in net.model.layers:
-            layer.compile(backend=settings.torch_compile_backend)
+            layer.compile_dense(settings.torch_compile_backend)
     args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
     count = sum(p.numel() for p in learning)
     say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
