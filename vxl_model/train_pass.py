@@ -1,17 +1,19 @@
 """Loss and logits of sequences whose labels are known: all windows in one pass a layer, and
 differentiable.
 
+In training mode every parameter takes part in every pass, be it with factor 0: text alone would
+leave VSTs, projector and tower without a gradient, FSDP's processes would wait for each other's,
+and an optimizer would count their steps differently by how samples are spread.
+
 Source: Video-XL section 3.4. The first tail token is predicted by the last raw visual row, as
 in the published code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from .inputs import IMAGE_TOKEN, TextRow, fail
 from .ratios import RatioPlan
 from .steps import Segment, TrainingStep
 
-__all__ = ["SequencePass", "check_labels", "idle_vision", "loss_of", "train_pass"]
+__all__ = ["SequencePass", "check_labels", "loss_of", "train_pass"]
 
 _IGNORED = -100
 
@@ -87,7 +89,7 @@ def train_pass(
             sizes += [layout.vsts_per_chunk] * chunks
     tail_start = sum(x.shape[1] for x in rows)
     add(tail, None)
-    idle = _processes() and not any(s.layout is not None for s in segments)
+    idle = core.training and not any(s.layout is not None for s in segments)
     if idle:
         rows[-1] = rows[-1] + 0 * core.beacon_embed_tokens.weight.sum()
     step = TrainingStep(segments, core.inv_freq(), encoder.settings, keep, idle)
@@ -97,17 +99,6 @@ def train_pass(
         layers = [step.kept[i] for i in range(len(core.layers))]
         kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])[:, :, :cached]
     return SequencePass(hidden, slice(tail_start, None), before_tail, [*sizes, 0], kept)
-
-
-def _processes() -> bool:
-    """Other processes train the same model. Then every parameter takes part in every pass, be it
-    with factor 0: FSDP reduces gradients in the same order everywhere, or waits for ever."""
-    return dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()
-
-
-def idle_vision(features: Iterable[Tensor]) -> Tensor | float:
-    """0, with a graph through the vision tower and projector, for a sequence without a picture."""
-    return 0 * torch.cat(list(features)).sum() if _processes() else 0.0
 
 
 def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:

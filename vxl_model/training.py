@@ -487,13 +487,17 @@ def train(
         ) + "\n")  # fmt: skip
     trainer.start_bad_list(bad, resume)
     before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-    trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+    steps = before
+    if checkpoint and _finished(checkpoint):  # HF's loop would do a step more
+        trainer._load_from_checkpoint(os.fspath(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+        steps = trainer.state.global_step
     log = read_log(output / LOG)
     done = [line for line in log if line["step"] > before]
     return TrainReport(
-        samples=kinds, bad=trainer.bad.by_kind(), steps=trainer.state.global_step,
-        resumed_from=before, samples_a_step=batch,
-        tokens_a_step=trainer.tokens / max(1, trainer.state.global_step - before),
+        samples=kinds, bad=trainer.bad.by_kind(), steps=steps, resumed_from=before,
+        samples_a_step=batch, tokens_a_step=trainer.tokens / max(1, steps - before),
         loss=log[-1]["loss"] if log else None, seconds=round(sum(x["seconds"] for x in done), 1),
         learning=count, result=os.fspath(trainer.save_result()),
     )  # fmt: skip
@@ -540,6 +544,12 @@ def _check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) 
     for key, old, new in changed:
         if old != new:
             raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
+
+
+def _finished(checkpoint: Path) -> bool:
+    """It is its run's last."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
 
 
 def _crc(path: str | os.PathLike[str]) -> int:
