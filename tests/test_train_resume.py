@@ -45,8 +45,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = make_place(tmp_path_factory.mktemp("resume"))
-    config = {**QUICK, "max_steps": STEPS, "max_text_tokens": 2000, "save_strategy": "steps", "save_steps": 1,
-              "save_total_limit": 2, "dataloader_num_workers": 1}  # fmt: skip
+    config = {**QUICK, "max_steps": STEPS, "max_text_tokens": 2000, "save_strategy": "steps",
+              "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 1}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     # Bad data on the way does not change what follows.
     lines = [json.dumps(x) for x in json.loads((folder / "data.json").read_text())]

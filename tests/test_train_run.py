@@ -53,12 +53,11 @@ def changed(weights):
 
 
 def test_align_moves_the_projector_alone(go, tmp_path):
-    report, losses, weights = go(
+    report, _, weights = go(
         "align", save_strategy="steps", save_steps=1, max_steps=6, save_total_limit=2
     )
     assert changed(weights) == {f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in
                                 ("weight", "bias")}  # fmt: skip
-    assert all(loss > 0 for loss in losses)
     assert report.learning == 32 * 64 + 64 + 64 * 64 + 64
     assert report.samples == {"image": 3, "images": 3, "video": 3, "text": 3}
     output = tmp_path / "out0"
@@ -67,6 +66,17 @@ def test_align_moves_the_projector_alone(go, tmp_path):
     # What does not learn is not written at every save.
     assert set(load_file(output / "checkpoint-6" / "model.safetensors")) == changed(weights)
     assert not (output / ".writing").exists()
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_it_learns(go, place, stage):
+    """One sample by heart, ratios drawn anew every time."""
+    (place / "one.json").write_text(json.dumps([samples()[1]]))
+    _, losses, _ = go(
+        stage, "one.json", max_steps=-1, num_train_epochs=10, learning_rate=2e-2,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    assert losses[-1] < (0.9 if stage == "align" else 0.5) * losses[0]
 
 
 def test_finetune_moves_everything_but_the_tower(go, tmp_path):
@@ -151,7 +161,8 @@ def test_compiled(go):
     torch._dynamo.utils.counters.clear()
     compiled = go(torch_compile=True, torch_compile_backend="aot_eager")
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2  # for all layers, all lengths
+    # For all layers and lengths: the norm, and the rest before and after there are gradients.
+    assert counters["stats"]["unique_graphs"] <= 3
     assert not counters["graph_break"]
     close(go(), compiled)
 

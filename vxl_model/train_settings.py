@@ -137,11 +137,7 @@ class TrainSettings:
         if "bf16" not in values and "fp16" not in values:
             cuda = torch.cuda.is_available() and not values.get("use_cpu")
             values["bf16"] = cuda and torch.cuda.is_bf16_supported()
-        if values.get("gradient_checkpointing"):
-            if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
-                values["gradient_checkpointing"] = False  # FSDP's own, which gathers once less
-            else:
-                values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+        _checkpointing(values)
         if not torch.cuda.is_available() or values.get("use_cpu"):
             values.setdefault("dataloader_pin_memory", False)
         if not values["dataloader_num_workers"]:
@@ -150,6 +146,21 @@ class TrainSettings:
             return TrainingArguments(output_dir=output, **values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config: {error}") from None
+
+
+def _checkpointing(values: dict[str, Any]) -> None:
+    """Gradient checkpointing under the name this release of transformers has for it."""
+    fields = {f.name for f in dataclasses.fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    for old in ("activation", "gradient"):
+        for rest in ("_checkpointing", "_checkpointing_kwargs"):
+            if old != name and old + rest in values:
+                values.setdefault(name + rest, values.pop(old + rest))
+                values.pop(old + rest, None)
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+        values[f"{name}_checkpointing"] = False  # FSDP's own instead, which gathers once less
+    elif values.get(f"{name}_checkpointing"):
+        values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
 
 
 def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
