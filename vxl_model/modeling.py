@@ -312,8 +312,8 @@ class VideoXLForConditionalGeneration(
             train_pass.check_labels(labels, input_ids, self.config.vocab_size)
         # FSDP gathers each layer's weights around it; nothing gathers tensor parallelism's.
         if torch.is_grad_enabled() and not isinstance(self, FSDPModule):
-            cut = any(isinstance(p, DTensor) for p in self.model.layers.parameters())
-            if cut:
+            first_layer: Any = self.model.layers[0]  # tensor parallelism cuts them all
+            if isinstance(first_layer.self_attn.q_proj.weight, DTensor):
                 fail("training", "a tensor-parallel model", "inference, or the model in one piece")
         encoder, plans = self.encoder(), self._row_plans(ratio, len(rows))
         keep = not torch.is_grad_enabled()

@@ -128,6 +128,14 @@ class VideoXLTrainer(Trainer):
             callbacks=[_Epochs(self), _Log(self)],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, expected 2")
+            if plugin.mixed_precision_policy is not None:  # else the loss is rounded to bfloat16
+                plugin.mixed_precision_policy = dataclasses.replace(
+                    plugin.mixed_precision_policy, output_dtype=None
+                )
         self.order = TrainingOrder(
             [sample.length for sample in data.samples],
             args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
