@@ -21,8 +21,8 @@ _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42, "logging_steps": 1,
     "logging_nan_inf_filter": False, "ddp_find_unused_parameters": False,
-    "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "report_to": "none", "dataloader_num_workers": 2,
-    "log_level": "error",
+    "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "report_to": "none",
+    "dataloader_num_workers": 2, "log_level": "error",
 }  # fmt: skip
 _STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "align": {"learning_rate": 1e-3, "per_device_train_batch_size": 8},
