@@ -188,6 +188,14 @@ def test_repeated_ids_stay_apart(place, parts):
     found, bad = read(place, [samples()[0], samples()[0]], parts)
     assert [x.id for x in found] == ["v0", "v0 (x.json:1)"]
     assert not list(bad)
+    gone = {**samples()[0], "video": "none.mp4"}
+    mute = {**samples()[0], "conversations": talk("Hi", "")}
+    (place / "again").mkdir(exist_ok=True)
+    for name in ("x.jsonl", "again/x.jsonl"):
+        (place / name).write_text("\n".join(["{", json.dumps(gone), json.dumps(mute)] * 2))
+    both = [place / "x.jsonl", place / "again" / "x.jsonl"]
+    counts = read_samples(both, *parts, root=place)[1].by_kind()
+    assert counts == {"broken line": 4, "empty answer": 4, "missing file": 4}
 
 
 def test_root(place, parts, tmp_path):

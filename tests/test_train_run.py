@@ -68,6 +68,40 @@ def test_align_moves_the_projector_alone(go, tmp_path):
     assert not (output / ".writing").exists()
 
 
+def test_align_resumes(place, tmp_path):
+    """From checkpoints that hold the projector alone."""
+    data, output = [place / "data.json"], tmp_path / "out"
+    chosen = settings("align", save_strategy="steps", save_steps=2, max_steps=5)
+    train(place / "model", data, output, chosen)
+    log, weights = read_log(output / "train_log.jsonl"), output / "model" / "model.safetensors"
+    want = load_file(weights)
+    shutil.rmtree(output / "model")
+    shutil.rmtree(output / "checkpoint-5")
+    said = []
+    report = train(place / "model", data, output, chosen, resume=True, say=said.append)
+    assert "resumed from checkpoint-4" in said
+    assert (report.resumed_from, report.steps) == (4, 5)
+    assert [x["loss"] for x in read_log(output / "train_log.jsonl")] == [x["loss"] for x in log]
+    assert all(torch.equal(x, want[k]) for k, x in load_file(weights).items())
+    # Killed while the result was written: nothing is trained again.
+    shutil.rmtree(output / "model")
+    report = train(place / "model", data, output, chosen, resume=True)
+    assert (report.resumed_from, report.steps) == (5, 5)
+    assert all(torch.equal(x, want[k]) for k, x in load_file(weights).items())
+    finetune = settings(save_strategy="steps", save_steps=2, max_steps=5)
+    with pytest.raises(ValueError, match=r"resume: .* expected the same run"):
+        train(place / "model", data, output, finetune, resume=True)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
+    from vxl_model import train_pass
+
+    real = train_pass.loss_of
+    monkeypatch.setattr(train_pass, "loss_of", lambda *args: real(*args) * float("nan"))
+    with pytest.raises(ValueError, match="loss: got nan in step 1"):
+        go()
+
+
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_it_learns(go, place, stage):
     """One sample by heart, ratios drawn anew every time."""
@@ -159,7 +193,9 @@ def test_workers_change_nothing(go):
 def test_compiled(go):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = go(torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = go(
+        torch_compile=True, torch_compile_backend="aot_eager", gradient_checkpointing=True
+    )
     counters = torch._dynamo.utils.counters
     # For all layers and lengths: the norm, and the rest before and after there are gradients.
     assert counters["stats"]["unique_graphs"] <= 3

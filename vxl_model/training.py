@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -336,6 +337,8 @@ class _Log(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(f"loss: got {logs['loss']} in step {state.global_step}")
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
             "step": state.global_step, "epoch": logs.get("epoch"), "loss": logs["loss"],
