@@ -55,7 +55,8 @@ def test_two_processes_are_one(tmp_path):
     (place / "two.json").write_text(json.dumps(two))
     one = settings(**{**two, "per_device_train_batch_size": 2, "save_strategy": "no"})
     train(place / "model", [place / "data.json"], place / "one", one)
-    launch(place)
+    tokens = sum(x["tokens"] for x in read_log(place / "one" / "train_log.jsonl"))
+    assert f"of 2 samples and {tokens / STEPS:.0f} tokens" in launch(place).stdout
     want, got = (read_log(place / name / "train_log.jsonl") for name in ("one", "two"))
     assert len(got) == STEPS
     for a, b in zip(want, got, strict=True):

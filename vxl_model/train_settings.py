@@ -170,7 +170,7 @@ def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if Path(path).suffix == ".json":
             value = json.loads(text)
         else:
-            import yaml  # type: ignore[import-untyped]
+            import yaml
 
             value = yaml.safe_load(text)
     except Exception as error:  # YAML's errors share no base with JSON's

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -167,7 +168,7 @@ class VideoXLTrainer(Trainer):
         for one in bad:
             self.bad.add(one)
         if self.args.should_save:
-            path.write_text("".join(json.dumps(x._asdict()) + "\n" for x in self.bad))
+            _write_lines(path, [x._asdict() for x in self.bad])
 
     def _note(self, bad: Sequence[BadSample]) -> None:
         for one in bad:
@@ -288,6 +289,14 @@ class VideoXLTrainer(Trainer):
             wrong = sorted(load_result.unexpected_keys) or sorted(missing & learning)
             raise ValueError(f"checkpoint: got one of another model or stage ({wrong[0]})")
 
+    def gather_counts(self) -> None:
+        """Tokens and bad samples of all processes."""
+        if self.args.world_size > 1:
+            tokens = torch.tensor(self.tokens, device=self.args.device)
+            self.tokens = int(self.accelerator.reduce(tokens, "sum"))
+            for one in gather_object([tuple(x) for x in self.bad]):
+                self.bad.add(BadSample(*one))
+
     def save_result(self) -> Path:
         """The trained model, in the published layout."""
         output = Path(self.args.output_dir)
@@ -332,7 +341,7 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG
             kept = [x for x in read_log(path) if x["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+            _write_lines(path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -360,6 +369,13 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(beside, path)
 
 
 def put_in_place(written: Path, place: Path) -> None:
@@ -407,8 +423,8 @@ class TrainReport:
         samples: usable ones by kind: image, images, video, text.
         bad: the others by reason.
         steps: of the run; resumed_from: those that were done before.
-        samples_a_step: over all processes; tokens_a_step: mean, raw visual tokens and text, of
-            this process.
+        samples_a_step, tokens_a_step: over all processes; tokens are raw visual ones and text,
+            a mean.
         loss: of the last step.
         seconds: of this process in its steps.
         learning: parameters that learn.
@@ -474,19 +490,8 @@ def train(
         samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
         stop=settings.on_bad_sample == "stop",
     )  # fmt: skip
-    net = VideoXLForConditionalGeneration.from_pretrained(
-        model, dtype=getattr(torch, settings.dtype)
-    )
-    choose_parameters(net, settings)
-    learning = [p for p in net.parameters() if p.requires_grad]
-    if args.bf16 or args.fp16:
-        for parameter in learning:
-            parameter.data = parameter.data.float()
-    if settings.torch_compile:
-        for layer in net.model.layers:
-            layer.compile_dense(settings.torch_compile_backend)
-    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
-    count = sum(p.numel() for p in learning)
+    net = _load(model, settings, args)
+    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
         f"learn; {batch} samples a step")  # fmt: skip
     if resume:
@@ -504,6 +509,7 @@ def train(
     else:
         trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
         steps = trainer.state.global_step
+    trainer.gather_counts()
     log = read_log(output / LOG)
     done = [line for line in log if line["step"] > before]
     return TrainReport(
@@ -512,6 +518,25 @@ def train(
         loss=log[-1]["loss"] if log else None, seconds=round(sum(x["seconds"] for x in done), 1),
         learning=count, result=os.fspath(trainer.save_result()),
     )  # fmt: skip
+
+
+def _load(
+    path: str | os.PathLike[str], settings: TrainSettings, args: TrainingArguments
+) -> VideoXLForConditionalGeneration:
+    """The model as the stage trains it."""
+    net = VideoXLForConditionalGeneration.from_pretrained(
+        path, dtype=getattr(torch, settings.dtype)
+    )
+    choose_parameters(net, settings)
+    if args.bf16 or args.fp16:
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if settings.torch_compile:
+        for layer in net.model.layers:
+            layer.compile_dense(settings.torch_compile_backend)
+    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
+    return net
 
 
 def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
