@@ -1,12 +1,12 @@
 """Teaches a tiny Video-XL to find needles, then looks for them in videos it was never trained on.
 
-    python examples/needle.py                    # trains (15 minutes on two cores), then the map
+    python examples/needle.py                    # trains (10 minutes on two cores), then the map
     python examples/needle.py --map-only         # the map of the shipped weights
     python examples/needle.py --steps 20 --videos 2 --lengths 16,32   # only to see it run
 
-What a needle is stands in `vxl_model/_needle.py`. Training draws videos of up to 32 frames (four
-windows, a ratio of 4, 8 or 16 for each) and asks about every needle in them; it starts with
-single frames and takes longer videos once it answers the shorter ones. Everything is computed by
+What a needle is stands in `vxl_model/_needle.py`. Training draws videos of up to 32 frames (eight
+windows, a ratio of 4, 8 or 16 for each) and asks about every needle in them; it starts with two
+windows and takes longer videos once it answers the shorter ones. Everything is computed by
 the package: attention through the accumulated VSTs, its gradients, the cache that questions share.
 
 The map is the field's usual one: accuracy over the depth of the needle and the length of the
@@ -39,57 +39,79 @@ from vxl_model._needle import (
     FRAME_TOKENS,
     TRAINED_FRAMES,
     WEIGHTS,
+    WINDOW_FRAMES,
+    Needle,
+    answer,
     draw_needles,
     load_needle_model,
     make_video,
     new_needle_model,
     question,
 )
+from vxl_model.processing import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from vxl_model import VideoXLForConditionalGeneration
 
 RATIOS = (4, 8, 16)
-STEPS = 2500
+STEPS = 1500
 LENGTHS = (16, 32, 64, 128, 256)
-DEPTHS = 8  # a needle of each colour at 8 depths, from the first frame to the last
+DEPTHS = 8  # of the needle, from the first frame to the last
+KINDS = ("video", "no VSTs", "other video")
 
 
 # -- training ----------------------------------------------------------------------------------
 
 
 def chat(
-    model: VideoXLForConditionalGeneration, needles: Sequence[Any], stops: bool
+    model: VideoXLForConditionalGeneration, needles: Sequence[Needle], whole: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation that asks about every needle. The animals are supervised,
-    and with `stops` the ends of the answers."""
+    """Ids and labels of a conversation that asks about every needle. Supervised are the animals,
+    or the whole answers and where they end."""
     processor = model.processor
-    ids = [*processor.prompt_ids()[0].tolist(), -200]
+    ids = [*processor.prompt_ids()[0].tolist(), IMAGE_TOKEN]
     labels = [-100] * len(ids)
     turn = processor.prompt_ids()[0, -2:].tolist()  # <|im_start|>user
     for needle in needles:
         asked = processor.tail_ids(question(needle.colour))[0].tolist()
-        animal = processor.tokenizer.convert_tokens_to_ids(ANIMALS[needle.animal])
-        end = processor.stop_ids[0]
-        ids += [*asked, animal, end, *turn]
-        labels += [-100] * len(asked) + [animal, end if stops else -100] + [-100] * len(turn)
+        said = [*words(model, answer(needle)), processor.stop_ids[0]]
+        ids += [*asked, *said, *turn]
+        animal = [-100, said[1], -100]
+        labels += [-100] * len(asked) + (said if whole else animal) + [-100] * len(turn)
     return ids[: -len(turn)], labels[: -len(turn)]
 
 
+def words(model: VideoXLForConditionalGeneration, text: str) -> list[int]:
+    ids: list[int] = model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 class Curriculum:
-    """The longest video that is drawn: from 1 frame to `TRAINED_FRAMES`, by a third whenever the
-    smoothed loss is below `goal`."""
+    """How many windows a video may have: 2 at first, one more whenever the smoothed loss is
+    below `goal`."""
 
     def __init__(self, goal: float = 0.3, patience: int = 20) -> None:
-        self.frames, self.goal, self.patience = 1, goal, patience
+        self.windows, self.goal, self.patience = 2, goal, patience
         self.loss, self._since = math.inf, 0
 
     def update(self, loss: float) -> None:
         self.loss = loss if math.isinf(self.loss) else 0.9 * self.loss + 0.1 * loss
         self._since += 1
         if self.loss < self.goal and self._since >= self.patience:
-            self.frames = min(TRAINED_FRAMES, max(self.frames + 1, self.frames * 4 // 3))
+            self.windows = min(TRAINED_FRAMES // WINDOW_FRAMES, self.windows + 1)
             self._since = 0
+
+
+def make_optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and biases."""
+    layers = list(model.model.layers.parameters())
+    matrices = [p for p in layers if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(matrices, lr=7 * rate, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def train(
@@ -103,32 +125,34 @@ def train(
     """Trains in place and returns the loss of every step. The same seed gives the same run.
 
     Args:
-        tokens: visual tokens of a step, in videos of one length; 48 videos at most.
+        tokens: visual tokens of a step, in videos of one length; 64 videos at most.
     """
     model.train()
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = make_optimizers(model, learning_rate)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     curriculum = Curriculum()
     losses = []
     begin = time.perf_counter()
     for step in range(steps):
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * decay
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * decay
         # Mostly videos near the present limit: there is the most to learn.
-        drawn = torch.randint(1, curriculum.frames + 1, (2,), generator=generator)
-        frames = int(drawn.max())
-        batch = max(2, min(48, tokens // (frames * FRAME_TOKENS)))
-        windows = -(-frames // 10)
-        # Where an answer ends is learned in no time, and half of the loss from the start would
-        # be about it: 250 steps then taught nothing, where otherwise the loss fell to a third.
-        stops = step >= 0.9 * steps
+        windows = int(torch.randint(curriculum.windows, (2,), generator=generator).max()) + 1
+        frames = windows * WINDOW_FRAMES
+        frames -= int(torch.randint(WINDOW_FRAMES, (), generator=generator))
+        batch = max(2, min(64, tokens // (frames * FRAME_TOKENS)))
         picks = torch.randint(len(RATIOS), (windows,), generator=generator).tolist()
+        # The words around the animal are learned in no time. From the start they would be most
+        # of the loss, and the animal be learned later.
+        whole = step >= 0.6 * steps
         videos, ids, labels = [], [], []
         for _ in range(batch):
             needles = draw_needles(generator, frames)
             videos.append(make_video(frames, needles, generator))
-            text, supervised = chat(model, needles, stops)
+            text, supervised = chat(model, needles, whole)
             ids.append(text)
             labels.append(supervised)
         loss = model(
@@ -136,17 +160,20 @@ def train(
             visual_features=videos,
             labels=torch.tensor(labels),
             ratio=WindowRatios([RATIOS[i] for i in picks]),
+            loss_only=True,
         ).loss
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         curriculum.update(losses[-1])
         if step % 50 == 49 or step == steps - 1:
             say(
                 f"step {step + 1:5} of {steps}   loss {curriculum.loss:.3f}   videos of up to "
-                f"{curriculum.frames:2} frames   {time.perf_counter() - begin:5.0f} s"
+                f"{curriculum.windows} windows   {time.perf_counter() - begin:5.0f} s"
             )
     model.eval()
     return losses
@@ -155,40 +182,53 @@ def train(
 # -- the map -----------------------------------------------------------------------------------
 
 
-def places(frames: int) -> list[int]:
-    """Frames at `DEPTHS` depths, from the first to the last."""
-    return [round(i * (frames - 1) / (DEPTHS - 1)) for i in range(DEPTHS)]
+def apart(frames: int) -> int:
+    """Of `DEPTHS` depths every how many-th may have a needle in the same video, if no window is to
+    have two."""
+    return max(1, math.ceil((DEPTHS - 1) * WINDOW_FRAMES / max(frames - 1, 1)))
 
 
 @torch.no_grad()
 def found(
     model: VideoXLForConditionalGeneration, frames: int, ratio: int, videos: int, seed: int
 ) -> dict[str, Tensor]:
-    """Whether each question was answered with the needle's animal.
+    """Which questions were answered right, at `DEPTHS` depths from the first frame to the last.
+
+    Args:
+        videos: questions for each depth.
 
     Returns:
-        bool `(videos, DEPTHS)` for "video", and for the controls "no VSTs" and "other video".
+        bool `(videos, DEPTHS)`: "video", the whole answer is right and ends; and for the controls
+        "no VSTs" and "other video", the animal is.
     """
     generator = torch.Generator().manual_seed(seed)
-    answers = torch.tensor(model.processor.tokenizer.convert_tokens_to_ids(list(ANIMALS)))
+    stride = apart(frames)
+    places = [round(i * (frames - 1) / (DEPTHS - 1)) for i in range(DEPTHS)]
     asked = torch.cat([model.processor.tail_ids(question(c)) for c in range(len(COLOURS))])
     prompt = model.processor.prompt_ids().expand(len(asked), -1)
-    blind = model(torch.cat([prompt, asked], dim=1)).logits[:, -1].argmax(-1)
-    hits: dict[str, list[Tensor]] = {"video": [], "no VSTs": [], "other video": []}
-    for _ in range(videos):
-        needles = draw_needles(generator, places(frames))
-        truth = answers[torch.tensor([n.animal for n in needles])]
-        colours = torch.tensor([n.colour for n in needles])
-        video = make_video(frames, needles, generator)
-        memory = model.watch(visual_features=video, ratio=ratio)
-        said = model(asked, memory=memory).logits[:, -1].argmax(-1)
-        hits["video"].append(said[colours] == truth)
-        hits["no VSTs"].append(blind[colours] == truth)
-        # Animals of a video that this memory has not seen: drawn once more.
-        strangers = draw_needles(generator, places(frames))
-        said = said[torch.tensor([n.colour for n in strangers])]
-        hits["other video"].append(said == answers[torch.tensor([n.animal for n in strangers])])
-    return {name: torch.stack(rows) for name, rows in hits.items()}
+    stop = model.processor.stop_ids[0]
+
+    def ask(ids: Tensor, **source: Any) -> Tensor:
+        out = model.generate(ids, max_new_tokens=3, eos_token_id=stop, pad_token_id=stop, **source)
+        return out[:, ids.shape[1] :]
+
+    blind = ask(torch.cat([prompt, asked], dim=1))
+    hits = {name: torch.zeros(videos, DEPTHS, dtype=torch.bool) for name in KINDS}
+    for video in range(videos):
+        for first in range(min(stride, DEPTHS)):
+            depths = range(first, DEPTHS, stride)
+            needles = draw_needles(generator, [places[d] for d in depths])
+            strangers = draw_needles(generator, [places[d] for d in depths])
+            shown = make_video(frames, needles, generator)
+            said = ask(asked, memory=model.watch(visual_features=shown, ratio=ratio))
+            for depth, needle, stranger in zip(depths, needles, strangers, strict=True):
+                right = [*words(model, answer(needle)), stop]
+                other = words(model, answer(stranger))
+                cell = (video, depth)
+                hits["video"][cell] = said[needle.colour].tolist() == right
+                hits["no VSTs"][cell] = int(blind[needle.colour, 1]) == right[1]
+                hits["other video"][cell] = int(said[stranger.colour, 1]) == other[1]
+    return hits
 
 
 def search(

@@ -176,19 +176,22 @@ def read_samples(
     bad, samples = BadSamples(), []
     control = sorted(processor.control_tokens())
     seen: Counter[str] = Counter()
-    for path in map(Path, paths):
-        for place, record in _records(path):
+    files = [Path(path) for path in paths]
+    names = Counter(path.name for path in files)
+
+    def unique(name: str, place: str) -> str:
+        seen[name] += 1  # some published files repeat an id
+        return f"{name} ({place})" if seen[name] > 1 else name
+
+    for path in files:
+        base = Path(root) if root is not None else path.parent
+        for number, record in _records(path):
+            place = f"{path.name if names[path.name] == 1 else path}:{number}"
             try:
-                if isinstance(record, BadSampleError):
-                    raise record
-                base = Path(root) if root is not None else path.parent
                 sample = _parse(record, place, base, control)
-                seen[sample.id] += 1
-                if seen[sample.id] > 1:  # some published files repeat an id
-                    sample = replace(sample, id=f"{sample.id} ({place})")
-                samples.append(sample)
+                samples.append(replace(sample, id=unique(sample.id, place)))
             except BadSampleError as error:
-                bad.add(error.bad)
+                bad.add(error.bad._replace(id=unique(error.bad.id, place)))
 
     def measured(sample: Sample) -> Sample | BadSample:
         try:
@@ -204,8 +207,9 @@ def read_samples(
     return [x for x in results if isinstance(x, Sample)], bad
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a file; a BadSampleError for a line that is no JSON."""
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, record) of a file: its place in a list or its line; a ValueError as the record of
+    a line that is no JSON."""
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.read(64).lstrip("\ufeff \t\r\n")
         file.seek(0)
@@ -214,16 +218,16 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 records = json.loads(file.read().lstrip("\ufeff"))
             except ValueError as error:
                 raise ValueError(f"{path}: not JSON ({error})") from None
-            yield from ((f"{path.name}:{i}", record) for i, record in enumerate(records))
+            yield from enumerate(records)
             return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            place = f"{path.name}:{number}"
             try:
-                yield place, json.loads(line.lstrip("\ufeff"))
+                record = json.loads(line.lstrip("\ufeff"))
             except ValueError as error:
-                yield place, BadSampleError(BadSample("broken line", place, str(error)))
+                record = error
+            yield number, record
 
 
 def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sample:
@@ -231,6 +235,8 @@ def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sampl
         return BadSampleError(BadSample(kind, name, message))
 
     name = place
+    if isinstance(record, ValueError):
+        raise bad("broken line", str(record))
     if not isinstance(record, dict):
         raise bad("bad sample", f"got a {type(record).__name__}, expected an object")
     if isinstance(record.get("id"), str | int):

@@ -111,6 +111,13 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(kept), vsts
         ))  # fmt: skip
 
+    def compile_dense(self, backend: str = "inductor") -> None:
+        """Compiles norms, MLP and residuals, once for all layers and lengths. Compiling the layer
+        itself works too, without graph breaks, but anew for each length of prompt, video and tail:
+        they are constants of the step."""
+        self.input_layernorm.compile(backend=backend, dynamic=True)
+        self._rest = torch.compile(self._rest, backend=backend, dynamic=True)  # type: ignore[method-assign]
+
     def _rest(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self.self_attn.o_proj(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -185,6 +192,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
         if keep_rows == 0:
             last.keep(hidden, step)
             return None
-        hidden = last(hidden, step, keep_rows)
+        # Without a third argument where none is needed: a compiled layer is one graph for all.
+        hidden = last(hidden, step) if keep_rows is None else last(hidden, step, keep_rows)
         parts = step.parts(hidden)
         return self.norm(hidden) if len(parts) == 1 else torch.cat([self.norm(x) for x in parts])

@@ -312,8 +312,8 @@ class VideoXLForConditionalGeneration(
             train_pass.check_labels(labels, input_ids, self.config.vocab_size)
         # FSDP gathers each layer's weights around it; nothing gathers tensor parallelism's.
         if torch.is_grad_enabled() and not isinstance(self, FSDPModule):
-            cut = any(isinstance(p, DTensor) for p in self.model.layers.parameters())
-            if cut:
+            first_layer: Any = self.model.layers[0]  # tensor parallelism cuts them all
+            if isinstance(first_layer.self_attn.q_proj.weight, DTensor):
                 fail("training", "a tensor-parallel model", "inference, or the model in one piece")
         encoder, plans = self.encoder(), self._row_plans(ratio, len(rows))
         keep = not torch.is_grad_enabled()
@@ -336,25 +336,26 @@ class VideoXLForConditionalGeneration(
         loss = None
         if labels is not None:
             loss = train_pass.loss_of(passes, rows, labels, self.lm_head, tokens)
-            loss = loss + self._idle_vision(rows)
+            if self.training and torch.is_grad_enabled():
+                loss = loss + self._idle_vision(rows)
         memory = self._kept(encoder, passes, plans) if keep else None
         stacked = torch.stack(columns) if columns else None
         return VideoXLOutput(loss=loss, logits=stacked, memory=memory, past_key_values=memory)
 
     def _idle_vision(self, rows: list[TextRow]) -> Tensor | float:
-        """0; see `train_pass.idle_vision`."""
+        """0, with a graph through vision tower and projector; see `train_pass`."""
         if all(row.visual for row in rows) or not hasattr(self.model, "mm_projector"):
             return 0.0
         size = self._tower.config.image_size
         blank = torch.zeros(1, 3, size, size, device=self.device)
-        return train_pass.idle_vision(self.encode_pixels(blank))
+        return 0 * torch.cat(list(self.encode_pixels(blank))).sum()
 
     def _row_plans(
         self, ratio: Ratio | Sequence[WindowRatios | None], batch: int
     ) -> list[RatioPlan]:
         """A plan for each row."""
         each = list(ratio) if isinstance(ratio, Sequence) else []
-        if not any(isinstance(r, WindowRatios) for r in each):
+        if not any(r is None or isinstance(r, WindowRatios) for r in each):
             return [self.make_plan(cast("Ratio", ratio))] * batch
         if len(each) != batch:
             fail("ratio", f"{len(each)} WindowRatios", f"{batch}, one for each row")

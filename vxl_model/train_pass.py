@@ -1,17 +1,20 @@
 """Loss and logits of sequences whose labels are known: all windows in one pass a layer, and
 differentiable. Sequences of one shape go through together.
 
+In training mode every parameter takes part in every pass, be it with factor 0: text alone would
+leave VSTs, projector and tower without a gradient, FSDP's processes would wait for each other's,
+and an optimizer would count their steps differently by how samples are spread.
+
 Source: Video-XL section 3.4. The first tail token is predicted by the last raw visual row, as
 in the published code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from .inputs import IMAGE_TOKEN, TextRow, fail
 from .ratios import RatioPlan
 from .steps import Segment, TrainingStep
 
-__all__ = ["SequencePass", "alike", "check_labels", "idle_vision", "loss_of", "train_pass"]
+__all__ = ["SequencePass", "alike", "check_labels", "loss_of", "train_pass"]
 
 _IGNORED = -100
 
@@ -95,7 +98,7 @@ def train_pass(
             sizes += [layout.vsts_per_chunk] * chunks
     tail_start = done()
     add(tail, None)
-    idle = _processes() and not any(s.layout is not None for s in segments)
+    idle = core.training and not any(s.layout is not None for s in segments)
     if idle:
         parts[-1] = parts[-1] + 0 * core.beacon_embed_tokens.weight.sum()
     step = TrainingStep(segments, len(rows), core.inv_freq(), encoder.settings, keep, idle)
@@ -116,7 +119,7 @@ def alike(
 ) -> list[list[int]]:
     """Groups of rows that can share a pass: prompt, video and tail as long, ratios drawn alike.
     Among processes each row alone: FSDP wants as many passes everywhere."""
-    if _processes():
+    if dist.is_available() and dist.is_initialized():
         return [[i] for i in range(len(rows))]
     groups: dict[tuple[int, int | None, int, str], list[int]] = {}
     states = {id(plan): plan.state() for plan in plans}
@@ -125,17 +128,6 @@ def alike(
         shape = (len(row.prompt), visual, len(row.tail), states[id(plan)])
         groups.setdefault(shape, []).append(i)
     return list(groups.values())
-
-
-def _processes() -> bool:
-    """Other processes train the same model. Then every parameter takes part in every pass, be it
-    with factor 0: FSDP reduces gradients in the same order everywhere, or waits for ever."""
-    return dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()
-
-
-def idle_vision(features: Iterable[Tensor]) -> Tensor | float:
-    """0, with a graph through the vision tower and projector, for a sequence without a picture."""
-    return 0 * torch.cat(list(features)).sum() if _processes() else 0.0
 
 
 def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:

@@ -20,8 +20,9 @@ STAGES = ("align", "finetune")
 _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42, "logging_steps": 1,
-    "logging_nan_inf_filter": False, "save_strategy": "steps", "save_steps": 100,
-    "save_total_limit": 2, "report_to": "none", "dataloader_num_workers": 2, "log_level": "error",
+    "logging_nan_inf_filter": False, "ddp_find_unused_parameters": False,
+    "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "report_to": "none",
+    "dataloader_num_workers": 2, "log_level": "error",
 }  # fmt: skip
 _STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "align": {"learning_rate": 1e-3, "per_device_train_batch_size": 8},
@@ -57,7 +58,7 @@ class TrainSettings:
         on_bad_sample: "skip" takes the next sample in order; "stop" ends the run.
         group_by_length: steps of samples of similar lengths.
         probe_files: look for all files, and into their headers, before the start.
-        torch_compile: compile each decoder layer, by `torch_compile_backend`.
+        torch_compile: compile norms, MLP and residuals, by `torch_compile_backend`.
         dtype: of the weights, "float32" or "bfloat16". What learns is float32 under autocast
             (TrainingArguments' `bf16`) whatever this says.
         arguments: the TrainingArguments.
@@ -137,11 +138,7 @@ class TrainSettings:
         if "bf16" not in values and "fp16" not in values:
             cuda = torch.cuda.is_available() and not values.get("use_cpu")
             values["bf16"] = cuda and torch.cuda.is_bf16_supported()
-        if values.get("gradient_checkpointing"):
-            if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
-                values["gradient_checkpointing"] = False  # FSDP's own, which gathers once less
-            else:
-                values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+        _checkpointing(values)
         if not torch.cuda.is_available() or values.get("use_cpu"):
             values.setdefault("dataloader_pin_memory", False)
         if not values["dataloader_num_workers"]:
@@ -152,13 +149,28 @@ class TrainSettings:
             raise ValueError(f"config: {error}") from None
 
 
+def _checkpointing(values: dict[str, Any]) -> None:
+    """Gradient checkpointing under the name this release of transformers has for it."""
+    fields = {f.name for f in dataclasses.fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    for old in ("activation", "gradient"):
+        for rest in ("_checkpointing", "_checkpointing_kwargs"):
+            if old != name and old + rest in values:
+                values.setdefault(name + rest, values.pop(old + rest))
+                values.pop(old + rest, None)
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+        values[f"{name}_checkpointing"] = False  # FSDP's own instead, which gathers once less
+    elif values.get(f"{name}_checkpointing"):
+        values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
+
+
 def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = Path(path).read_text(encoding="utf-8")
     try:
         if Path(path).suffix == ".json":
             value = json.loads(text)
         else:
-            import yaml  # type: ignore[import-untyped]
+            import yaml
 
             value = yaml.safe_load(text)
     except Exception as error:  # YAML's errors share no base with JSON's

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -33,12 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from . import _sharded
 from .configuration import VideoXLConfig
 from .data import (
     BadSample,
@@ -128,6 +130,14 @@ class VideoXLTrainer(Trainer):
             callbacks=[_Epochs(self), _Log(self)],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, expected 2")
+            if plugin.mixed_precision_policy is not None:  # else the loss is rounded to bfloat16
+                plugin.mixed_precision_policy = dataclasses.replace(
+                    plugin.mixed_precision_policy, output_dtype=None
+                )
         self.order = TrainingOrder(
             [sample.length for sample in data.samples],
             args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
@@ -158,7 +168,7 @@ class VideoXLTrainer(Trainer):
         for one in bad:
             self.bad.add(one)
         if self.args.should_save:
-            path.write_text("".join(json.dumps(x._asdict()) + "\n" for x in self.bad))
+            _write_lines(path, [x._asdict() for x in self.bad])
 
     def _note(self, bad: Sequence[BadSample]) -> None:
         for one in bad:
@@ -235,13 +245,28 @@ class VideoXLTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        # A weight at a time: all processes gather it, one keeps it.
-        gathered = {}
-        for name, value in self.model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.args.should_save:
-                gathered[name] = whole.detach().cpu().clone()
-        self._save(output_dir, gathered)
+        self._save(output_dir, _sharded.gather_weights(self.model, self.args.should_save))
+
+    # Under FSDP accelerate would save all weights a second time, and wait for ever on a CPU.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        _sharded.save_optimizer(self.model, _inner(self.optimizer), output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        _sharded.load_optimizer(self.model, _inner(self.optimizer), checkpoint)
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _sharded.load_weights(self.model, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -264,6 +289,14 @@ class VideoXLTrainer(Trainer):
             wrong = sorted(load_result.unexpected_keys) or sorted(missing & learning)
             raise ValueError(f"checkpoint: got one of another model or stage ({wrong[0]})")
 
+    def gather_counts(self) -> None:
+        """Tokens and bad samples of all processes."""
+        if self.args.world_size > 1:
+            tokens = torch.tensor(self.tokens, device=self.args.device)
+            self.tokens = int(self.accelerator.reduce(tokens, "sum"))
+            for one in gather_object([tuple(x) for x in self.bad]):
+                self.bad.add(BadSample(*one))
+
     def save_result(self) -> Path:
         """The trained model, in the published layout."""
         output = Path(self.args.output_dir)
@@ -277,6 +310,11 @@ class VideoXLTrainer(Trainer):
             put_in_place(output / WRITING / RESULT, output / RESULT)
             shutil.rmtree(output / WRITING, ignore_errors=True)
         return output / RESULT
+
+
+def _inner(optimizer: Any) -> Any:
+    """torch's optimizer in accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class _Epochs(TrainerCallback):
@@ -303,11 +341,13 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG
             kept = [x for x in read_log(path) if x["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+            _write_lines(path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(f"loss: got {logs['loss']} in step {state.global_step}")
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
             "step": state.global_step, "epoch": logs.get("epoch"), "loss": logs["loss"],
@@ -329,6 +369,13 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(beside, path)
 
 
 def put_in_place(written: Path, place: Path) -> None:
@@ -376,8 +423,8 @@ class TrainReport:
         samples: usable ones by kind: image, images, video, text.
         bad: the others by reason.
         steps: of the run; resumed_from: those that were done before.
-        samples_a_step: over all processes; tokens_a_step: mean, raw visual tokens and text, of
-            this process.
+        samples_a_step, tokens_a_step: over all processes; tokens are raw visual ones and text,
+            a mean.
         loss: of the last step.
         seconds: of this process in its steps.
         learning: parameters that learn.
@@ -443,19 +490,8 @@ def train(
         samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
         stop=settings.on_bad_sample == "stop",
     )  # fmt: skip
-    net = VideoXLForConditionalGeneration.from_pretrained(
-        model, dtype=getattr(torch, settings.dtype)
-    )
-    choose_parameters(net, settings)
-    learning = [p for p in net.parameters() if p.requires_grad]
-    if args.bf16 or args.fp16:
-        for parameter in learning:
-            parameter.data = parameter.data.float()
-    if settings.torch_compile:
-        for layer in net.model.layers:
-            layer.compile(backend=settings.torch_compile_backend)
-    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
-    count = sum(p.numel() for p in learning)
+    net = _load(model, settings, args)
+    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
         f"learn; {batch} samples a step")  # fmt: skip
     if resume:
@@ -467,16 +503,40 @@ def train(
         ) + "\n")  # fmt: skip
     trainer.start_bad_list(bad, resume)
     before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-    trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+    steps = before
+    if checkpoint and _finished(checkpoint):  # HF's loop would do a step more
+        trainer._load_from_checkpoint(os.fspath(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+        steps = trainer.state.global_step
+    trainer.gather_counts()
     log = read_log(output / LOG)
     done = [line for line in log if line["step"] > before]
     return TrainReport(
-        samples=kinds, bad=trainer.bad.by_kind(), steps=trainer.state.global_step,
-        resumed_from=before, samples_a_step=batch,
-        tokens_a_step=trainer.tokens / max(1, trainer.state.global_step - before),
+        samples=kinds, bad=trainer.bad.by_kind(), steps=steps, resumed_from=before,
+        samples_a_step=batch, tokens_a_step=trainer.tokens / max(1, steps - before),
         loss=log[-1]["loss"] if log else None, seconds=round(sum(x["seconds"] for x in done), 1),
         learning=count, result=os.fspath(trainer.save_result()),
     )  # fmt: skip
+
+
+def _load(
+    path: str | os.PathLike[str], settings: TrainSettings, args: TrainingArguments
+) -> VideoXLForConditionalGeneration:
+    """The model as the stage trains it."""
+    net = VideoXLForConditionalGeneration.from_pretrained(
+        path, dtype=getattr(torch, settings.dtype)
+    )
+    choose_parameters(net, settings)
+    if args.bf16 or args.fp16:
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if settings.torch_compile:
+        for layer in net.model.layers:
+            layer.compile_dense(settings.torch_compile_backend)
+    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
+    return net
 
 
 def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
@@ -520,6 +580,12 @@ def _check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) 
     for key, old, new in changed:
         if old != new:
             raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
+
+
+def _finished(checkpoint: Path) -> bool:
+    """It is its run's last."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
 
 
 def _crc(path: str | os.PathLike[str]) -> int:
