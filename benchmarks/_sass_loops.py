@@ -47,10 +47,15 @@ class TileLoop:
 
 
 def tile_flops(tile: Mapping[str, int]) -> int:
-    """FLOPs of one tile: attention's two products, or one of a linear layer."""
+    """FLOPs of one tile: attention's products (two, or as many as the tile says: a backward pass
+    has three for dQ, four for dK and dV), or one of a linear layer."""
     if "keys" in tile:
-        return 4 * tile["rows"] * tile["keys"] * tile["head_dim"]
+        return _flops_per_score(tile) * tile["rows"] * tile["keys"]
     return 2 * tile["m"] * tile["n"] * tile["k"]
+
+
+def _flops_per_score(tile: Mapping[str, int]) -> int:
+    return 2 * tile.get("products", 2) * tile["head_dim"]
 
 
 def _mask_work(instructions: Sequence[Instruction]) -> tuple[int, int]:
@@ -134,7 +139,10 @@ def _tiles(name: str, counts: Counts, tile: Mapping[str, int], warps: int) -> in
             "is not the kernel's, or its products are spread over several loops"
         )
     if "keys" in tile and counts.async_bytes:
-        fetched = counts.async_bytes * warps / (4 * tile["keys"] * tile["head_dim"])
+        walked = tile["rows"] if tile.get("products") == 4 else tile["keys"]
+        fetched = counts.async_bytes * warps / (4 * walked * tile["head_dim"])
+        if "products" in tile:  # LSE and delta of the rows, 4 bytes each, come on top or alone
+            return int(fetched) or flops // wanted
         if fetched != int(fetched) or not fetched:
             raise ParseError(f"{name}: a loop copies the keys of {fetched:g} tiles an iteration")
         return int(fetched)
@@ -167,7 +175,7 @@ def full_tile_loops(
         counts = count(instructions, warp=warp, shapes=_shapes_in(function, blocks, shapes))
         selects, compares = _mask_work(instructions)
         if "keys" in tile:
-            scores = _flops(counts, warps) / (4 * tile["head_dim"]) / (warps * warp)
+            scores = _flops(counts, warps) / _flops_per_score(tile) / (warps * warp)
             masked = compares >= 0.15 * scores and selects >= 0.75 * scores
             if masked and tile["rows"] >= 64 and element == 2:
                 continue

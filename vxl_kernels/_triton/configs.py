@@ -28,7 +28,10 @@ from pathlib import Path
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
+    "BackwardConfig",
+    "KeysConfig",
     "LinearConfig",
+    "backward_config",
     "decode_config",
     "family",
     "has_tma",
@@ -53,6 +56,23 @@ class AttentionConfig:
     edge_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class KeysConfig:
+    """BLOCK_N keys of a program against blocks of BLOCK_M query rows, EDGE_M where masked."""
+
+    block_n: int
+    block_m: int
+    edge_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    dq: AttentionConfig
+    dkv: KeysConfig
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,54 @@ _PREFILL_32 = {
         (64, (64, 32, 32, 8, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1))
     ),
 }
+
+
+def _backward(*entries: tuple[int, tuple, tuple]) -> dict[int, BackwardConfig]:
+    return {
+        block_d: BackwardConfig(AttentionConfig(*dq), KeysConfig(*dkv))
+        for block_d, dq, dkv in entries
+    }
+
+
+# By head_dim: dQ, then dK and dV. sm_90's wgmma takes 64 keys or more, which at head_dim 256 do
+# not fit the registers: 32 keys go through mma.sync.
+_BACKWARD_16 = {
+    "cuda:80": _backward(
+        (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        (128, (128, 64, 32, 8, 2), (64, 128, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 64, 32, 8, 1)),
+    ),
+    "cuda:86": _backward(
+        (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        (128, (128, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 32, 32, 8, 1)),
+    ),
+    "cuda:90": _backward(
+        (64, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2), (128, 32, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 64, 64, 8, 2)),
+    ),
+    "cuda:100": _backward(
+        (64, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (256, (64, 32, 32, 8, 1), (64, 64, 64, 8, 1)),
+    ),
+    "hip:gfx942": _backward(
+        (64, (128, 64, 64, 4, 1), (64, 32, 32, 4, 1)),
+        (128, (128, 64, 64, 4, 1), (64, 32, 32, 4, 1)),
+        (256, (32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
+    ),
+}
+_BACKWARD_32 = _backward(
+    (64, (32, 32, 16, 4, 1), (32, 32, 16, 4, 1)),
+    (128, (32, 32, 16, 4, 1), (32, 32, 16, 4, 1)),
+    (256, (32, 16, 16, 4, 1), (16, 16, 16, 4, 1)),
+)
+
+
+def backward_config(arch: str, block_d: int, itemsize: int) -> BackwardConfig:
+    table = _BACKWARD_16[family(arch)] if itemsize == 2 else _BACKWARD_32
+    return table[max(block_d, 64)]
 
 
 def tuning_key() -> str:
