@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from _sass_count import MATRIX, Counts, Shape, classify, count
 from _sass_parse import Function, Instruction, Loop, ParseError
 
-__all__ = ["TileLoop", "full_tile_loops", "tile_flops"]
+__all__ = ["TileLoop", "full_tile_loops", "program_rows", "tile_flops"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ def tile_flops(tile: Mapping[str, int]) -> int:
     if "keys" in tile:
         return _flops_per_score(tile) * tile["rows"] * tile["keys"]
     return 2 * tile["m"] * tile["n"] * tile["k"]
+
+
+def program_rows(tile: Mapping[str, int]) -> int:
+    """What a program keeps and the matrix instructions have as rows: query rows, or where dK and
+    dV are summed (four products) keys."""
+    return tile["keys"] if tile.get("products") == 4 else tile.get("rows", tile.get("m", 128))
 
 
 def _flops_per_score(tile: Mapping[str, int]) -> int:
@@ -177,7 +183,7 @@ def full_tile_loops(
         if "keys" in tile:
             scores = _flops(counts, warps) / _flops_per_score(tile) / (warps * warp)
             masked = compares >= 0.15 * scores and selects >= 0.75 * scores
-            if masked and tile["rows"] >= 64 and element == 2:
+            if masked and element == 2 and ("products" in tile or tile["rows"] >= 64):
                 continue
         tiles = _tiles(function.name, counts, tile, warps) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)

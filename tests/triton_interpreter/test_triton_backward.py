@@ -90,7 +90,8 @@ def test_the_cases_take_every_branch():
 def test_the_copy_engine_brings_the_same(name, monkeypatch):
     """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
     inputs = call(name)
-    even = dataclasses.replace(SMALL, dkv=configs.KeysConfig(32, 32, 32, 4, 2))
+    keys = configs.KeysConfig(32, 32, 32, 4, 2)
+    even = dataclasses.replace(SMALL, own=keys, cached=keys)
     monkeypatch.setattr(configs, "backward_config", lambda *args: even)
     _, _, grads = backward(inputs)
     monkeypatch.setattr(configs, "has_tma", lambda arch: True)

@@ -117,9 +117,10 @@ def dq_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_CACHE: tl.constexpr, WHOLE: tl.constexpr, SAME_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles * chunks * KV_HEADS, batch). Names as in `prefill_kernel`."""
+    """Grid: (tiles * chunks * KV_HEADS, batch). Names as in `prefill_kernel`. HOIST: whether what a
+    loop does not change may be worked out before it."""
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
     length = window + window // ratio  # rows of a chunk
@@ -161,7 +162,7 @@ def dq_kernel(
         full = cached // BLOCK_N * BLOCK_N
         k_cache_ptr += i_head * kc_head
         v_cache_ptr += i_head * vc_head
-        for start in tl.range(0, full, BLOCK_N):
+        for start in tl.range(0, full, BLOCK_N, disable_licm=not HOIST):
             if TMA:
                 entry = start // page_size
                 page = tl.load(table_ptr + entry)
@@ -179,7 +180,7 @@ def dq_kernel(
                 v = load_rows(v_cache_ptr + base + (each + offs_d), 0, 0, HEAD_DIM, False)
             _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, 0, False, PRECISION)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        for start in tl.range(full, cached, EDGE_N, num_stages=1):
+        for start in tl.range(full, cached, EDGE_N, num_stages=1, disable_licm=not HOIST):
             offs_key = start + offs_e
             base, each = _entry_offset(
                 table_ptr, start, offs_e, kc_page, kc_slot, page_size, max_pages, WHOLE
@@ -200,7 +201,7 @@ def dq_kernel(
     vst_full = vst_least // BLOCK_N
     k_ptr += i_batch * k_batch + i_head * k_head
     v_ptr += i_batch * v_batch + i_head * v_head
-    for i in tl.range(0, raw_full + vst_full):
+    for i in tl.range(0, raw_full + vst_full, disable_licm=not HOIST):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
         row = own_row(is_vst, start, i_chunk, window, ratio, chunks, True)
@@ -219,7 +220,7 @@ def dq_kernel(
     vst_full *= BLOCK_N // EDGE_N
     raw_edge = tl.cdiv(raw_end, EDGE_N) - raw_full
     vst_edge = tl.cdiv(vst_end, EDGE_N) - vst_full
-    for i in tl.range(0, raw_edge + vst_edge, num_stages=1):
+    for i in tl.range(0, raw_edge + vst_edge, num_stages=1, disable_licm=not HOIST):
         is_vst = i >= raw_edge
         start = tl.where(is_vst, vst_full + i - raw_edge, raw_full + i) * EDGE_N
         at = own_row(is_vst, start, i_chunk, window, ratio, chunks, True).to(tl.int64)
@@ -352,7 +353,7 @@ def dkv_kernel(
     window, ratio, kept, chunks, page_size, max_pages, parts,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr,
-    CACHE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CACHE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys of a KV head against blocks of BLOCK_M rows (EDGE_M where masked).
 
@@ -401,7 +402,7 @@ def dkv_kernel(
     _, raw_split, raw_full = raw
     _, vst_split, vst_full = vst
     offs_m = tl.arange(0, BLOCK_M)
-    for i in tl.range(0, (raw_full + vst_full) * GROUP):
+    for i in tl.range(0, (raw_full + vst_full) * GROUP, disable_licm=not HOIST):
         head = i_head * GROUP + i % GROUP
         block = i // GROUP
         first_row = tl.where(block >= raw_full, vst_split - raw_full * BLOCK_M, raw_split)
@@ -431,7 +432,7 @@ def dkv_kernel(
     vst_edge = tl.cdiv(vst_split - vst_first, EDGE_M)
     offs_e = tl.program_id(2) + tl.arange(0, EDGE_M)
     offs_key = keys[0] + tl.program_id(2) + tl.arange(0, BLOCK_N)
-    for i in tl.range(0, (raw_edge + vst_edge) * GROUP, num_stages=1):
+    for i in tl.range(0, (raw_edge + vst_edge) * GROUP, num_stages=1, disable_licm=not HOIST):
         head = i_head * GROUP + i % GROUP
         block = i // GROUP
         row_is_vst = block >= raw_edge

@@ -66,12 +66,12 @@ def plan_attention_backward(
         launches = [
             _plan_delta(grad_out, out, lse, grad_lse, delta, log2),
             _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
-            _plan_own(queries | shape, constexprs, k, v, grads, config.dkv, arch),
+            _plan_own(queries | shape, constexprs, k, v, grads, config.own, arch),
         ]
     if k_cache is None:
         return launches, (*grads, *(q.new_empty(0) for _ in range(2)))
     of_cache = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in cache[:2])
-    launches += _plan_cached(queries | shape, constexprs, cache, of_cache, config.dkv, arch)
+    launches += _plan_cached(queries | shape, constexprs, cache, of_cache, config.cached, arch)
     return launches, (*grads, *of_cache)
 
 
@@ -113,6 +113,7 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "EDGE_N": config.edge_n,
+        "HOIST": config.hoist,
     }
     arguments |= shared | {"k_ptr": k, "v_ptr": v, "dq_ptr": dq} | _row_strides(k=k, v=v)
     arguments |= _descriptors(k, v, cache[0], cache[1], constexprs, arch)
@@ -134,6 +135,7 @@ def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "EDGE_M": config.edge_m,
+        "HOIST": config.hoist,
         "CACHE": name == "backward_cache",
     }
     names = ("q_desc", "grad_out_desc")
