@@ -86,7 +86,7 @@ def test_the_cases_take_every_branch():
 
 
 @core
-@pytest.mark.parametrize("name", ["split, one page", "interleaved"])
+@pytest.mark.parametrize("name", ["split, one page"])
 def test_the_copy_engine_brings_the_same(name, monkeypatch):
     """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
     inputs = call(name)

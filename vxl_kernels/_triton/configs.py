@@ -30,8 +30,8 @@ __all__ = [
     "AttentionConfig",
     "BackwardConfig",
     "KeysConfig",
-    "RowsConfig",
     "LinearConfig",
+    "RowsConfig",
     "backward_config",
     "decode_config",
     "family",
@@ -200,7 +200,7 @@ _BACKWARD_16 = {
     ),
 }
 _BACKWARD_32 = _backward(
-    (64, (32, 32, 16, 4, 1), (32, 32, 32, 4, 1)),
+    (64, (32, 16, 16, 4, 1), (32, 32, 32, 4, 1)),
     (128, (16, 32, 32, 4, 1), (16, 16, 16, 4, 1)),
     (256, (16, 16, 16, 4, 1), (16, 16, 16, 4, 1)),
 )

@@ -197,7 +197,7 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
         "dk_ptr": of_cache[0], "dv_ptr": of_cache[1],
         "kept": shared["kept"], "chunks": chunks, "batch": batch if rows else 0, **numbers,
     }  # fmt: skip
-    width, block = kv_heads * head_dim, 1024
+    width, block = kv_heads * head_dim, 512
     total = Launch(
         "sum_pages", sum_pages_kernel, (-(-page_size * width // block) * pages,), arguments,
         {"WIDTH": width, "BLOCK": block}, 4, 1, {"numbers": block},
