@@ -513,11 +513,11 @@ def sum_pages_kernel(
     dk = tl.zeros([BLOCK], tl.float32)
     dv = tl.zeros([BLOCK], tl.float32)
     found, count = _find_page(block_table_ptr, i_page, -1, total)
-    for _ in range(count):
+    for _ in tl.range(0, count):
         i_batch = (found // max_pages).to(tl.int64)
         entry = found % max_pages * page_size
         cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
-        for i_part in range(parts):
+        for i_part in tl.range(0, parts):
             _, to_chunk = _part(i_part, chunks, parts)
             seen = entry + slot < tl.minimum(cached + (to_chunk - 1) * kept, max_pages * page_size)
             at = ((i_part * batch + i_batch) * capacity + entry) * WIDTH + offs

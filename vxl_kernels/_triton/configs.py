@@ -170,8 +170,9 @@ def _backward(*entries: tuple) -> dict[int, BackwardConfig]:
     }
 
 
+# Gradients, chosen as above: where a tile could be larger, the next one spills or repeats products.
 # sm_90's wgmma takes 64 keys or more, which at head_dim 256 do not fit the registers: 32 keys go
-# through mma.sync.
+# through mma.sync. Without hoisting, sm_80 would spill kilobytes (dQ), sm_90 needs it to be off.
 _BACKWARD_16 = {
     "cuda:80": _backward(
         (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
