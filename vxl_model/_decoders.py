@@ -267,8 +267,10 @@ class PyAvDecoder:
     def _indices(self, samples: Samples) -> np.ndarray:
         if samples.indices is not None:
             return samples.indices
-        # Half a tick of grace for times that are no multiple of the clock's.
-        ticks = self._ticks[0] + np.floor(samples.seconds / self._base + 0.5)
+        # Half a tick of grace for times that are no multiple of the clock's; less where a tick is
+        # as long as a frame (AVI), half of which would be the next one.
+        frame = float(np.median(np.diff(self._ticks))) if self.total > 1 else 1.0
+        ticks = self._ticks[0] + np.floor(samples.seconds / self._base + min(0.5, 0.05 * frame))
         return np.maximum(np.searchsorted(self._ticks, ticks, side="right") - 1, 0)
 
     def frames(self, samples: Samples) -> Iterator[np.ndarray]:
@@ -279,11 +281,11 @@ class PyAvDecoder:
         try:
             for index in self._indices(samples).tolist():
                 tick, frame = walk.on_show(index)
+                self.damaged = walk.damaged
                 if shown is None or shown[0] != tick:
                     shown = (tick, _upright(frame, reformatter, self._matrix))
                 yield shown[1]
         finally:
-            self.damaged = walk.damaged
             walk.close()
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from ._progress import Progress
+from .vico import add_arguments as vico_arguments
+from .vico import command as vico_command
 
 if TYPE_CHECKING:
     from .memory import VideoMemory
@@ -126,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     _device_arguments(demo)
     demo.add_argument("--json", action="store_true", help="print one JSON object")
     demo.set_defaults(run=_demo)
+
+    vico = commands.add_parser("vico", help="videos to training samples on what they show when")
+    vico_arguments(vico, _count)
+    _device_arguments(vico)
+    vico.set_defaults(run=_vico)
     return parser
 
 
@@ -284,6 +291,11 @@ def _demo(options: argparse.Namespace) -> None:
         print(json.dumps(result))
     else:
         print_demo(result)
+
+
+def _vico(options: argparse.Namespace) -> None:
+    _quiet()
+    vico_command(options, *_placement(options))
 
 
 class _Session:

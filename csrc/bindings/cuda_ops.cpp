@@ -5,10 +5,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "../cuda/launch.h"
 #include "page_arguments.h"
+#include "rope_forms.h"
 
 namespace {
 
@@ -20,6 +19,8 @@ void check_device(const Tensor& x, const char* name, const Tensor& q) {
   TORCH_CHECK_VALUE(x.device() == q.device(), name, ": got device ", x.device(), ", expected ",
                     q.device(), " as q");
 }
+
+Tensor empty_on_device(const Tensor& like) { return at::empty(like.sizes(), like.options()); }
 
 void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, const Tensor& k_cache,
                       const Tensor& v_cache, const Tensor& table_in, const Tensor& lens_in,
@@ -33,6 +34,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
   check_device(table_in, "block_table", q);
   check_device(lens_in, "cache_lens", q);
   check_device(inv_freq_in, "inv_freq", q);
+  const c10::cuda::CUDAGuard guard(q.device());
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   const Tensor table = table_in.contiguous(), lens = lens_in.contiguous();
   vxl::RopeParams p;
@@ -43,33 +45,6 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
   p.inv_freq = inv_freq.const_data_ptr<float>();
   C10_CUDA_CHECK(vxl::rope_append_cuda(p, c10::cuda::getCurrentCUDAStream()));
   bump_versions({&k_cache, &v_cache});
-}
-
-std::tuple<Tensor, Tensor> rope_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v,
-                                       const Tensor& k_cache, const Tensor& v_cache,
-                                       const Tensor& block_table, const Tensor& cache_lens,
-                                       at::IntArrayRef layout, const Tensor& inv_freq) {
-  const c10::cuda::CUDAGuard guard(q_in.device());
-  const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in);
-  Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
-  rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out,
-                   k_out);
-  return {q_out, k_out};
-}
-
-void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                  const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
-                  at::IntArrayRef layout, const Tensor& inv_freq) {
-  const c10::cuda::CUDAGuard guard(q.device());
-  if (q.stride(-1) == 1 && k.stride(-1) == 1) {
-    rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q, k);
-  } else {
-    auto [q_out, k_out] = rope_append(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
-                                      inv_freq);
-    q.copy_(q_out);
-    k.copy_(k_out);
-  }
-  bump_versions({&q, &k});
 }
 
 void copy_pages_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& copies) {
@@ -103,8 +78,8 @@ void scatter_rows_(const Tensor& cache, const Tensor& block_table_row, int64_t f
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vxl, CUDA, m) {
-  m.impl("rope_append", rope_append);
-  m.impl("rope_append_", rope_append_);
+  m.impl("rope_append", vxl::bindings::rope_append<rope_append_into, empty_on_device>);
+  m.impl("rope_append_", vxl::bindings::rope_append_<rope_append_into, empty_on_device>);
   m.impl("copy_pages_", copy_pages_);
   m.impl("gather_rows", gather_rows);
   m.impl("scatter_rows_", scatter_rows_);

@@ -8,6 +8,7 @@
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
+#include "rope_forms.h"
 #include "threads.h"
 
 namespace {
@@ -154,37 +155,11 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
   bump_versions({&k_cache, &v_cache});
 }
 
-std::tuple<Tensor, Tensor> rope_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v,
-                                       const Tensor& k_cache, const Tensor& v_cache,
-                                       const Tensor& block_table, const Tensor& cache_lens,
-                                       at::IntArrayRef layout, const Tensor& inv_freq) {
-  const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in);
-  Tensor q_out = empty_rows(q), k_out = empty_rows(k);
-  rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out,
-                   k_out);
-  return {q_out, k_out};
-}
-
-void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                  const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
-                  at::IntArrayRef layout, const Tensor& inv_freq) {
-  if (q.stride(-1) == 1 && k.stride(-1) == 1) {
-    rope_append_into(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q, k);
-    bump_versions({&q, &k});
-    return;
-  }
-  auto [q_out, k_out] = rope_append(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
-                                    inv_freq);
-  q.copy_(q_out);
-  k.copy_(k_out);
-  bump_versions({&q, &k});
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vxl, CPU, m) {
   m.impl("vst_attention", vst_attention);
   m.impl("vst_attention_backward", vst_attention_backward);
-  m.impl("rope_append", rope_append);
-  m.impl("rope_append_", rope_append_);
+  m.impl("rope_append", vxl::bindings::rope_append<rope_append_into, empty_rows>);
+  m.impl("rope_append_", vxl::bindings::rope_append_<rope_append_into, empty_rows>);
 }
