@@ -36,6 +36,11 @@ SAMPLE = (
     "merge bf16",
     "linear bf16",
     "rope_append bf16",
+    "delta bf16",
+    "backward_q bf16",
+    "backward_own bf16",
+    "backward_cache bf16",
+    "sum_pages bf16",
 )
 
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])

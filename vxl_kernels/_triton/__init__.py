@@ -1,9 +1,9 @@
 """The Triton kernels. Importing this loads neither triton nor them: `reasons` and `kernels` do.
 
 primitives.py  what kernels share: rows and positions, pages, the softmax step
-prefill.py decode.py linear.py rope.py   the kernels
+prefill.py decode.py backward.py linear.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
-launch.py      tensors -> launches, without reading a tensor's values
+launch.py launch_backward.py   tensors -> launches, without reading a tensor's values
 catalog.py     what is shipped, for compiling ahead of time
 """
 
@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["architecture", "kernels", "one_wave", "reasons"]
+__all__ = ["architecture", "backward_kernels", "kernels", "one_wave", "reasons"]
 
 _OLDEST = (3, 6)
 _MOST_BATCH = 65535  # the grid's second axis
@@ -41,6 +41,11 @@ def _missing() -> str | None:
 def kernels() -> ModuleType:
     """The launchers, `launch.py`."""
     return importlib.import_module(".launch", __name__)
+
+
+def backward_kernels() -> ModuleType:
+    """The launcher of gradients, `launch_backward.py`."""
+    return importlib.import_module(".launch_backward", __name__)
 
 
 def _interpreted() -> bool:

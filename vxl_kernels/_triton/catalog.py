@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, launch
+from . import configs, launch, launch_backward
 
 __all__ = ["Compilation", "compilation", "shipped"]
 
@@ -127,6 +127,33 @@ def _attention(
         yield compilation(each, " ".join(how), dtype)
 
 
+def _backward(
+    arch: str, dtype: torch.dtype, head_dim: int, page_size: int | None
+) -> Iterator[Compilation]:
+    """Four chunks of a sequence, as in training, over one page (None) or over small ones."""
+    layout = [_WINDOW, _RATIO, 4, 1]
+    rows = 4 * (_WINDOW + _WINDOW // _RATIO)
+    q = _empty(1, rows, _HEADS, head_dim, dtype=dtype)
+    k = _empty(1, rows, _KV_HEADS, head_dim, dtype=dtype)
+    pages = _empty(
+        1 if page_size is None else 512, page_size or 1024, _KV_HEADS, head_dim, dtype=dtype
+    )
+    table = _empty(1, 1 if page_size is None else 64, dtype=torch.int32)
+    lens, lse = _empty(1, dtype=torch.int32), _empty(1, _HEADS, rows, dtype=torch.float32)
+    planned, _ = launch_backward.plan_attention_backward(
+        q, lse, q, k, k, pages, pages, table, lens, q, lse, layout, 1.0, arch
+    )
+    for each in planned:
+        tile, how = each.tile, f"{_TYPES[dtype]} d{head_dim}"
+        if "keys" in tile:
+            how += f" BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}"
+        if each.name == "backward_q":
+            how += " pages whole" if each.constexprs["WHOLE"] else " pages any"
+        elif page_size is not None:
+            continue  # the same again
+        yield compilation(each, how, dtype)
+
+
 def _linear(arch: str, dtype: torch.dtype) -> Compilation:
     layout = [_WINDOW, _RATIO, 1, 1]
     rows = _WINDOW + _WINDOW // _RATIO
@@ -180,6 +207,16 @@ def shipped(arch: str) -> list[Compilation]:
         (fp32, 128, [], 1, 128),
     ]
     entries = [entry for call in attention for entry in _attention(arch, *call)]
+    backward = [
+        # dtype, head_dim, page_size
+        (bf16, 128, None),
+        (bf16, 128, 16),
+        (bf16, 64, None),
+        (bf16, 256, None),
+        (fp16, 128, None),
+        (fp32, 128, None),
+    ]
+    entries += [entry for call in backward for entry in _backward(arch, *call)]
     entries += [_linear(arch, dtype) for dtype in (bf16, fp16, fp32)]
     entries += [_rope(bf16, split), _rope(bf16, []), _rope(fp32, split)]
     return list({(e.kernel, e.config): e for e in entries}.values())

@@ -28,7 +28,11 @@ from pathlib import Path
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
+    "BackwardConfig",
+    "KeysConfig",
     "LinearConfig",
+    "RowsConfig",
+    "backward_config",
     "decode_config",
     "family",
     "has_tma",
@@ -53,6 +57,36 @@ class AttentionConfig:
     edge_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class RowsConfig(AttentionConfig):
+    """Of dQ. hoist: whether the compiler may work out before a loop what the loop does not change;
+    such values take registers."""
+
+    hoist: bool = True
+
+
+@dataclass(frozen=True)
+class KeysConfig:
+    """Of dK and dV: BLOCK_N keys of a program against blocks of BLOCK_M query rows, EDGE_M where
+    masked (BLOCK_M where the copy engine brings them)."""
+
+    block_n: int
+    block_m: int
+    edge_m: int
+    num_warps: int
+    num_stages: int
+    hoist: bool = True
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """`dkv_kernel` has two: for the call's own keys, and for the cache's."""
+
+    dq: RowsConfig
+    own: KeysConfig
+    cached: KeysConfig
 
 
 @dataclass(frozen=True)
@@ -126,6 +160,56 @@ _PREFILL_32 = {
         (64, (64, 32, 32, 8, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1))
     ),
 }
+
+
+def _backward(*entries: tuple) -> dict[int, BackwardConfig]:
+    """Entries (head_dim, dq, own[, cached: else as own])."""
+    return {
+        block_d: BackwardConfig(RowsConfig(*dq), KeysConfig(*keys[0]), KeysConfig(*keys[-1]))
+        for block_d, dq, *keys in entries
+    }
+
+
+# Gradients, chosen as above: where a tile could be larger, the next one spills or repeats products.
+# sm_90's wgmma takes 64 keys or more, which at head_dim 256 do not fit the registers: 32 keys go
+# through mma.sync. Without hoisting, sm_80 would spill kilobytes (dQ), sm_90 needs it to be off.
+_BACKWARD_16 = {
+    "cuda:80": _backward(
+        (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        (128, (128, 64, 32, 8, 2), (64, 128, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 64, 32, 8, 1)),
+    ),
+    "cuda:86": _backward(
+        (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        (128, (128, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 32, 32, 8, 1)),
+    ),
+    "cuda:90": _backward(
+        (64, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2, False), (128, 32, 32, 8, 2)),
+        (256, (64, 64, 32, 4, 1, False), (32, 64, 64, 8, 2)),
+    ),
+    "cuda:100": _backward(
+        (64, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (256, (64, 64, 32, 8, 1), (64, 64, 64, 8, 1)),
+    ),
+    "hip:gfx942": _backward(
+        (64, (128, 64, 32, 4, 1), (128, 32, 32, 4, 1)),
+        (128, (128, 32, 32, 4, 1), (128, 32, 32, 4, 1)),
+        (256, (32, 32, 32, 4, 1), (64, 16, 16, 4, 1)),
+    ),
+}
+_BACKWARD_32 = _backward(
+    (64, (32, 16, 16, 4, 1), (32, 32, 32, 4, 1)),
+    (128, (16, 32, 32, 4, 1), (16, 16, 16, 4, 1)),
+    (256, (16, 16, 16, 4, 1), (16, 16, 16, 4, 1)),
+)
+
+
+def backward_config(arch: str, block_d: int, itemsize: int) -> BackwardConfig:
+    table = _BACKWARD_16[family(arch)] if itemsize == 2 else _BACKWARD_32
+    return table[max(block_d, 64)]
 
 
 def tuning_key() -> str:
