@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from model_goldens import load_golden, relative
 
+from vxl_model import WindowRatios
+
 
 @pytest.fixture
 def model():
@@ -135,3 +137,82 @@ def test_only_the_projector_learns(features):
     found = gradients(model)
     assert len(found) == 4
     assert all("mm_projector" in k and float(g.abs().max()) > 0 for k, g in found.items())
+
+
+def test_loss_only_and_parts_of_a_batch(model, features):
+    """No logits; a sum over a part divided by the tokens of the whole adds up to the mean."""
+    arguments = {"visual_features": features, "attention_mask": MASK}
+    both = model(IDS, labels=LABELS, loss_only=True, **arguments)
+    assert both.logits is None
+    assert torch.equal(both.loss, model(IDS, labels=LABELS, **arguments).loss)
+    parts = []
+    for i in range(2):
+        keep = MASK[i].bool()
+        parts.append(model(
+            IDS[i : i + 1, keep], visual_features=[features[i]], labels=LABELS[i : i + 1, keep],
+            loss_only=True, num_items_in_batch=torch.tensor(6),
+        ).loss)  # fmt: skip
+    # 6, 9 and 11 of the first row (its first token has no predictor), 6, 12 and 13 of the second.
+    assert float(sum(parts).detach()) == pytest.approx(float(both.loss.detach()), rel=1e-5)
+    with pytest.raises(ValueError, match="loss_only: got True without labels"):
+        model.train()(IDS, loss_only=True, **arguments)
+
+
+def test_text_alone_beside_a_video(model, features):
+    """Each row gets what it gets alone; every parameter gets a gradient, be it 0."""
+    model.train()
+    ids = torch.tensor([[5, 6, 7, -200, 12, 13], [5, 6, 9, 10, 11, 1]])
+    labels = ids.masked_fill(ids == -200, -100)
+    both = model(ids, visual_features=[features[0], None], labels=labels)
+    video = model(ids[:1], visual_features=features[:1], labels=labels[:1])
+    text = model(ids[1:], labels=labels[1:])
+    want = (float(video.loss.detach()) * 4 + float(text.loss.detach()) * 5) / 9
+    assert float(both.loss.detach()) == pytest.approx(want, rel=1e-5)
+    text.loss.backward()
+    found = gradients(model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    idle = [name for name, g in found.items() if not bool(g.any())]
+    assert idle
+    assert all("beacon" in name for name in idle)
+    with pytest.raises(ValueError, match=r"input_ids: got -200 in row 0, expected visual input"):
+        model(ids, visual_features=[None, features[0]], labels=labels)
+
+
+def test_ratios_for_each_row(model, features):
+    ratios = [WindowRatios([2, 8, 4]), WindowRatios([4, 2])]
+    with torch.no_grad():
+        both = model(
+            IDS, visual_features=features, labels=LABELS, attention_mask=MASK, ratio=ratios
+        )
+        assert both.memory.beacon_sizes == [[0, 24, 6, 3, 0], [0, 12, 6, 0]]
+        for i in range(2):
+            keep = MASK[i].bool()
+            one = model(
+                IDS[i : i + 1, keep], visual_features=[features[i]],
+                labels=LABELS[i : i + 1, keep], ratio=ratios[i],
+            )  # fmt: skip
+            rows = keep.nonzero().flatten()
+            assert relative(both.logits[i, rows[rows > 3] - 4], one.logits[0]) < 1e-5
+    with pytest.raises(ValueError, match="ratio: got 1 WindowRatios, expected 2"):
+        model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK, ratio=ratios[:1])
+
+
+def test_compiled_layers(model, features):
+    """A layer is one graph, without a break, for all layers; loss and gradients are the same."""
+    model.train()
+    arguments = {"visual_features": features[:1], "labels": LABELS[:1, 1:], "loss_only": True}
+    plain = model(IDS[:1, 1:], **arguments)
+    plain.loss.backward()
+    want = {k: g.clone() for k, g in gradients(model).items()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    compiled = model(IDS[:1, 1:], **arguments)
+    compiled.loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(compiled.loss, plain.loss)
+    assert all(torch.equal(g, want[k]) for k, g in gradients(model).items())
+    torch._dynamo.reset()

@@ -110,6 +110,21 @@ def open_decoder(path: str | os.PathLike[str], backend: str | None = None) -> De
     return PyAvDecoder(file)
 
 
+def header_seconds(path: str | os.PathLike[str]) -> float | None:
+    """How long a video is by its header, which may lie; None where it does not say, or without
+    PyAV. Nothing is decoded. Raises VideoError for what is no video."""
+    file = checked_path(path)
+    if backends()["pyav"]:
+        return None
+    probe = PyAvDecoder.__new__(PyAvDecoder)
+    probe.path = file
+    with probe._open() as container:
+        stream = probe._video_stream(container)
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        return container.duration / 1e6 if container.duration else None
+
+
 def _indexed(file: Path) -> bool:
     """Whether torchcodec finds a frame by its number there: MP4, MOV, Matroska, WebM, FLV, GIF.
     Measured with 0.17: of an MPEG-TS it loses the first group of pictures, in AVI and MPEG-PS
@@ -126,16 +141,18 @@ _reasons: dict[str, str] = {}
 def backends() -> dict[str, str]:
     """Why each backend cannot serve; an empty text where it can."""
     if not _reasons:
+        reasons = {}  # whole before another thread sees it
         for name, module in (("torchcodec", "torchcodec.decoders"), ("pyav", "av")):
             try:
                 __import__(module)
                 if name == "torchcodec":
                     _torchcodec_loads()
-                _reasons[name] = ""
+                reasons[name] = ""
             except Exception as error:
                 # torchcodec without FFmpeg's libraries raises OSError or RuntimeError over pages.
                 lines = str(error).strip().splitlines() or [type(error).__name__]
-                _reasons[name] = lines[0]
+                reasons[name] = lines[0]
+        _reasons.update(reasons)
     return dict(_reasons)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from . import _train_cli
 from ._progress import Progress
 from .vico import add_arguments as vico_arguments
 from .vico import command as vico_command
@@ -120,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     _device_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=_plan)
+
+    train = commands.add_parser("train", help="train a checkpoint on LLaVA-style data")
+    _train_cli.add_arguments(train)
+    train.set_defaults(run=_train_cli.run)
 
     demo = commands.add_parser("demo", help="the whole way with random weights, no download")
     demo.add_argument("--frames", type=_count)

@@ -192,7 +192,7 @@ class VideoXLConfig(Qwen2Config):
         """The contents of `config.json` in the published layout."""
         keys = {k for k in super().to_dict() if k not in _NOT_IN_LAYOUT and not k.startswith("_")}
         keys |= {"torch_dtype", "rope_theta", "rope_scaling"} | self._source.keys()
-        keys -= {"vision_config", "architectures", "model_type"}
+        keys -= {"vision_config", "architectures", "model_type", "_commit_hash"}
         result: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": self.model_type}
         for key in keys:
             value = self._layout_value(key)

@@ -89,10 +89,14 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
 @dataclass(frozen=True)
 class VisualSource:
     """The visual part of one row: `features (tokens, hidden)`, or `pixels (frames, 3, size,
-    size)`."""
+    size)`; neither for a row of text alone."""
 
     features: Tensor | None = None
     pixels: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.features is None and self.pixels is None
 
 
 def visual_sources(
@@ -110,22 +114,26 @@ def visual_sources(
         fail("pixel_values", "visual_features too", "one of the two")
     if visual_features is not None:
         return [
-            VisualSource(features=_features(x, hidden))
+            VisualSource(features=None if x is None else _features(x, hidden))
             for x in _per_row("visual_features", visual_features, batch, 2)
         ]
     if pixel_values is None:
         return None
     if image_size is None:
         fail("pixel_values", "a model without a vision tower", "visual_features")
-    pixels = [_pixels(x, image_size) for x in _per_row("pixel_values", pixel_values, batch, 4)]
+    pixels = [
+        None if x is None else _pixels(x, image_size)
+        for x in _per_row("pixel_values", pixel_values, batch, 4)
+    ]
     for i, size in enumerate(_image_sizes(image_sizes, batch)):
         # The first tile is the whole picture made small; it is used only if it is alone.
-        if size is not None and len(pixels[i]) > 1:
-            pixels[i] = pixels[i][1:]
+        given = pixels[i]
+        if size is not None and given is not None and len(given) > 1:
+            pixels[i] = given[1:]
     return [VisualSource(pixels=x) for x in pixels]
 
 
-def _per_row(name: str, value: Any, batch: int, dims: int) -> list[Tensor]:
+def _per_row(name: str, value: Any, batch: int, dims: int) -> list[Tensor | None]:
     if isinstance(value, Tensor):
         if value.dim() == dims + 1:
             value = list(value)
@@ -133,7 +141,9 @@ def _per_row(name: str, value: Any, batch: int, dims: int) -> list[Tensor]:
             value = [value]
         else:
             fail(name, f"shape {tuple(value.shape)}", f"{dims} dimensions a video")
-    if not isinstance(value, Sequence) or not all(isinstance(x, Tensor) for x in value):
+    if not isinstance(value, Sequence) or not all(
+        x is None or isinstance(x, Tensor) for x in value
+    ):
         fail(name, type(value).__name__, "a tensor, or a list of one tensor for each row")
     if len(value) != batch:
         fail(name, f"{len(value)} videos", f"{batch}, one for each row of input_ids")

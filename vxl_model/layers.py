@@ -61,6 +61,11 @@ class VideoXLAttention(nn.Module):
         k, v = (self._linear(x, name, None, None, prefix) for name in ("k", "v"))
         return k, v
 
+    def idle_vsts(self) -> Tensor:
+        """0, with a graph through the VSTs' projections."""
+        parts = (getattr(self, f"beacon_{name}_proj") for name in ("q", "k", "v"))
+        return 0 * torch.stack([w.sum() for p in parts for w in (p.weight, p.bias)]).sum()
+
     def _linear(
         self,
         x: Tensor,
@@ -105,6 +110,13 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
         step.append(self.self_attn.layer_idx, *self.self_attn.project_kept(
             self.input_layernorm(kept), vsts
         ))  # fmt: skip
+
+    def compile_dense(self, backend: str = "inductor") -> None:
+        """Compiles norms, MLP and residuals, once for all layers and lengths. Compiling the layer
+        itself works too, without graph breaks, but anew for each length of prompt, video and tail:
+        they are constants of the step."""
+        self.input_layernorm.compile(backend=backend, dynamic=True)
+        self._rest = torch.compile(self._rest, backend=backend, dynamic=True)  # type: ignore[method-assign]
 
     def _rest(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self.self_attn.o_proj(attended)
@@ -180,6 +192,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
         if keep_rows == 0:
             last.keep(hidden, step)
             return None
-        hidden = last(hidden, step, keep_rows)
+        # Without a third argument where none is needed: a compiled layer is one graph for all.
+        hidden = last(hidden, step) if keep_rows is None else last(hidden, step, keep_rows)
         parts = step.parts(hidden)
         return self.norm(hidden) if len(parts) == 1 else torch.cat([self.norm(x) for x in parts])

@@ -10,14 +10,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
-from . import training
+from . import train_pass
 from .checkpoint import CheckpointMixin
 from .configuration import VideoXLConfig
 from .encoder import Encoder, Stream, make_plan
@@ -61,6 +62,7 @@ class VideoXLForConditionalGeneration(
         ratio: ratios to use where a call names none; None for the configuration's.
     """
 
+    accepts_loss_kwargs = True  # HF's Trainer passes num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
@@ -127,7 +129,7 @@ class VideoXLForConditionalGeneration(
         pixel_values: Tensor | list[Tensor] | None = None,
         image_sizes: Any = None,
         labels: Tensor | None = None,
-        ratio: Ratio = None,
+        ratio: Ratio | Sequence[WindowRatios | None] = None,
         memory: VideoMemory | None = None,
         *,
         attention_mask: Tensor | None = None,
@@ -136,24 +138,30 @@ class VideoXLForConditionalGeneration(
         copies: int = 1,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> VideoXLOutput:
         """Logits of the text behind a video.
 
         Args:
             input_ids: `(batch, tokens)`, one -200 a row for the visual part.
             visual_features: `(batch, tokens, hidden)`, already projected; a list of `(tokens,
-                hidden)` for videos of different lengths.
-            pixel_values: `(frames, 3, size, size)` of one video, or a list of such.
+                hidden)` for videos of different lengths, None for a row without one.
+            pixel_values: `(frames, 3, size, size)` of one video, or a list of such, likewise.
             image_sizes: `(width, height)` of an image in tiles, None for a video; for each row.
             labels: as input_ids, -100 where nothing is supervised. The first tail token is
                 predicted by the last raw visual row.
             ratio: raw tokens per VST: an integer, a list to draw from, or `WindowRatios`; by
-                default the configuration's. Draws restart with every sequence.
+                default the configuration's. Draws restart with every sequence. In training also
+                a list of one `WindowRatios` for each row.
             memory: a video watched before; input_ids then holds only what stands behind it.
                 The memory stays as it is.
             attention_mask: 0 for padding at either end of a row.
             logits_to_keep: only so many of the last rows; by default all of the tail.
             past_key_values, copies, use_cache, return_dict: for HF's `generate`.
+            loss_only: with labels, no logits: those of unsupervised tokens are never made.
+            num_items_in_batch: for HF's `Trainer`: tokens that the loss is divided by, where
+                this batch is a part of a larger one.
 
         With labels, in training mode, or for visual features that require a gradient, all rows
         go through each layer at once and the result is differentiable; otherwise nothing is.
@@ -181,7 +189,12 @@ class VideoXLForConditionalGeneration(
         if labels is not None or wants_grad:
             if memory is not None:
                 fail("memory", "a memory together with labels or training", "the video itself")
-            return self._forward_training(input_ids, rows, sources, labels, ratio)
+            if loss_only and labels is None:
+                fail("loss_only", "True without labels", "labels")
+            return self._forward_training(
+                input_ids, rows, sources, labels, ratio, loss_only, num_items_in_batch
+            )
+        ratio = cast("Ratio", ratio)
         with torch.no_grad():
             if memory is None:
                 memory = self._encode(rows, sources, ratio)
@@ -209,20 +222,21 @@ class VideoXLForConditionalGeneration(
                 fail("memory", "the memory of another model", "one that this model made")
         elif sources is None and any(marked):
             fail("input_ids", f"{IMAGE_TOKEN}", "visual_features or pixel_values for it")
-        elif sources is not None and not all(marked):
-            fail("input_ids", f"no {IMAGE_TOKEN} in row {marked.index(False)}", "one a row")
+        for i, source in enumerate(sources or ()):
+            if not source.empty and not marked[i]:
+                fail("input_ids", f"no {IMAGE_TOKEN} in row {i}", "one a row")
+            if source.empty and marked[i]:
+                fail("input_ids", f"{IMAGE_TOKEN} in row {i}", "visual input for that row")
 
     def _features(self, source: VisualSource) -> Iterator[Tensor]:
         if source.features is not None:
             return iter([source.features])
-        assert source.pixels is not None
-        return self.encode_pixels(source.pixels)
+        return self.encode_pixels(source.pixels) if source.pixels is not None else iter(())
 
     def _visual_tokens(self, source: VisualSource) -> int:
         if source.features is not None:
             return len(source.features)
-        assert source.pixels is not None
-        return len(source.pixels) * self.tokens_per_frame
+        return len(source.pixels) * self.tokens_per_frame if source.pixels is not None else 0
 
     @property
     def tokens_per_frame(self) -> int:
@@ -289,45 +303,72 @@ class VideoXLForConditionalGeneration(
         rows: list[TextRow],
         sources: list[VisualSource] | None,
         labels: Tensor | None,
-        ratio: Ratio,
+        ratio: Ratio | Sequence[WindowRatios | None],
+        loss_only: bool,
+        tokens: Tensor | float | None,
     ) -> VideoXLOutput:
         if labels is not None:
             labels = labels.to(input_ids.device)
-            training.check_labels(labels, input_ids, self.config.vocab_size)
-        cut = any(isinstance(p, DTensor) for p in self.model.layers.parameters())
-        if torch.is_grad_enabled() and cut:
-            fail("training", "a tensor-parallel model", "inference, or the model in one piece")
-        encoder, plan = self.encoder(), self.make_plan(ratio)
+            train_pass.check_labels(labels, input_ids, self.config.vocab_size)
+        # FSDP gathers each layer's weights around it; nothing gathers tensor parallelism's.
+        if torch.is_grad_enabled() and not isinstance(self, FSDPModule):
+            first_layer: Any = self.model.layers[0]  # tensor parallelism cuts them all
+            if isinstance(first_layer.self_attn.q_proj.weight, DTensor):
+                fail("training", "a tensor-parallel model", "inference, or the model in one piece")
+        encoder, plans = self.encoder(), self._row_plans(ratio, len(rows))
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
         passes, columns = [], []
-        for i, row in enumerate(rows):
-            features = torch.cat(list(self._features(sources[i]))) if sources else None
-            one = training.train_pass(encoder, row, features, plan.copy(), keep)
+        for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
+            pieces = list(self._features(sources[i])) if sources else []
+            features = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)) if pieces else None
+            one = train_pass.train_pass(encoder, row, features, plan.copy(), keep)
             passes.append(one)
+            if loss_only:
+                continue
             logits = self.lm_head(one.hidden[one.tail])
             pad = (0, 0, row.tail_start - first, input_ids.shape[1] - row.tail_stop)
             columns.append(nn.functional.pad(logits, pad))
         loss = None
         if labels is not None:
-            loss = training.loss_of(passes, rows, labels, self.lm_head)
-        memory = self._kept(encoder, passes, rows, plan) if keep else None
-        logits = torch.stack(columns)
-        return VideoXLOutput(loss=loss, logits=logits, memory=memory, past_key_values=memory)
+            loss = train_pass.loss_of(passes, rows, labels, self.lm_head, tokens)
+            if self.training and torch.is_grad_enabled():
+                loss = loss + self._idle_vision(rows)
+        memory = self._kept(encoder, passes, plans) if keep else None
+        stacked = torch.stack(columns) if columns else None
+        return VideoXLOutput(loss=loss, logits=stacked, memory=memory, past_key_values=memory)
+
+    def _idle_vision(self, rows: list[TextRow]) -> Tensor | float:
+        """0, with a graph through vision tower and projector; see `train_pass`."""
+        if all(row.visual for row in rows) or not hasattr(self.model, "mm_projector"):
+            return 0.0
+        size = self._tower.config.image_size
+        blank = torch.zeros(1, 3, size, size, device=self.device)
+        return 0 * torch.cat(list(self.encode_pixels(blank))).sum()
+
+    def _row_plans(
+        self, ratio: Ratio | Sequence[WindowRatios | None], batch: int
+    ) -> list[RatioPlan]:
+        """A plan for each row."""
+        each = list(ratio) if isinstance(ratio, Sequence) else []
+        if not any(r is None or isinstance(r, WindowRatios) for r in each):
+            return [self.make_plan(cast("Ratio", ratio))] * batch
+        if len(each) != batch:
+            fail("ratio", f"{len(each)} WindowRatios", f"{batch}, one for each row")
+        return [self.make_plan(cast("Ratio", r)) for r in each]
 
     def _kept(
         self,
         encoder: Encoder,
-        passes: list[training.SequencePass],
-        rows: list[TextRow],
-        plan: RatioPlan,
+        passes: list[train_pass.SequencePass],
+        plans: list[RatioPlan],
     ) -> VideoMemory:
         """A memory of what a training pass has kept."""
         kept = [one.kept for one in passes]
         tokens = sum(x.shape[2] + 2 * self.settings.page_size for x in kept if x is not None)
         pool = encoder.pool(tokens + SLACK_TOKENS // 4)
         streams = []
-        for one in passes:
+        for one, plan in zip(passes, plans, strict=True):
             assert one.kept is not None
             stream = Stream(pool.restore(one.kept), plan.copy(), sizes=one.sizes, closed=True)
             streams.append(stream)

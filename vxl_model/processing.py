@@ -137,10 +137,14 @@ class VideoXLProcessor:
 
     def images_to_pixels(self, images: Iterable[Any]) -> Tensor:
         """Several pictures as a video, one a frame: `(n, 3, size, size)`."""
+        return self.frames_to_pixels(self.images_to_frames(images))
+
+    def images_to_frames(self, images: Iterable[Any]) -> np.ndarray:
+        """The same before normalising: uint8 `(n, size, size, 3)`."""
         cut = [resize_crop(np.asarray(open_image(image)), self.size) for image in images]
         if not cut:
             raise ValueError("images: got none, expected at least one picture")
-        return self.frames_to_pixels(np.stack(cut))
+        return np.stack(cut)
 
     def image_to_pixels(self, image: Any) -> Tensor:
         """One picture ("anyres"): `(1 + tiles, 3, size, size)`. First the whole picture squeezed
@@ -149,6 +153,10 @@ class VideoXLProcessor:
 
         `image`: a path, a PIL image, or uint8 `(height, width, 3)`.
         """
+        return self.frames_to_pixels(self.image_to_frames(image))
+
+    def image_to_frames(self, image: Any) -> np.ndarray:
+        """The same before normalising: uint8 `(1 + tiles, size, size, 3)`."""
         picture = open_image(image)
         squares = [np.asarray(picture.resize((self.size, self.size), _bicubic()))]
         if self.grid_pinpoints:
@@ -159,7 +167,7 @@ class VideoXLProcessor:
                 for y in range(0, height, self.size)
                 for x in range(0, width, self.size)
             ]
-        return self.frames_to_pixels(np.stack(squares))
+        return np.stack(squares)
 
     def best_resolution(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Of `grid_pinpoints` the `(width, height)` that keeps the most pixels of a picture of
@@ -185,7 +193,7 @@ class VideoXLProcessor:
         """Ids after the video, `(1, T)`: the question and the start of the answer."""
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"question: got {question!r}, expected text")
-        for token in self._control_tokens():
+        for token in self.control_tokens():
             if token in question:
                 raise ValueError(f"question: holds the control token {token!r}")
         return self._ids(PROMPT[1].replace("{question}", question))
@@ -200,6 +208,21 @@ class VideoXLProcessor:
         flat = torch.as_tensor(ids).flatten().tolist()
         return self._tokenizer().decode(flat, skip_special_tokens=True).strip()
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `preprocessor_config.json` and the tokenizer, if there is one."""
+        edge = {"height": self.size, "width": self.size}
+        clip = {
+            "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
+            "do_convert_rgb": True, "resample": 3, "rescale_factor": self.rescale,
+            "size": {"shortest_edge": self.size}, "crop_size": edge,
+            "image_mean": list(self.mean), "image_std": list(self.std),
+            "image_processor_type": "CLIPImageProcessor",
+        }  # fmt: skip
+        text = json.dumps(clip, indent=1) + "\n"
+        (Path(folder) / "preprocessor_config.json").write_text(text)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer."""
@@ -210,7 +233,8 @@ class VideoXLProcessor:
             ids.append(tokenizer.eos_token_id)
         return ids
 
-    def _control_tokens(self) -> set[str]:
+    def control_tokens(self) -> set[str]:
+        """What must not stand in a text: tokens that structure the prompt."""
         tokenizer = self._tokenizer()
         added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         return {*tokenizer.all_special_tokens, *added}

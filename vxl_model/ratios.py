@@ -57,12 +57,15 @@ class RatioPlan:
 
     Args:
         ratio: an integer, a list to draw from, or `WindowRatios`.
+        seed: of the draws; the published code's by default.
 
     Raises:
         ValueError: none of these.
     """
 
-    def __init__(self, ratio: int | Sequence[int] | WindowRatios) -> None:
+    def __init__(
+        self, ratio: int | Sequence[int] | WindowRatios, seed: int | Sequence[int] = _SEED
+    ) -> None:
         self._windows: tuple[int, ...] | None = None
         if isinstance(ratio, WindowRatios):
             self._windows = ratio.ratios
@@ -74,7 +77,7 @@ class RatioPlan:
         if not self.allowed:
             raise ValueError("ratio: got an empty list, expected at least one ratio")
         self._drawn = 0
-        self._generator = np.random.default_rng(_SEED)
+        self._generator = np.random.default_rng(seed)
 
     def next(self, tokens: int) -> int:
         """The ratio of the next window, which has `tokens` raw tokens.
@@ -102,6 +105,11 @@ class RatioPlan:
             ratio = int(self._generator.choice(valid))
         self._drawn += 1
         return ratio
+
+    def windows(self, tokens: int, window: int) -> WindowRatios:
+        """The next draws for a sequence of `tokens` raw tokens in windows of `window`."""
+        sizes = [min(window, tokens - start) for start in range(0, tokens, window)]
+        return WindowRatios([self.next(size) for size in sizes])
 
     def copy(self) -> RatioPlan:
         """An independent plan that goes on from here with the same draws."""

@@ -142,6 +142,7 @@ class TrainingStep:
 
     Args:
         keep: remember each layer's K and V in `kept`.
+        idle_vsts: no segment has VSTs, and their projections take part with factor 0.
     """
 
     def __init__(
@@ -150,9 +151,10 @@ class TrainingStep:
         inv_freq: Tensor,
         settings: RunSettings,
         keep: bool = False,
+        idle_vsts: bool = False,
     ) -> None:
         self.segments = list(segments)
-        self.inv_freq, self.settings = inv_freq, settings
+        self.inv_freq, self.settings, self.idle_vsts = inv_freq, settings, idle_vsts
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         device = inv_freq.device
         self._capacity = max(s.cached + s.kept for s in segments)
@@ -170,7 +172,8 @@ class TrainingStep:
             attn.project(x, s.layout, backend) for x, s in zip(rows, self.segments, strict=True)
         ]
         shape = (1, self._capacity, *projected[0][1].shape[2:])
-        k_cache, v_cache = normed[0].new_zeros(shape), normed[0].new_zeros(shape)
+        like = projected[0][1]  # under autocast not of the rows' dtype
+        k_cache, v_cache = like.new_zeros(shape), like.new_zeros(shape)
         rotated = []
         for (q, k, v), segment, lens in zip(projected, self.segments, self._lens, strict=True):
             q, k = rope_append(
@@ -186,7 +189,8 @@ class TrainingStep:
         ]
         if self.kept is not None:
             self.kept[attn.layer_idx] = (k_cache[0].detach(), v_cache[0].detach())
-        return [torch.cat(out, dim=1).flatten(2)]
+        attended = torch.cat(out, dim=1).flatten(2)
+        return [attended + attn.idle_vsts() if self.idle_vsts else attended]
 
     def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
         raise NotImplementedError("a training pass runs every layer in full")

@@ -1,142 +1,600 @@
-"""Loss and logits of sequences whose labels are known: all windows in one pass a layer, and
-differentiable.
+"""The two-stage recipe over HF's `Trainer`.
 
-Source: Video-XL section 3.4. The first tail token is predicted by the last raw visual row, as
-in the published code.
+Stage "align": only the projector learns. Stage "finetune": everything does, the vision tower if
+`train_vision_tower` says so. `python -m vxl_model train` is this on the command line; `data.py`
+says what a data file holds.
+
+A run's output folder::
+
+    run.json             what was run
+    train_log.jsonl      a line a step: step, epoch, loss, grad_norm, learning_rate, tokens, seconds
+    bad_samples.jsonl    a line a sample that could not be used: kind, id, message
+    checkpoint-N/        to resume from; a checkpoint as any other where all weights learn
+    model/               the result, in the published layout
+
+Killed at any moment, a run goes on from its last checkpoint: a checkpoint is written beside its
+place and renamed, and sample order, ratios and what stands for a bad sample depend on the seed and
+the step alone. On a CPU the losses are the same to the bit.
+
+Source: Video-XL section 3.4 (stages, at most 128 frames, a ratio drawn per window); learning rates
+are LLaVA's for the same stages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from vxl_kernels import ChunkLayout
+from . import _sharded
+from .configuration import VideoXLConfig
+from .data import (
+    BadSample,
+    BadSampleError,
+    BadSamples,
+    TrainingData,
+    TrainingOrder,
+    VisualShape,
+    collate,
+    read_samples,
+)  # fmt: skip
+from .encoder import make_plan
+from .modeling import VideoXLForConditionalGeneration
+from .processing import VideoXLProcessor
+from .train_settings import TrainSettings, decisive
 
-from .encoder import Encoder
-from .inputs import IMAGE_TOKEN, TextRow, fail
-from .ratios import RatioPlan
-from .steps import Segment, TrainingStep
+__all__ = [
+    "TrainReport", "TrainSettings", "VideoXLTrainer", "choose_parameters", "last_checkpoint",
+    "read_log", "train",
+]  # fmt: skip
 
-__all__ = ["SequencePass", "loss_of", "train_pass"]
-
-_IGNORED = -100
-
-
-@dataclass
-class SequencePass:
-    """One sequence after a training pass.
-
-    Attributes:
-        hidden: normed hidden states of all rows, `(rows, hidden)`.
-        tail: its tail's rows of `hidden`.
-        before_tail: row that predicts the first tail token; None if there is none.
-        sizes: VSTs of every step.
-        kept: K and V `(2, layers, tokens, kv_heads, head_dim)`, if they were asked for.
-        kept_tokens: how many tokens those are.
-    """
-
-    hidden: Tensor
-    tail: slice
-    before_tail: int | None
-    sizes: list[int]
-    kept: Tensor | None
+LOG, BAD, RUN, RESULT, WRITING = (
+    "train_log.jsonl", "bad_samples.jsonl", "run.json", "model", ".writing",
+)  # fmt: skip
 
 
-def train_pass(
-    encoder: Encoder, row: TextRow, features: Tensor | None, plan: RatioPlan, keep: bool
-) -> SequencePass:
-    """Prompt, windows of `features (tokens, hidden)` and tail of one sequence."""
-    core = encoder.core
-    rows: list[Tensor] = []
-    segments: list[Segment] = []
-    cached, sizes = 0, [0]
-
-    def add(hidden: Tensor, layout: ChunkLayout | None) -> None:
-        nonlocal cached
-        segments.append(Segment(layout, hidden.shape[1], cached))
-        rows.append(hidden)
-        cached += segments[-1].kept
-
-    if len(row.prompt):
-        add(core.embed_tokens(row.prompt[None]), None)
-    before_tail = sum(x.shape[1] for x in rows) - 1 if rows else None
-    if features is not None:
-        for window, ratio, chunks in _groups(plan, len(features), encoder.window):
-            start = sum(x.shape[1] for x in rows)
-            used = features[: chunks * window]
-            features = features[chunks * window :]
-            if ratio > window:  # leaves no VST; only the last raw row may have a reader
-                if not len(features):
-                    segments.append(Segment(None, window, cached))
-                    rows.append(used.to(encoder.dtype)[None])
-                    before_tail = start + window - 1
-                sizes += [0] * chunks
-                continue
-            layout = ChunkLayout(window, ratio, chunks, encoder.settings.order)
-            add(encoder.chunk_rows(used, layout), layout)
-            before_tail = start + int(layout.raw_rows()[-1])
-            sizes += [layout.vsts_per_chunk] * chunks
-    tail_start = sum(x.shape[1] for x in rows)
-    add(core.embed_tokens(row.tail[None]), None)
-    step = TrainingStep(segments, core.inv_freq(), encoder.settings, keep)
-    hidden = core(torch.cat(rows, dim=1), step)[0]
-    kept = None
-    if step.kept is not None:
-        layers = [step.kept[i] for i in range(len(core.layers))]
-        kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])[:, :, :cached]
-    return SequencePass(hidden, slice(tail_start, None), before_tail, [*sizes, 0], kept)
+# -- what learns --------------------------------------------------------------------------------
 
 
-def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:
-    """Neighbouring windows of one size and ratio: (window, ratio, how many)."""
-    groups: list[tuple[int, int, int]] = []
-    for start in range(0, tokens, window):
-        size = min(window, tokens - start)
-        ratio = plan.next(size)
-        if groups and groups[-1][:2] == (size, ratio):
-            groups[-1] = (size, ratio, groups[-1][2] + 1)
-        else:
-            groups.append((size, ratio, 1))
-    return groups
+def choose_parameters(model: VideoXLForConditionalGeneration, settings: TrainSettings) -> None:
+    """Sets requires_grad as the stage wants it."""
+    core = model.model
+    tower = getattr(core, "vision_tower", None)
+    if settings.stage == "align":
+        if tower is None:
+            raise ValueError("stage: got 'align' for a model without a projector")
+        model.requires_grad_(False)
+        core.mm_projector.requires_grad_(True)
+        return
+    model.requires_grad_(True)
+    if tower is None:
+        return
+    tower.requires_grad_(settings.train_vision_tower)
+    clip = tower.vision_tower.vision_model  # layers behind the one that is read never run
+    clip.post_layernorm.requires_grad_(False)
+    for layer in clip.encoder.layers[tower.layers_run :]:
+        layer.requires_grad_(False)
 
 
-def loss_of(
-    passes: list[SequencePass], rows: list[TextRow], labels: Tensor, lm_head: torch.nn.Module
-) -> Tensor:
-    """Mean cross entropy over all supervised tokens of the batch.
+def _rates(name: str, settings: TrainSettings, rate: float) -> float:
+    if "mm_projector." in name:
+        return settings.projector_learning_rate or rate
+    if "vision_tower." in name:
+        return settings.vision_learning_rate or rate
+    return rate
+
+
+# -- the trainer --------------------------------------------------------------------------------
+
+
+class VideoXLTrainer(Trainer):
+    """HF's Trainer with the recipe's sample order, learning rates, and checkpoints that are there
+    as a whole or not at all.
 
     Args:
-        labels: as input_ids, -100 where nothing is supervised; what stands at -200 is ignored.
+        model: parameters that learn require gradients.
+        data: the samples.
+        settings: the recipe.
     """
-    hidden, targets = [], []
-    for one, row, label in zip(passes, rows, labels, strict=True):
-        tail = label[row.tail_start : row.tail_stop]
-        first = one.tail.start
-        predicting = torch.arange(first - 1, first - 1 + len(tail), device=label.device)
-        if one.before_tail is None:  # text alone: nothing predicts its first token
-            tail, predicting = tail[1:], predicting[1:]
-        else:
-            predicting[0] = one.before_tail
-        prompt = label[row.prompt_start : row.prompt_start + len(row.prompt)][1:]
-        target = torch.cat([prompt, tail])
-        predicting = torch.cat([torch.arange(len(prompt), device=label.device), predicting])
-        wanted = target != _IGNORED
-        hidden.append(one.hidden[predicting[wanted]])
-        targets.append(target[wanted])
-    logits = lm_head(torch.cat(hidden)).float()
-    target = torch.cat(targets).to(logits.device)
-    if not len(target):  # as transformers: a mean over nothing, but with a graph
-        return logits.sum() * 0.0
-    return F.cross_entropy(logits, target.long())
+
+    def __init__(
+        self,
+        model: VideoXLForConditionalGeneration,
+        args: TrainingArguments,
+        data: TrainingData,
+        settings: TrainSettings,
+    ) -> None:
+        self.recipe, self.samples = settings, data
+        self.bad = BadSamples()
+        self.tokens = 0
+        self._beside: Path | None = None
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # Weights that do not learn are in the checkpoint the run started from.
+        self._light = 2 * learning < sum(p.numel() for p in model.parameters())
+        super().__init__(
+            model=model, args=args, train_dataset=data, data_collator=collate,
+            callbacks=[_Epochs(self), _Log(self)],
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, expected 2")
+            if plugin.mixed_precision_policy is not None:  # else the loss is rounded to bfloat16
+                plugin.mixed_precision_policy = dataclasses.replace(
+                    plugin.mixed_precision_policy, output_dtype=None
+                )
+        self.order = TrainingOrder(
+            [sample.length for sample in data.samples],
+            args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            args.seed, settings.group_by_length,
+        )  # fmt: skip
+
+    # -- data --
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
+        return self.order
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            bad = batch.pop("bad")
+            self._note(bad)
+            if batch.pop("stop"):
+                if not self.samples.stop:
+                    raise ValueError(f"data: no sample that can be used; the last: {bad[-1]}")
+                raise BadSampleError(bad[-1])
+        return batches, tokens
+
+    def start_bad_list(self, bad: Iterable[BadSample], resumed: bool) -> None:
+        """Begins `bad_samples.jsonl` with what is known: now, and by the run that goes on."""
+        path = Path(self.args.output_dir) / BAD
+        for line in read_log(path) if resumed else ():
+            self.bad.add(BadSample(**line))
+        for one in bad:
+            self.bad.add(one)
+        if self.args.should_save:
+            _write_lines(path, [x._asdict() for x in self.bad])
+
+    def _note(self, bad: Sequence[BadSample]) -> None:
+        for one in bad:
+            if self.bad.add(one):
+                with open(Path(self.args.output_dir) / BAD, "a") as file:
+                    file.write(json.dumps(one._asdict()) + "\n")
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Frames to pixels on the device: a quarter of the bytes go there."""
+        frames, sizes = inputs.pop("frames"), inputs.pop("image_sizes")
+        inputs = super()._prepare_inputs(inputs)
+        self.tokens += int(inputs["attention_mask"].sum())
+        if any(x is not None for x in frames):
+            processor = self.samples.processor
+            inputs["pixel_values"] = [
+                None if x is None else processor.frames_to_pixels(x, self.args.device)
+                for x in frames
+            ]
+            inputs["image_sizes"] = sizes
+            shown = sum(
+                len(x) - (size is not None and len(x) > 1)
+                for x, size in zip(frames, sizes, strict=True)
+                if x is not None
+            )
+            self.tokens += shown * self.samples.shape.tokens_per_frame
+        inputs["loss_only"] = True
+        return inputs
+
+    # -- learning rates --
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:  # type: ignore[has-type]
+            named: nn.Module = model if model is not None else self.model
+            decayed = set(self.get_decay_parameter_names(named))
+            groups: dict[tuple[float, float], list[Tensor]] = {}
+            for name, parameter in named.named_parameters():
+                if parameter.requires_grad:
+                    rate = _rates(name, self.recipe, self.args.learning_rate)
+                    decay = self.args.weight_decay if name in decayed else 0.0
+                    groups.setdefault((rate, decay), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, named)
+            self.optimizer = kind(
+                [{"params": p, "lr": r, "weight_decay": d} for (r, d), p in groups.items()],
+                **options,
+            )
+        return self.optimizer
+
+    # -- checkpoints --
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.fspath(self._beside) if self._beside else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(output / WRITING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._beside = output / WRITING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._beside = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            put_in_place(output / WRITING / name, output / name)
+            limit = self.args.save_total_limit
+            for old in _checkpoints(output)[: -limit if limit else 0]:
+                gone = output / WRITING / old.name  # half deleted, it must not look whole
+                old.rename(gone)
+                shutil.rmtree(gone)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, _sharded.gather_weights(self.model, self.args.should_save))
+
+    # Under FSDP accelerate would save all weights a second time, and wait for ever on a CPU.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        _sharded.save_optimizer(self.model, _inner(self.optimizer), output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        _sharded.load_optimizer(self.model, _inner(self.optimizer), checkpoint)
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _sharded.load_weights(self.model, resume_from_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._light and self._beside is not None and not self.is_fsdp_enabled:
+            learning = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+            save_file(
+                {n: p.contiguous() for n, p in learning.items()}, folder / "model.safetensors"
+            )
+            return
+        super()._save(os.fspath(folder), state_dict)
+        self.samples.processor.save_pretrained(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = set(load_result.missing_keys)
+        learning = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        if load_result.unexpected_keys or missing & learning:
+            wrong = sorted(load_result.unexpected_keys) or sorted(missing & learning)
+            raise ValueError(f"checkpoint: got one of another model or stage ({wrong[0]})")
+
+    def gather_counts(self) -> None:
+        """Tokens and bad samples of all processes."""
+        if self.args.world_size > 1:
+            tokens = torch.tensor(self.tokens, device=self.args.device)
+            self.tokens = int(self.accelerator.reduce(tokens, "sum"))
+            for one in gather_object([tuple(x) for x in self.bad]):
+                self.bad.add(BadSample(*one))
+
+    def save_result(self) -> Path:
+        """The trained model, in the published layout."""
+        output = Path(self.args.output_dir)
+        if self.args.should_save:
+            shutil.rmtree(output / WRITING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(os.fspath(output / WRITING / RESULT), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (output / WRITING / RESULT / "training_args.bin").unlink(missing_ok=True)
+            put_in_place(output / WRITING / RESULT, output / RESULT)
+            shutil.rmtree(output / WRITING, ignore_errors=True)
+        return output / RESULT
 
 
-def check_labels(labels: Tensor, input_ids: Tensor, vocabulary: int) -> None:
-    if labels.shape != input_ids.shape:
-        fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(input_ids.shape)} as input_ids")
-    wrong = (labels != _IGNORED) & (input_ids != IMAGE_TOKEN)
-    wrong &= (labels < 0) | (labels >= vocabulary)
-    if bool(wrong.any()):
-        fail("labels", int(labels[wrong][0]), f"0 to {vocabulary - 1}, or {_IGNORED}")
+def _inner(optimizer: Any) -> Any:
+    """torch's optimizer in accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+class _Epochs(TrainerCallback):
+    """Tells the order which epoch begins."""
+
+    def __init__(self, trainer: VideoXLTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        batches = len(kwargs["train_dataloader"])
+        steps = max(1, -(-batches // args.gradient_accumulation_steps))
+        self.trainer.order.set_epoch(state.global_step // steps)
+
+
+class _Log(TrainerCallback):
+    """`train_log.jsonl`: a line a step that was logged, none twice."""
+
+    def __init__(self, trainer: VideoXLTrainer) -> None:
+        self.trainer = trainer
+        self.begin, self.tokens = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = time.perf_counter()
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / LOG
+            kept = [x for x in read_log(path) if x["step"] <= state.global_step]
+            _write_lines(path, kept)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(f"loss: got {logs['loss']} in step {state.global_step}")
+        now, tokens = time.perf_counter(), self.trainer.tokens
+        line = {
+            "step": state.global_step, "epoch": logs.get("epoch"), "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"), "learning_rate": logs.get("learning_rate"),
+            "tokens": tokens - self.tokens, "seconds": round(now - self.begin, 3),
+        }  # fmt: skip
+        self.begin, self.tokens = now, tokens
+        with open(Path(args.output_dir) / LOG, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a `train_log.jsonl`; a last one that was not finished is left out."""
+    lines = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(beside, path)
+
+
+def put_in_place(written: Path, place: Path) -> None:
+    """Renames a finished folder, its files safely on the disk before."""
+    for path in [*(p for p in written.rglob("*") if p.is_file()), written]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    if place.exists():
+        shutil.rmtree(place)
+    written.rename(place)
+    handle = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = []
+    for path in output.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and (path / "trainer_state.json").is_file():
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
+    """The newest finished checkpoint of a run; None if there is none."""
+    found = _checkpoints(Path(output))
+    return found[-1] if found else None
+
+
+# -- a run --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        samples: usable ones by kind: image, images, video, text.
+        bad: the others by reason.
+        steps: of the run; resumed_from: those that were done before.
+        samples_a_step, tokens_a_step: over all processes; tokens are raw visual ones and text,
+            a mean.
+        loss: of the last step.
+        seconds: of this process in its steps.
+        learning: parameters that learn.
+        result: folder of the model.
+    """
+
+    samples: dict[str, int]
+    bad: dict[str, int]
+    steps: int
+    resumed_from: int
+    samples_a_step: int
+    tokens_a_step: float
+    loss: float | None
+    seconds: float
+    learning: int
+    result: str
+
+
+def train(
+    model: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    settings: TrainSettings,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainReport:
+    """Trains a checkpoint on LLaVA-style data; see the module.
+
+    Args:
+        model: a checkpoint of any stage, with a tokenizer.
+        data: JSON or JSONL files.
+        output: folder of the run; without `resume` it must not hold another.
+        root: what paths in the data are relative to; by default each file's folder.
+        resume: go on from the last checkpoint in `output`, from the start if there is none.
+        say: gets a line of text now and then.
+
+    Raises:
+        ValueError, OSError: an argument cannot be used, said before weights are read;
+            BadSampleError for a bad sample where the settings say "stop".
+    """
+    output = Path(output)
+    checkpoint = _check_output(output, resume)
+    processor = VideoXLProcessor.from_pretrained(model)
+    processor.prompt_ids()  # a checkpoint without a tokenizer is refused here
+    config = VideoXLConfig.from_pretrained(model)
+    shape = visual_shape(config, settings)
+    samples, bad = read_samples(data, processor, shape, root, settings.probe_files)
+    if bad and settings.on_bad_sample == "stop":
+        raise BadSampleError(next(iter(bad)))
+    kinds = {k: n for k in ("image", "images", "video", "text")
+             if (n := sum(s.kind == k for s in samples))}  # fmt: skip
+    say(f"data: {_counts(kinds)}; bad: {_counts(bad.by_kind())}")
+    if not samples:
+        raise ValueError(f"data: no usable sample in {', '.join(str(x) for x in data)}")
+    args = settings.training_arguments(os.fspath(output))
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    about = {"settings": decisive(settings), "data_crc32": [_crc(path) for path in data],
+             "samples_a_step": batch}  # fmt: skip
+    _check_same_run(output / RUN, about, checkpoint)
+    dataset = TrainingData(
+        samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
+        stop=settings.on_bad_sample == "stop",
+    )  # fmt: skip
+    net = _load(model, settings, args)
+    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
+        f"learn; {batch} samples a step")  # fmt: skip
+    if resume:
+        say(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
+    trainer = VideoXLTrainer(net, args, dataset, settings)
+    if args.should_save:
+        (output / RUN).write_text(json.dumps(
+            {"model": os.fspath(model), "data": [os.fspath(x) for x in data], **about}, indent=1
+        ) + "\n")  # fmt: skip
+    trainer.start_bad_list(bad, resume)
+    before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    steps = before
+    if checkpoint and _finished(checkpoint):  # HF's loop would do a step more
+        trainer._load_from_checkpoint(os.fspath(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+        steps = trainer.state.global_step
+    trainer.gather_counts()
+    log = read_log(output / LOG)
+    done = [line for line in log if line["step"] > before]
+    return TrainReport(
+        samples=kinds, bad=trainer.bad.by_kind(), steps=steps, resumed_from=before,
+        samples_a_step=batch, tokens_a_step=trainer.tokens / max(1, steps - before),
+        loss=log[-1]["loss"] if log else None, seconds=round(sum(x["seconds"] for x in done), 1),
+        learning=count, result=os.fspath(trainer.save_result()),
+    )  # fmt: skip
+
+
+def _load(
+    path: str | os.PathLike[str], settings: TrainSettings, args: TrainingArguments
+) -> VideoXLForConditionalGeneration:
+    """The model as the stage trains it."""
+    net = VideoXLForConditionalGeneration.from_pretrained(
+        path, dtype=getattr(torch, settings.dtype)
+    )
+    choose_parameters(net, settings)
+    if args.bf16 or args.fp16:
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if settings.torch_compile:
+        for layer in net.model.layers:
+            layer.compile_dense(settings.torch_compile_backend)
+    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
+    return net
+
+
+def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
+    """What a checkpoint makes of frames, with the settings' cap and ratios.
+
+    Raises:
+        ValueError: no vision tower, or ratios that do not divide its windows.
+    """
+    clip = config.clip_config()
+    if clip is None:
+        raise ValueError("model: got one without a vision tower, expected a Video-XL checkpoint")
+    plan = make_plan(config, settings.ratio)
+    side: Any = clip.image_size // clip.patch_size
+    shape = VisualShape(
+        config.beacon_window, (side // 2) ** 2, plan.allowed, settings.frames, settings.fps
+    )
+    shape.check()
+    return shape
+
+
+def _check_output(output: Path, resume: bool) -> Path | None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: got {output}, a file, expected a folder")
+    if resume:
+        return last_checkpoint(output)
+    held = [*_checkpoints(output), *output.glob(RESULT)]
+    if held:
+        raise ValueError(f"output: {output} holds {held[-1].name}; resume, or name another folder")
+    return None
+
+
+def _check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -> None:
+    """A resumed run must be the one that was begun."""
+    if checkpoint is None or not path.is_file():
+        return
+    before = json.loads(path.read_text())
+    now = json.loads(json.dumps(about))
+    changed = [(key, before.get(key), now[key]) for key in ("data_crc32", "samples_a_step")]
+    keys = {**before.get("settings", {}), **now["settings"]}
+    changed += [(k, before["settings"].get(k), now["settings"].get(k)) for k in sorted(keys)]
+    for key, old, new in changed:
+        if old != new:
+            raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
+
+
+def _finished(checkpoint: Path) -> bool:
+    """It is its run's last."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+def _crc(path: str | os.PathLike[str]) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "none"

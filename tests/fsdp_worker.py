@@ -1,0 +1,40 @@
+"""What each process of tests/test_train_fsdp.py does: the command line, under FSDP on a CPU.
+
+accelerate shards only where the processes have accelerators. Here its state is told that they
+have, after which everything is what a GPU would see, but for gloo.
+"""
+
+import sys
+
+import accelerate.state
+from accelerate.utils import DistributedType
+
+_init = accelerate.state.AcceleratorState.__init__
+
+
+def _shard_on_a_cpu(self, *args, fsdp_plugin=None, **kwargs):
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+
+accelerate.state.AcceleratorState.__init__ = _shard_on_a_cpu
+
+if __name__ == "__main__":
+    from torch.distributed.tensor import DTensor
+
+    from vxl_model import training
+    from vxl_model.cli import main
+
+    seen = training._sharded.gather_weights
+
+    def watched(model, keep):
+        layer = model.model.layers[0].self_attn.q_proj.weight
+        assert isinstance(layer, DTensor)
+        assert layer.to_local().shape[0] * 2 == layer.shape[0]
+        return seen(model, keep)
+
+    training._sharded.gather_weights = watched
+    sys.exit(main(sys.argv[1:]))

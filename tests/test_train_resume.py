@@ -1,0 +1,118 @@
+"""kill -9 at any moment: the same losses and the same model, nothing lost but the running step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+pytest.importorskip("PIL.Image")
+
+from training_place import QUICK, environment, make_place
+
+from vxl_kernels import _ext
+from vxl_model.training import last_checkpoint, read_log
+
+pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+
+STEPS = 8
+# A process that ends in the middle of writing its third checkpoint.
+KILL_WHILE_SAVING = """
+import os, signal, sys
+import torch
+from vxl_model.cli import main
+saves, save = 0, torch.save
+def stop(value, path, *args, **kwargs):
+    global saves
+    if "optimizer" in str(path):
+        saves += 1
+        if saves == 3:
+            open(path, "wb").write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return save(value, path, *args, **kwargs)
+torch.save = stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = make_place(tmp_path_factory.mktemp("resume"))
+    config = {**QUICK, "max_steps": STEPS, "max_text_tokens": 2000, "save_strategy": "steps",
+              "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 1}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    # Bad data on the way does not change what follows.
+    lines = [json.dumps(x) for x in json.loads((folder / "data.json").read_text())]
+    long = {"id": "long", "conversations": [{"from": "human", "value": "Hi " * 4000},
+                                            {"from": "gpt", "value": "A"}]}  # fmt: skip
+    (folder / "data.jsonl").write_text("\n".join([*lines, "{broken", json.dumps(long)]))
+    return folder
+
+
+def start(place, output, *more, program=("-m", "vxl_model")):
+    command = [sys.executable, *program, "train", "--stage", "finetune", "--model", "model",
+               "--data", "data.jsonl", "--config", "config.json", "--output", output,
+               *more]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=place, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+def state(folder):
+    """Steps that were logged, and the last finished checkpoint's."""
+    steps = [line["step"] for line in read_log(folder / "train_log.jsonl")]
+    checkpoint = last_checkpoint(folder)
+    return steps, int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def test_kill_9(place):
+    whole, killed = place / "whole", place / "killed"
+    undisturbed = start(place, "whole")
+
+    first = start(place, "killed", program=("-c", KILL_WHILE_SAVING))
+    first.communicate(timeout=120)
+    assert first.returncode == -signal.SIGKILL
+    steps, checkpoint = state(killed)
+    assert (steps, checkpoint) == ([1, 2, 3], 2)
+    half = killed / ".writing" / "checkpoint-3" / "optimizer.pt"
+    assert half.read_bytes() == b"half"  # there, and not taken for a checkpoint
+
+    second = start(place, "killed", "--resume")
+    until = time.monotonic() + 100
+    while state(killed)[0][-1:] < [5] and time.monotonic() < until:
+        assert second.poll() is None, second.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
+    steps, checkpoint = state(killed)
+    assert steps == list(range(1, len(steps) + 1))
+    assert 5 <= len(steps) < STEPS
+    assert checkpoint in (len(steps), len(steps) - 1)  # nothing lost but the running step
+
+    _, err = finish(start(place, "killed", "--resume"))
+    assert f"resumed from checkpoint-{checkpoint}" in err
+    finish(undisturbed)
+    a, b = (read_log(folder / "train_log.jsonl") for folder in (whole, killed))
+    same = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens")
+    assert len(a) == STEPS
+    for x, y in zip(a, b, strict=True):
+        assert {k: x[k] for k in same} == {k: y[k] for k in same}  # to the bit
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    bad = [(folder / "bad_samples.jsonl").read_text() for folder in (whole, killed)]
+    assert bad[0] == bad[1]
+    assert [json.loads(x)["kind"] for x in bad[0].splitlines()] == ["broken line", "too long"]

@@ -1,0 +1,66 @@
+"""Checkpoints of a model that FSDP2 has sharded: weights as one file, optimizer state in shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["gather_weights", "load_optimizer", "load_weights", "save_optimizer"]
+
+OPTIMIZER = "optimizer"
+
+
+def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """All weights, whole, on the CPU, for the process that keeps them. All processes call it: a
+    weight at a time is gathered."""
+    gathered = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            gathered[name] = whole.detach().cpu().clone()
+    return gathered
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Weights of the safetensors in a folder; each process reads all and keeps its shards."""
+    held = model.state_dict()
+    missing = set(held)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name not in held:
+                    raise ValueError(f"checkpoint: got one of another model ({name})")
+                missing.discard(name)
+                to, value = held[name], file.get_tensor(name)
+                if isinstance(to, DTensor):
+                    value = value.to(to.device, to.dtype)
+                    value = distribute_tensor(
+                        value, to.device_mesh, to.placements, src_data_rank=None
+                    )
+                to.copy_(value)
+    if missing:
+        raise ValueError(f"checkpoint: {folder} lacks {sorted(missing)[0]}")
+
+
+def save_optimizer(model: nn.Module, optimizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Each process writes what it holds; it can be read by another number of processes."""
+    state = get_optimizer_state_dict(model, optimizer)
+    dcp.save(state, checkpoint_id=Path(folder) / OPTIMIZER)
+
+
+def load_optimizer(model: nn.Module, optimizer: Any, folder: str | os.PathLike[str]) -> None:
+    state = get_optimizer_state_dict(model, optimizer)  # the shapes to read into
+    dcp.load(state, checkpoint_id=Path(folder) / OPTIMIZER)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=state)

@@ -1,0 +1,197 @@
+"""Settings of a training run: the recipe's own, and HF's TrainingArguments with its defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+__all__ = ["TrainSettings", "decisive"]
+
+STAGES = ("align", "finetune")
+
+# What both stages take where a configuration says nothing else; names are TrainingArguments'.
+_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03,
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42, "logging_steps": 1,
+    "logging_nan_inf_filter": False, "ddp_find_unused_parameters": False,
+    "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "report_to": "none",
+    "dataloader_num_workers": 2, "log_level": "error",
+}  # fmt: skip
+_STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "align": {"learning_rate": 1e-3, "per_device_train_batch_size": 8},
+    "finetune": {
+        "learning_rate": 1e-5, "per_device_train_batch_size": 1, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+# What the recipe needs to be so.
+_FIXED: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
+# A resumed run may change these; everything else would make it another run.
+_FREE = {
+    "logging_steps", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
+    "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "run_name", "log_level", "probe_files",
+    # Their product, over all processes, is compared instead.
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class TrainSettings:
+    """What a configuration file may say, beside any of `transformers.TrainingArguments`.
+
+    Attributes:
+        stage: "align" or "finetune".
+        train_vision_tower: finetune the layers of the tower that are run, too.
+        projector_learning_rate, vision_learning_rate: where they differ from `learning_rate`.
+        frames: most frames of a video, most pictures of a sample.
+        fps: frames a second of a video that is short enough for it.
+        ratio: raw tokens per VST, one for each window drawn from a list; by default the
+            checkpoint's.
+        max_text_tokens: a sample with more is bad.
+        on_bad_sample: "skip" takes the next sample in order; "stop" ends the run.
+        group_by_length: steps of samples of similar lengths.
+        probe_files: look for all files, and into their headers, before the start.
+        torch_compile: compile norms, MLP and residuals, by `torch_compile_backend`.
+        dtype: of the weights, "float32" or "bfloat16". What learns is float32 under autocast
+            (TrainingArguments' `bf16`) whatever this says.
+        arguments: the TrainingArguments.
+    """
+
+    stage: str
+    train_vision_tower: bool = False
+    projector_learning_rate: float | None = None
+    vision_learning_rate: float | None = None
+    frames: int = 128
+    fps: float = 1.0
+    ratio: int | list[int] | None = None
+    max_text_tokens: int = 8192
+    on_bad_sample: str = "skip"
+    group_by_length: bool = True
+    probe_files: bool = True
+    torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
+    dtype: str = "float32"
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, config: str | os.PathLike[str] | None, stage: str, **overrides: Any) -> Any:
+        """From a YAML or JSON file; `overrides` that are not None go before it.
+
+        Raises:
+            ValueError: the file is no mapping, or a key or value is unknown; it names the key.
+        """
+        given = _read_config(config) if config is not None else {}
+        given |= {key: value for key, value in overrides.items() if value is not None}
+        given["stage"] = stage
+        own = {f.name: f for f in dataclasses.fields(cls) if f.name != "arguments"}
+        theirs = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+        arguments: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
+        for key, value in given.items():
+            if key in _FIXED or key == "output_dir" or (key not in own and key not in theirs):
+                close = difflib.get_close_matches(key, [*own, *theirs], 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                if key in _FIXED or key == "output_dir":
+                    hint = "; the recipe sets it"
+                raise ValueError(f"config: got the key {key!r}, which is no setting{hint}")
+            known = own.get(key) or theirs[key]
+            (settings if key in own else arguments)[key] = _number(known, value)
+        made = cls(**settings, arguments=arguments)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """ValueError for the first value that cannot be."""
+        for name in ("frames", "max_text_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected an integer from 1 on")
+        for name in ("fps", "projector_learning_rate", "vision_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"{name}: got {value!r}, expected a positive number")
+        for name, allowed in (("stage", STAGES), ("on_bad_sample", ("skip", "stop")),
+                              ("dtype", ("float32", "bfloat16"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                want = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {want}")
+        for name in ("train_vision_tower", "group_by_length", "probe_files", "torch_compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        if self.train_vision_tower and self.stage == "align":
+            raise ValueError("train_vision_tower: got true in stage 'align', expected false there")
+
+    def training_arguments(self, output: str) -> TrainingArguments:
+        """HF's arguments: ours where nothing else was said.
+
+        Raises:
+            ValueError: TrainingArguments refuses one.
+        """
+        values = {**_DEFAULTS, **_STAGE_DEFAULTS[self.stage], **self.arguments, **_FIXED}
+        if "bf16" not in values and "fp16" not in values:
+            cuda = torch.cuda.is_available() and not values.get("use_cpu")
+            values["bf16"] = cuda and torch.cuda.is_bf16_supported()
+        _checkpointing(values)
+        if not torch.cuda.is_available() or values.get("use_cpu"):
+            values.setdefault("dataloader_pin_memory", False)
+        if not values["dataloader_num_workers"]:
+            values.pop("dataloader_prefetch_factor", None)
+        try:
+            return TrainingArguments(output_dir=output, **values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config: {error}") from None
+
+
+def _checkpointing(values: dict[str, Any]) -> None:
+    """Gradient checkpointing under the name this release of transformers has for it."""
+    fields = {f.name for f in dataclasses.fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    for old in ("activation", "gradient"):
+        for rest in ("_checkpointing", "_checkpointing_kwargs"):
+            if old != name and old + rest in values:
+                values.setdefault(name + rest, values.pop(old + rest))
+                values.pop(old + rest, None)
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+        values[f"{name}_checkpointing"] = False  # FSDP's own instead, which gathers once less
+    elif values.get(f"{name}_checkpointing"):
+        values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
+
+
+def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        if Path(path).suffix == ".json":
+            value = json.loads(text)
+        else:
+            import yaml
+
+            value = yaml.safe_load(text)
+    except Exception as error:  # YAML's errors share no base with JSON's
+        raise ValueError(f"config: {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"config: {path}: got a {type(value).__name__}, expected keys and values")
+    return value
+
+
+def decisive(settings: TrainSettings) -> dict[str, Any]:
+    """What a resumed run must not change."""
+    values = dataclasses.asdict(settings)
+    arguments = {**_DEFAULTS, **_STAGE_DEFAULTS[settings.stage], **values.pop("arguments")}
+    return {k: v for k, v in {**arguments, **values}.items() if k not in _FREE}
+
+
+def _number(known: Any, value: Any) -> Any:
+    """YAML reads 1e-5 as text."""
+    if isinstance(value, str) and ("float" in str(known.type) or "int" in str(known.type)):
+        try:
+            return float(value) if "." in value or "e" in value.lower() else int(value)
+        except ValueError:
+            return value
+    return value
