@@ -32,6 +32,7 @@ __all__ = [
     "decode_config",
     "family",
     "has_tma",
+    "has_warp_skip",
     "linear_config",
     "prefill_config",
     "split_keys",
@@ -112,7 +113,7 @@ _PREFILL_16 = {
 }
 # float32 is three tf32 products for one (AMD has its own): registers decide. At head_dim 256 no
 # tile was found that does not spill; it is right, and slow.
-_32 = _table((64, (32, 32, 32, 4, 1)), (128, (32, 32, 32, 4, 1)), (256, (32, 16, 16, 4, 1)))
+_32 = _table((64, (32, 32, 32, 4, 1)), (128, (32, 32, 16, 4, 1)), (256, (32, 16, 16, 4, 1)))
 _PREFILL_32 = {
     "cuda:80": _32,
     "cuda:86": _32,
@@ -150,6 +151,11 @@ def _tuned() -> dict[str, list[int]]:
 def has_tma(arch: str) -> bool:
     """Whether blocks of K and V may come by the copy engine: fewer registers and instructions."""
     return family(arch) in ("cuda:90", "cuda:100")
+
+
+def has_warp_skip(arch: str) -> bool:
+    """Whether a warp may jump over rescaling its accumulator: it has to lie in registers."""
+    return family(arch) in ("cuda:80", "cuda:86", "cuda:90")
 
 
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
