@@ -86,8 +86,8 @@ def _table(*entries: tuple[int, tuple[int, int, int, int, int]]) -> dict[int, At
 # By head_dim (up to this many, a power of two), for 16-bit types and for float32.
 _PREFILL_16 = {
     "cuda:80": _table(
-        (64, (128, 128, 32, 8, 2)),
-        (128, (128, 128, 32, 8, 2)),
+        (64, (128, 128, 64, 8, 2)),
+        (128, (128, 128, 64, 8, 2)),
         (256, (64, 64, 32, 8, 2)),
     ),
     "cuda:86": _table(

@@ -102,7 +102,7 @@ def decode_kernel(
         table_ptr = block_table_ptr + i_batch * max_pages
         k_cache_ptr += i_head * kc_head
         v_cache_ptr += i_head * vc_head
-        place = locate(table_ptr, first, offs_n, page_size, max_pages, PAGES)
+        place = locate(table_ptr, first, offs_n, page_size, max_pages, BLOCK_N, PAGES)
         for _start in tl.range(first, full, BLOCK_N):
             k_ptrs = key_ptrs(
                 k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGES), offs_d
@@ -118,6 +118,7 @@ def decode_kernel(
             v = load_rows(v_ptrs, offs_n, 0, HEAD_DIM, False)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         for start in tl.range(full, end, BLOCK_N, num_stages=1):  # at most once
+            place = locate(table_ptr, start, offs_n, page_size, max_pages, BLOCK_N, PAGES)
             k_ptrs = key_ptrs(
                 k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGES), offs_d
             )

@@ -83,7 +83,16 @@ def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> st
     far = block_n * max(k_cache.stride(1), v_cache.stride(1)) > _MOST_INT32
     if (page_size % block_n == 0 or max_pages == 1) and not far:
         return "whole"
-    return "part" if block_n % page_size == 0 else "any"
+    part = block_n % page_size == 0 and _eighths(k_cache) and _eighths(v_cache)
+    return "part" if part else "any"
+
+
+def _eighths(cache: torch.Tensor) -> bool:
+    """Whether keys start at multiples of 8 elements, and 32 bits count to the last of them."""
+    pages, page_size = cache.shape[:2]
+    page, slot = cache.stride()[:2]
+    reach = pages * page + page_size * slot
+    return page % 8 == 0 and slot % 8 == 0 and reach // 8 <= _MOST_INT32
 
 
 def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:

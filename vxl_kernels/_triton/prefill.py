@@ -101,9 +101,9 @@ def prefill_kernel(
         full = cached // BLOCK_N * BLOCK_N
         k_cache_ptr += i_head * kc_head
         v_cache_ptr += i_head * vc_head
-        place = locate(table_ptr, 0, offs_n, page_size, max_pages, PAGES)
+        place = locate(table_ptr, 0, offs_n, page_size, max_pages, BLOCK_N, PAGES)
         for _start in tl.range(0, full, BLOCK_N):
-            _, slot, page = place
+            _, slot, page, _, _ = place
             k_ptrs = key_ptrs(
                 k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGES), offs_d
             )
@@ -118,8 +118,12 @@ def prefill_kernel(
             )
             v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        # Blocks of EDGE_N keys meet pages of other sizes in other ways. program_id(2) is 0: see
+        # the end.
+        ANY: tl.constexpr = "whole" if PAGES == "whole" else "any"
+        offs_e += tl.program_id(2)
         for start in tl.range(full, cached, EDGE_N, num_stages=1):
-            edge = locate(table_ptr, start, offs_e, page_size, max_pages, PAGES)
+            edge = locate(table_ptr, start, offs_e, page_size, max_pages, EDGE_N, ANY)
             k_ptrs = key_ptrs(
                 k_cache_ptr, paged_offset(edge, offs_e, kc_page, kc_slot, PAGES), offs_d
             )

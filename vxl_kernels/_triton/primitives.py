@@ -73,44 +73,61 @@ def page_of(table_ptr, entry, max_pages):
 
 
 @triton.jit
-def locate(table_ptr, start, offs_n, page_size, max_pages, PAGES: tl.constexpr):
-    """Where the cache entries `start + offs_n` lie: (entry in the table, slot in the page, page).
+def locate(table_ptr, start, offs_n, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
+    """Where the cache entries `start + offs_n` lie: (entry in the table, slot in the page, page,
+    the block's spread: entries of the table behind its first [N], and in all).
 
-    PAGES tells how blocks of N keys, which start at multiples of N, meet pages:
+    PAGES tells how blocks of N = BY keys, which start at multiples of N, meet pages:
     "whole"  page_size is a multiple of N: one page a block, so these are scalars, of `start`;
-    "part"   page_size divides N: a vector, but a key's slot is the same in every block;
-    "any"    neither.
+    "part"   page_size divides N: a key's slot and its place behind the block's first entry in the
+             table are the same in every block, and that entry is a scalar;
+    "any"    neither. Blocks may start anywhere, and the spread is of no use.
     """
-    index = start if PAGES == "whole" else start + offs_n
-    entry = index // page_size
-    return entry, index - entry * page_size, page_of(table_ptr, entry, max_pages)
+    if PAGES == "part":
+        entry = start // page_size
+        behind = offs_n // page_size
+        slot = offs_n - behind * page_size
+        page = page_of(table_ptr, entry + behind, max_pages).to(tl.int32)
+        # Divided here: no compiler takes a division out of a loop that may not run at all.
+        return entry, slot, page, behind, BY // page_size
+    else:
+        index = start if PAGES == "whole" else start + offs_n
+        entry = index // page_size
+        page = page_of(table_ptr, entry, max_pages)
+        return entry, index - entry * page_size, page, 0, 0
 
 
 @triton.jit
 def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
-    """`locate` for the block BY entries further on, from that of this block. It divides by
-    page_size only where it must: for "part", once, ahead of the loop."""
-    entry, slot, _ = place
+    """`locate` for the block BY entries further on, from that of this block. If PAGES is "part",
+    a block that does not lie whole in the table is taken for the last that does."""
+    entry, slot, page, behind, spread = place
     if PAGES == "part":
-        entry += BY // page_size
+        entry = tl.minimum(entry + spread, max_pages - spread)
+        page = tl.load(table_ptr + (entry + behind))
     else:
         slot += BY
         pages = (slot >= page_size).to(tl.int32) if PAGES == "whole" else slot // page_size
         entry += pages
         slot -= pages * page_size
-    return entry, slot, page_of(table_ptr, entry, max_pages)
+        page = page_of(table_ptr, entry, max_pages)
+    return entry, slot, page, behind, spread
 
 
 @triton.jit
 def paged_offset(place, offs_n, page_stride, slot_stride, PAGES: tl.constexpr):
     """From the cache's start to each key of a block, in elements, for `key_ptrs`: (what the
     block's keys have in common, 64 bits; what is left for each [N])."""
-    _, slot, page = place
-    offset = page * page_stride + slot.to(tl.int64) * slot_stride
-    if PAGES == "whole":
-        return offset, offs_n * slot_stride
+    _, slot, page, _, _ = place
+    if PAGES == "part":  # the launcher has seen that 32 bits reach every eighth element
+        eighths = page.to(tl.int32) * (page_stride // 8).to(tl.int32) + slot * (slot_stride // 8)
+        return 0, eighths.to(tl.int64) * 8
     else:
-        return 0, offset
+        offset = page * page_stride + slot.to(tl.int64) * slot_stride
+        if PAGES == "whole":
+            return offset, offs_n * slot_stride
+        else:
+            return 0, offset
 
 
 @triton.jit
