@@ -121,8 +121,6 @@ def _attention(
             yield compilation(each, how[0], dtype)
             continue
         how.append(f"BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}")
-        if each.name == "prefill":
-            how.append("split" if each.constexprs["SPLIT"] else "interleaved")
         how.append(f"pages {each.constexprs['PAGES']}" if page_size else "no cache")
         yield compilation(each, " ".join(how), dtype)
 
@@ -180,8 +178,8 @@ def _rope(dtype: torch.dtype, layout: list[int]) -> Compilation:
 def shipped(arch: str) -> list[Compilation]:
     """Every kernel x shipped config for "cuda:80", "cuda:90", "cuda:100" or "hip:gfx942".
 
-    Qwen2-7B's geometry, with other head_dims; both storage orders; pages that hold whole blocks
-    of keys, are parts of one, and no cache at all.
+    Qwen2-7B's geometry, with other head_dims; pages that hold whole blocks of keys, are
+    parts of one, and no cache at all. Both storage orders run the same code.
 
     Raises:
         ValueError: arch has no table in `configs.py`.
@@ -189,12 +187,11 @@ def shipped(arch: str) -> list[Compilation]:
     if arch not in configs.ARCHITECTURES:
         raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(configs.ARCHITECTURES)}")
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    split, interleaved = [_WINDOW, _RATIO, 1, 1], [_WINDOW, _RATIO, 1, 0]
+    split = [_WINDOW, _RATIO, 1, 1]
     attention = [
         # dtype, head_dim, layout, rows, page_size
         (bf16, 128, split, 0, 128),
         (bf16, 128, split, 0, 16),
-        (bf16, 128, interleaved, 0, 128),
         (bf16, 128, split, 0, None),
         (bf16, 64, split, 0, 128),
         (bf16, 256, split, 0, 128),
