@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _cases import Case, Inputs
+from _cases import Case, Inputs, Paged
 from _oracle import Answer
 from _run import Run
 
 import vxl_kernels
+from vxl_kernels import _triton, ops
 
-__all__ = ["backward_answer", "sdpa_backward", "vxl_backward"]
+__all__ = ["backward_answer", "sdpa_backward", "triton_backward", "vxl_backward"]
 
 Forward = Callable[..., torch.Tensor]
 
@@ -55,18 +56,38 @@ def vxl_backward(x: Inputs) -> Run:
     case, layout = x.case, x.case.layout
     paged = x.pages(x.k_seen, x.v_seen)
     grad = _grad_out(case)
-    size = case.geometry.page_size
 
     def forward(q, k, v, k_cache, v_cache):
         table = paged.block_table, paged.cache_lens
         return vxl_kernels.vst_attention(q, k, v, k_cache, v_cache, *table, layout), grad
 
-    def part(grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        slots = torch.arange(x.k_seen.shape[1], device=case.device)
-        at = paged.block_table[:, slots // size].long(), slots % size
-        return _checked_part(case, (*grads[:3], grads[3][at], grads[4][at]))
+    return _run([x.q_rotated, x.k_rotated, x.v, paged.k, paged.v], forward, _paged_part(x, paged))
 
-    return _run([x.q_rotated, x.k_rotated, x.v, paged.k, paged.v], forward, part)
+
+def _paged_part(x: Inputs, paged: Paged) -> Callable:
+    def part(grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        size = x.case.geometry.page_size
+        slots = torch.arange(x.k_seen.shape[1], device=x.case.device)
+        at = paged.block_table[:, slots // size].long(), slots % size
+        return _checked_part(x.case, (*grads[:3], grads[3][at], grads[4][at]))
+
+    return part
+
+
+def triton_backward(x: Inputs) -> Run:
+    """The launches alone, without autograd; under the interpreter too."""
+    case = x.case
+    paged, grad = x.pages(x.k_seen, x.v_seen), _grad_out(case)
+    tensors = x.q_rotated, x.k_rotated, x.v, paged.k, paged.v, paged.block_table, paged.cache_lens
+    how = ops.layout_to_ints(case.layout), case.geometry.head_dim**-0.5
+    out, lse = _triton.kernels().vst_attention(*tensors, *how)
+    grads = grad, torch.zeros_like(lse)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        launcher = _triton.backward_kernels()
+        return launcher.vst_attention_backward(*grads, *tensors, out, lse, *how)
+
+    return Run(call, _paged_part(x, paged))
 
 
 def sdpa_backward(x: Inputs, mask: str) -> Run:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from _backward import sdpa_backward, vxl_backward
+from _backward import sdpa_backward, triton_backward, vxl_backward
 from _cases import Case, Inputs, Paged
 from _gpu_providers import flash_attn, flashinfer
 from _published import published
@@ -273,6 +273,14 @@ BACKWARD = {
     p.name: p
     for p in (
         Provider("vxl", vxl_backward, ("backward",), ours=True, unsupported=_vxl_unsupported),
+        Provider(
+            "triton",
+            triton_backward,
+            ("backward",),
+            devices=("cuda",),
+            ours=True,
+            unsupported=_triton_unsupported,
+        ),
         Provider("sdpa_bool", lambda x: sdpa_backward(x, "bool"), ("backward",)),
         Provider("sdpa_float", lambda x: sdpa_backward(x, "float"), ("backward",)),
     )

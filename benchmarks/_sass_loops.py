@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from _sass_count import MATRIX, Counts, Shape, classify, count
 from _sass_parse import Function, Instruction, Loop, ParseError
 
-__all__ = ["TileLoop", "full_tile_loops", "tile_flops"]
+__all__ = ["TileLoop", "full_tile_loops", "program_rows", "tile_flops"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,21 @@ class TileLoop:
 
 
 def tile_flops(tile: Mapping[str, int]) -> int:
-    """FLOPs of one tile: attention's two products, or one of a linear layer."""
+    """FLOPs of one tile: attention's products (two, or as many as the tile says: a backward pass
+    has three for dQ, four for dK and dV), or one of a linear layer."""
     if "keys" in tile:
-        return 4 * tile["rows"] * tile["keys"] * tile["head_dim"]
+        return _flops_per_score(tile) * tile["rows"] * tile["keys"]
     return 2 * tile["m"] * tile["n"] * tile["k"]
+
+
+def program_rows(tile: Mapping[str, int]) -> int:
+    """What a program keeps and the matrix instructions have as rows: query rows, or where dK and
+    dV are summed (four products) keys."""
+    return tile["keys"] if tile.get("products") == 4 else tile.get("rows", tile.get("m", 128))
+
+
+def _flops_per_score(tile: Mapping[str, int]) -> int:
+    return 2 * tile.get("products", 2) * tile["head_dim"]
 
 
 def _mask_work(instructions: Sequence[Instruction]) -> tuple[int, int]:
@@ -134,7 +145,10 @@ def _tiles(name: str, counts: Counts, tile: Mapping[str, int], warps: int) -> in
             "is not the kernel's, or its products are spread over several loops"
         )
     if "keys" in tile and counts.async_bytes:
-        fetched = counts.async_bytes * warps / (4 * tile["keys"] * tile["head_dim"])
+        walked = tile["rows"] if tile.get("products") == 4 else tile["keys"]
+        fetched = counts.async_bytes * warps / (4 * walked * tile["head_dim"])
+        if "products" in tile:  # LSE and delta of the rows, 4 bytes each, come on top or alone
+            return int(fetched) or flops // wanted
         if fetched != int(fetched) or not fetched:
             raise ParseError(f"{name}: a loop copies the keys of {fetched:g} tiles an iteration")
         return int(fetched)
@@ -167,9 +181,9 @@ def full_tile_loops(
         counts = count(instructions, warp=warp, shapes=_shapes_in(function, blocks, shapes))
         selects, compares = _mask_work(instructions)
         if "keys" in tile:
-            scores = _flops(counts, warps) / (4 * tile["head_dim"]) / (warps * warp)
+            scores = _flops(counts, warps) / _flops_per_score(tile) / (warps * warp)
             masked = compares >= 0.15 * scores and selects >= 0.75 * scores
-            if masked and tile["rows"] >= 64 and element == 2:
+            if masked and element == 2 and ("products" in tile or tile["rows"] >= 64):
                 continue
         tiles = _tiles(function.name, counts, tile, warps) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)

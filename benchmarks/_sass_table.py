@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from _report import _align, _number
+from _sass_loops import program_rows
 from _sass_model import Measured, kv_bytes_per_output
 
 __all__ = ["EXPECTED", "compile_times", "kv_table", "save_json", "table", "violations"]
@@ -118,7 +119,8 @@ def save_json(path: Path, rows: Sequence[Measured]) -> None:
 
 def _compared(r: Measured) -> bool:
     """Attention of full tiles, which the plain kernel is the measure of."""
-    return "keys" in r.tile and r.tile["rows"] >= _ROWS_OF_A_MATRIX_UNIT and r.dtype != "fp32"
+    forward = "keys" in r.tile and "products" not in r.tile
+    return forward and r.tile["rows"] >= _ROWS_OF_A_MATRIX_UNIT and r.dtype != "fp32"
 
 
 def violations(rows: Sequence[Measured]) -> tuple[list[str], list[str]]:
@@ -138,7 +140,7 @@ def violations(rows: Sequence[Measured]) -> tuple[list[str], list[str]]:
             found.append(f"{name}: spills {r.spill_bytes} bytes a thread")
         if not r.dots:
             continue
-        wide_enough = min(r.tile.get("rows", 128), r.tile.get("m", 128)) >= _ROWS_OF_A_MATRIX_UNIT
+        wide_enough = program_rows(r.tile) >= _ROWS_OF_A_MATRIX_UNIT
         kinds = {kind.split(".")[0] for kind in r.matrix}
         if wide_enough and kinds != {EXPECTED[r.target]}:
             found.append(

@@ -91,7 +91,8 @@ def jobs(targets: Sequence[str], wanted: str | None) -> list[Job]:
         for i, k in enumerate(kernels("shipped", arch)):
             if wanted is None or wanted in k.kernel:
                 result.append(("shipped", arch, i, 0, ""))
-                if k.dtype != "fp32" and k.tile.get("keys") and k.tile["rows"] >= 64:
+                forward = "keys" in k.tile and "products" not in k.tile
+                if forward and k.dtype != "fp32" and k.tile["rows"] >= 64:
                     compared.add((k.head_dim, comparable(arch, k.dtype)))
         for head_dim, dtype in sorted(compared):
             count = len(kernels("plain", arch, head_dim, dtype))
@@ -113,7 +114,8 @@ def with_baseline(rows: Sequence[Measured]) -> list[Measured]:
         plain = best.get((r.target, r.head_dim, comparable(r.target, r.dtype)))
         if r.kernel == "plain_flash" and r is not plain:
             continue
-        if plain is not None and r.share_of_peak is not None and "keys" in r.tile:
+        forward = "keys" in r.tile and "products" not in r.tile
+        if plain is not None and r.share_of_peak is not None and forward:
             r = replace(
                 r,
                 baseline=r.share_of_peak / (plain.share_of_peak or 1.0),

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from _gpu_limits import LIMITS, TARGETS
 from _sass_compile import read_resources
 from _sass_count import Counts, Shape, classify, count, matrix_flops, tensor_core_shapes
-from _sass_loops import full_tile_loops
+from _sass_loops import full_tile_loops, program_rows, tile_flops
 from _sass_model import Measured, ctas_per_sm, cycles, kv_bytes_per_output
 from _sass_parse import Instruction, ParseError, read_amdgcn, read_sass
 from _sass_table import save_json, table, violations
@@ -72,6 +72,20 @@ def test_a_loop_in_a_loop_is_the_one_that_counts_and_waiting_is_left_out() -> No
     assert loop.counts.classes["barrier"] == 0
     # the branches in, out and back from the wait
     assert loop.counts.classes["control"] == 3
+
+
+def test_a_backward_tile_has_three_or_four_products() -> None:
+    assert tile_flops({**TILE, "products": 3}) == 6 * 64 * 32 * 16
+    keys = {"rows": 32, "keys": 32, "head_dim": 16, "products": 4}
+    assert tile_flops(keys) == tile_flops(TILE)
+    assert program_rows({**keys, "keys": 128}) == 128  # keys are the products' rows
+    assert program_rows({**TILE, "products": 3}) == 64
+    (loop,) = full_tile_loops(read_sass(KERNEL), keys, warp=32, warps=4)
+    assert loop.useful_flops == tile_flops(keys)
+    # 4-byte copies of the LSE are no keys
+    text = sass(".L_a:", "LDGSTS.E [R1], [R2.64]", *QK_AND_PV, "@P0 BRA `(.L_a)", "EXIT")
+    (loop,) = full_tile_loops(read_sass(text), keys, warp=32, warps=4)
+    assert (loop.tiles, loop.repeated) == (1, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ SAMPLE = (
     "merge bf16",
     "linear bf16",
     "rope_append bf16",
+    "delta bf16",
+    "backward_q bf16",
+    "backward_own bf16",
+    "backward_cache bf16",
+    "sum_pages bf16",
 )
 
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
@@ -72,8 +77,8 @@ def test_machine_code(arch, tmp_path):
         else:
             code = sass(done.asm["cubin"], tmp_path / "a.cubin")
             opcodes = Counter(re.findall(r"\b(LDL|STL)\b", code))
-            # The tiles were chosen with 3.9; 3.6 spills 14 registers of one of them on sm_80.
-            if TRITON >= (3, 9):
+            # Triton 3.6 keeps a few registers of the float32 tile on the stack, on sm_80.
+            if TRITON >= (3, 9) or e.dtype != "fp32":
                 assert not opcodes, f"{name}: {opcodes}"
         if "dot" in done.asm["ttir"]:
             # Few rows leave the wide instructions of sm_90 and sm_100 empty: HMMA serves there.

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from vxl_kernels import ChunkLayout, reference, rope_append, vst_attention, vst_linear
-from vxl_kernels.testing import check_attention, inverse_frequencies, make_inputs, poisoned_memory
+from vxl_kernels.testing import (
+    check_attention,
+    check_gradients,
+    inverse_frequencies,
+    make_inputs,
+    poisoned_memory,
+)
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,13 +203,41 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(attend(far)[0], out)
 
 
-def test_gradients_recompute_the_reference():
-    inputs = on_gpu(make_inputs((20,), ChunkLayout(40, 4), heads=4, kv_heads=2, head_dim=32))
-    cache = (inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num(), *inputs.args()[5:])
-    grads = []
-    for backend in ("triton", "reference"):
-        leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-        out = vst_attention(*leaves, *cache, backend=backend)
-        grads.append(torch.autograd.grad(out.sum(), leaves))
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+GRADIENT_SHAPES = [
+    {"cache_lens": (14,), "layout": ChunkLayout(720, 8, 4), "page_size": 512},
+    {"cache_lens": (100, 9), "layout": ChunkLayout(301, 4, 2), "page_size": 48},
+    {"cache_lens": (100,), "layout": ChunkLayout(500, 2, 2, "interleaved"), "page_size": 1024},
+    {"cache_lens": (700, 0), "rows": 200, "page_size": 64},
+]
+
+
+def gradients(inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs.args()[:5]]
+    out, lse = vst_attention(*leaves, *inputs.args()[5:], return_lse=True, backend="triton")
+    generator = torch.Generator("cuda").manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator, device="cuda")
+    return grad_out, grad_lse, torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES)
+def test_gradients(shape, head_dim, dtype):
+    inputs = make_inputs(**shape, heads=6, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    inputs = on_gpu(inputs)
+    with poisoned_memory():
+        grad_out, grad_lse, grads = gradients(inputs)
+    check_gradients(inputs, grad_out, grad_lse, grads)
+    for first, second in zip(grads, gradients(inputs)[2], strict=True):
+        assert torch.equal(first, second)
+
+
+def test_gradients_synchronise_nothing():
+    inputs = on_gpu(make_inputs((14,), ChunkLayout(360, 8, 2), **QWEN, dtype=torch.bfloat16))
+    gradients(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -12,7 +12,12 @@ FOLDER = Path(__file__).parent / "triton_interpreter"
 # Shares of about equal length: one for each core of a small machine.
 SHARES = {
     "attention": ["test_triton_attention.py"],
-    "rest": [p.name for p in sorted(FOLDER.glob("test_*.py")) if "attention" not in p.name],
+    "backward": ["test_triton_backward.py"],
+    "rest": [
+        p.name
+        for p in sorted(FOLDER.glob("test_*.py"))
+        if p.name not in ("test_triton_attention.py", "test_triton_backward.py")
+    ],
     "model": ["../test_model_parity.py"],
 }
 ONLY = {"model": ["-k", "triton"]}

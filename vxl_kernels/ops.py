@@ -7,6 +7,7 @@ but the compiled CPU extension, which registers its own kernels for the CPU key.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -248,8 +249,9 @@ def _reference_attention_backward(
     return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
 
 
-_REFERENCE = {
+_REFERENCE: dict[str, Callable] = {
     "vst_attention": _reference_attention,
+    "vst_attention_backward": _reference_attention_backward,
     "rope_append": _reference_rope,
     "rope_append_": _reference_rope_,
 }
@@ -268,11 +270,12 @@ def _install_reference(key: str, device: str, reason: str) -> None:
 
 
 # Which arguments an op of `_REFERENCE` writes.
-_WRITTEN = {"vst_attention": (), "rope_append": (3, 4), "rope_append_": (0, 1, 3, 4)}
+_WRITTEN = {"rope_append": (3, 4), "rope_append_": (0, 1, 3, 4)}
 
 
 def _install_triton(name: str) -> None:
     """The Triton kernel under the CUDA key, looked up when it is called."""
+    module = _triton.backward_kernels if name.endswith("_backward") else _triton.kernels
 
     def call(*args):
         reasons = _triton.reasons(args[0])
@@ -280,8 +283,8 @@ def _install_triton(name: str) -> None:
             _warn_once("CUDA", "; ".join(reasons))
             return _REFERENCE[name](*args)
         with torch.cuda.device(args[0].device):
-            result = getattr(_triton.kernels(), name)(*args)
-        if _WRITTEN[name]:
+            result = getattr(module(), name)(*args)
+        if name in _WRITTEN:
             torch.autograd.graph.increment_version([args[i] for i in _WRITTEN[name]])
         return result
 
@@ -291,7 +294,8 @@ def _install_triton(name: str) -> None:
 if _ext.extension is None:
     _install_reference("CPU", "CPU", f"extension not loaded: {_ext.reason_missing}")
 for _name in _REFERENCE:
-    if _name == "vst_attention" or not _ext.has_cuda:  # else the extension has registered it
+    # rope_append: else the extension has registered it
+    if _name.startswith("vst_attention") or not _ext.has_cuda:
         _install_triton(_name)
 
 
@@ -301,6 +305,3 @@ def _triton_linear(x, *args):
 
 
 _library.impl("vst_linear_one_launch", _triton_linear, "CUDA")
-_library.impl("vst_attention_backward", _reference_attention_backward, "CUDA")
-if _ext.extension is None:
-    _library.impl("vst_attention_backward", _reference_attention_backward, "CPU")

@@ -31,6 +31,9 @@ CASES = {
     "no whole group": {"cache_lens": (64,), "layout": ChunkLayout(71, 71), "heads": 6},
     "tiny": {"cache_lens": (0, 1), "layout": ChunkLayout(1, 1), "heads": 2, "kv_heads": 2},
     "text": {"cache_lens": (40, 0), "rows": 70, "page_size": 16, "dtype": HALF},
+    # Maxima that move by less than the pivot's slack of 8 and by more; sharp in float32.
+    "sharp": {"cache_lens": (90, 0), "layout": SPLIT, "spread": 12.0, "dtype": HALF},
+    "sharp, float32": {"cache_lens": (90, 0), "layout": INTERLEAVED, "spread": 6.0},
     "one page a sequence": {"cache_lens": (90,), "rows": 50, "page_size": 200},
     "decode, whole pages": {"cache_lens": (300, 0, 63), "rows": 1, "heads": 14, "page_size": 64},
     "decode, parts": {"cache_lens": (130, 64), "rows": 3, "page_size": 16, "dtype": HALF},

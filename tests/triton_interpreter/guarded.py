@@ -14,11 +14,19 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import triton
 import triton.language as tl
+from backward_cases import CASES as BACKWARD_CASES
+from backward_cases import SMALL, backward
+from backward_cases import call as backward_call
 from cases import CASES, attend, call
 
 from vxl_kernels import ChunkLayout, rope_append, vst_linear
-from vxl_kernels._triton import configs, launch, primitives
-from vxl_kernels.testing import check_attention, inverse_frequencies, make_inputs
+from vxl_kernels._triton import configs, launch, launch_backward, primitives
+from vxl_kernels.testing import (
+    check_attention,
+    check_gradients,
+    inverse_frequencies,
+    make_inputs,
+)
 
 END = sys.argv[1] == "end"
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,7 +74,8 @@ def main() -> None:
     configs.prefill_config = configs.decode_config = lambda *args: small
     configs.linear_config = lambda *args: configs.LinearConfig(32, 16, 16, 2, 4, 2)
     configs.split_keys = lambda lanes: 64 if lanes <= 32 else None
-    launch.torch = GuardedTorch()
+    configs.backward_config = lambda *args: SMALL
+    launch.torch = launch_backward.torch = GuardedTorch()
     if "broken" in sys.argv:
         primitives.page_of = unclamped_page_of
     names = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens")
@@ -75,6 +84,12 @@ def main() -> None:
         # Entries of the table behind the length are as free as its memory: nothing valid.
         x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
         check_attention(x, *attend(x))
+    for name in ("split, odd pages and head", "many chunks", "text"):
+        assert name in BACKWARD_CASES
+        x = backward_call(name)
+        x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
+        grads = guard(torch.randn(x.q.shape).to(x.q.dtype)), guard(torch.randn(*x.q.shape[:3])).mT
+        check_gradients(x, *grads, backward(x, grads)[2])
     for layout in (None, ChunkLayout(7, 2, 2), ChunkLayout(7, 2, 1, "interleaved")):
         x = make_inputs((5, 0), layout, rows=3, heads=6, head_dim=20, page_size=4)
         x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})

@@ -48,10 +48,24 @@ def one_less_cached(cache_lens_ptr, i_batch, page_size, max_pages):
 
 
 @triton.jit
-def no_rescaling(scores, scale, pivot, total, acc):
+def no_rescaling(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.constexpr):  # noqa: N803
     new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_pivot[:, None])
-    return weights, new_pivot, total + tl.sum(weights, 1), acc
+    return weights, new_pivot, total + tl.sum(weights, 1)[:, None] / total.shape[1], acc
+
+
+@triton.jit
+def first_pivot(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.constexpr):  # noqa: N803
+    """Never follows the maximum: float16's weights overflow."""
+    new_pivot = tl.where(pivot == float("-inf"), tl.max(scores, 1) * scale, pivot)
+    weights = tl.exp2(scores * scale - new_pivot[:, None])
+    return weights, new_pivot, total + tl.sum(weights, 1)[:, None] / total.shape[1], acc
+
+
+@triton.jit
+def rescales_late(acc, shrink, SKIP: tl.constexpr):  # noqa: N803
+    """As if a warp jumped over the rescaling while a row's pivot moves a little."""
+    return tl.where(shrink[:, None] > 2.0**-9, acc, acc * shrink[:, None])
 
 
 MISTAKES = [
@@ -67,6 +81,9 @@ MISTAKES = [
     (decode, "cached_entries", one_less_cached, "decode, whole pages"),
     (primitives, "_softmax_step", no_rescaling, "text"),
     (primitives, "_softmax_step", no_rescaling, "decode, whole pages"),
+    (primitives, "_softmax_step", no_rescaling, "sharp"),
+    (primitives, "_softmax_step", first_pivot, "sharp"),
+    (primitives, "_rescale", rescales_late, "sharp"),
 ]
 
 

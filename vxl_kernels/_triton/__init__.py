@@ -1,9 +1,9 @@
 """The Triton kernels. Importing this loads neither triton nor them: `reasons` and `kernels` do.
 
 primitives.py  what kernels share: rows and positions, pages, the softmax step
-prefill.py decode.py linear.py rope.py   the kernels
+prefill.py decode.py backward.py linear.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
-launch.py      tensors -> launches, without reading a tensor's values
+launch.py launch_backward.py   tensors -> launches, without reading a tensor's values
 catalog.py     what is shipped, for compiling ahead of time
 """
 
@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["architecture", "kernels", "one_wave", "reasons"]
+__all__ = ["architecture", "backward_kernels", "interpreted", "kernels", "one_wave", "reasons"]
 
 _OLDEST = (3, 6)
 _MOST_BATCH = 65535  # the grid's second axis
@@ -43,7 +43,12 @@ def kernels() -> ModuleType:
     return importlib.import_module(".launch", __name__)
 
 
-def _interpreted() -> bool:
+def backward_kernels() -> ModuleType:
+    """The launcher of gradients, `launch_backward.py`."""
+    return importlib.import_module(".launch_backward", __name__)
+
+
+def interpreted() -> bool:
     """Whether the kernels were loaded under TRITON_INTERPRET=1, for the CPU."""
     triton = importlib.import_module("triton")
     return not isinstance(kernels().prefill_kernel, triton.JITFunction)
@@ -62,9 +67,9 @@ def reasons(x: torch.Tensor | None) -> list[str]:
     missing = _missing()
     if missing:
         return [missing]
-    interpreted = _interpreted()
+    on_cpu = interpreted()
     if x is None:
-        if interpreted or torch.cuda.is_available():
+        if on_cpu or torch.cuda.is_available():
             return []
         return ["there is no GPU (and TRITON_INTERPRET=1 was not set for the interpreter)"]
     found = []
@@ -73,11 +78,11 @@ def reasons(x: torch.Tensor | None) -> list[str]:
         found += [too_old] if too_old else []
     elif x.device.type != "cpu":
         found.append(f"tensors are on {x.device}")
-    elif not interpreted:
+    elif not on_cpu:
         found.append("tensors are on the CPU (and TRITON_INTERPRET=1 was not set)")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         found.append(f"dtype {x.dtype} is not float32, float16 or bfloat16")
-    elif x.dtype == torch.bfloat16 and interpreted:
+    elif x.dtype == torch.bfloat16 and on_cpu:
         found.append("Triton's interpreter computes products of bfloat16 wrongly")
     if x.dim() and x.shape[0] > _MOST_BATCH:
         found.append(f"batch {x.shape[0]} is larger than {_MOST_BATCH}")

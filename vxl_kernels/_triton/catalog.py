@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, launch
+from . import configs, launch, launch_backward
 
 __all__ = ["Compilation", "compilation", "shipped"]
 
@@ -121,10 +121,35 @@ def _attention(
             yield compilation(each, how[0], dtype)
             continue
         how.append(f"BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}")
-        if each.name == "prefill":
-            how.append("split" if each.constexprs["SPLIT"] else "interleaved")
         how.append(f"pages {each.constexprs['PAGES']}" if page_size else "no cache")
         yield compilation(each, " ".join(how), dtype)
+
+
+def _backward(
+    arch: str, dtype: torch.dtype, head_dim: int, page_size: int | None
+) -> Iterator[Compilation]:
+    """Four chunks of a sequence, as in training, over one page (None) or over small ones."""
+    layout = [_WINDOW, _RATIO, 4, 1]
+    rows = 4 * (_WINDOW + _WINDOW // _RATIO)
+    q = _empty(1, rows, _HEADS, head_dim, dtype=dtype)
+    k = _empty(1, rows, _KV_HEADS, head_dim, dtype=dtype)
+    pages = _empty(
+        1 if page_size is None else 512, page_size or 1024, _KV_HEADS, head_dim, dtype=dtype
+    )
+    table = _empty(1, 1 if page_size is None else 64, dtype=torch.int32)
+    lens, lse = _empty(1, dtype=torch.int32), _empty(1, _HEADS, rows, dtype=torch.float32)
+    planned, _ = launch_backward.plan_attention_backward(
+        q, lse, q, k, k, pages, pages, table, lens, q, lse, layout, 1.0, arch
+    )
+    for each in planned:
+        tile, how = each.tile, f"{_TYPES[dtype]} d{head_dim}"
+        if "keys" in tile:
+            how += f" BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}"
+        if each.name == "backward_q":
+            how += " pages whole" if each.constexprs["WHOLE"] else " pages any"
+        elif page_size is not None:
+            continue  # the same again
+        yield compilation(each, how, dtype)
 
 
 def _linear(arch: str, dtype: torch.dtype) -> Compilation:
@@ -153,8 +178,8 @@ def _rope(dtype: torch.dtype, layout: list[int]) -> Compilation:
 def shipped(arch: str) -> list[Compilation]:
     """Every kernel x shipped config for "cuda:80", "cuda:90", "cuda:100" or "hip:gfx942".
 
-    Qwen2-7B's geometry, with other head_dims; both storage orders; pages that hold whole blocks
-    of keys, are parts of one, and no cache at all.
+    Qwen2-7B's geometry, with other head_dims; pages that hold whole blocks of keys, are
+    parts of one, and no cache at all. Both storage orders run the same code.
 
     Raises:
         ValueError: arch has no table in `configs.py`.
@@ -162,12 +187,11 @@ def shipped(arch: str) -> list[Compilation]:
     if arch not in configs.ARCHITECTURES:
         raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(configs.ARCHITECTURES)}")
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    split, interleaved = [_WINDOW, _RATIO, 1, 1], [_WINDOW, _RATIO, 1, 0]
+    split = [_WINDOW, _RATIO, 1, 1]
     attention = [
         # dtype, head_dim, layout, rows, page_size
         (bf16, 128, split, 0, 128),
         (bf16, 128, split, 0, 16),
-        (bf16, 128, interleaved, 0, 128),
         (bf16, 128, split, 0, None),
         (bf16, 64, split, 0, 128),
         (bf16, 256, split, 0, 128),
@@ -180,6 +204,16 @@ def shipped(arch: str) -> list[Compilation]:
         (fp32, 128, [], 1, 128),
     ]
     entries = [entry for call in attention for entry in _attention(arch, *call)]
+    backward = [
+        # dtype, head_dim, page_size
+        (bf16, 128, None),
+        (bf16, 128, 16),
+        (bf16, 64, None),
+        (bf16, 256, None),
+        (fp16, 128, None),
+        (fp32, 128, None),
+    ]
+    entries += [entry for call in backward for entry in _backward(arch, *call)]
     entries += [_linear(arch, dtype) for dtype in (bf16, fp16, fp32)]
     entries += [_rope(bf16, split), _rope(bf16, []), _rope(fp32, split)]
     return list({(e.kernel, e.config): e for e in entries}.values())

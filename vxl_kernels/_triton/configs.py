@@ -5,15 +5,15 @@ How they were chosen: compiled for each target and read as machine code, for no 
 and few instructions beside the matrix ones in the loop of unmasked tiles. For prefill at head_dim
 128, bf16, instructions of a warp per 128 x 128 scores and 8 warps, Triton 3.9:
 
-    sm_80   128 x 128: 647         128 x 64: 770, at three stages 832
-    sm_90   128 x 128 by TMA: 519  by threads: 567; 128 x 64: 748 by threads
-    sm_100  128 x 128 by TMA: 470  by threads: 502; 128 x 64: 724 by threads
+    sm_80   128 x 128: 555         128 x 64: 668
+    sm_90   128 x 128 by TMA: 457  128 x 64 by TMA: 622 (before: by threads 567 and 748)
+    sm_100  128 x 128 by TMA: 473  by threads: 502; 128 x 64: 724 by threads
 
 4 warps spill on all of them; at head_dim 256 8 warps repeat products on sm_90 (0.83 of a plain
 kernel's share of peak, 4 warps 0.98). A wider block of keys rescales the accumulator less
 often. EDGE_N, the block where masks are needed, is small for less masked waste and fewer
-registers. Pages of at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost a tenth
-more on sm_80, a fifth on sm_90 and sm_100, where TMA cannot follow. Two blocks of 64, each from
+registers. Pages of at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost 1 % more
+on sm_80, 6 % on sm_90 and a tenth on sm_100, where TMA cannot follow. Two blocks of 64, each from
 a page of its own, in one step were no better (614 on sm_90).
 """
 
@@ -28,10 +28,15 @@ from pathlib import Path
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
+    "BackwardConfig",
+    "KeysConfig",
     "LinearConfig",
+    "RowsConfig",
+    "backward_config",
     "decode_config",
     "family",
     "has_tma",
+    "has_warp_skip",
     "linear_config",
     "prefill_config",
     "split_keys",
@@ -53,6 +58,36 @@ class AttentionConfig:
     edge_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class RowsConfig(AttentionConfig):
+    """Of dQ. hoist: whether the compiler may work out before a loop what the loop does not change;
+    such values take registers."""
+
+    hoist: bool = True
+
+
+@dataclass(frozen=True)
+class KeysConfig:
+    """Of dK and dV: BLOCK_N keys of a program against blocks of BLOCK_M query rows, EDGE_M where
+    masked (BLOCK_M where the copy engine brings them)."""
+
+    block_n: int
+    block_m: int
+    edge_m: int
+    num_warps: int
+    num_stages: int
+    hoist: bool = True
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """`dkv_kernel` has two: for the call's own keys, and for the cache's."""
+
+    dq: RowsConfig
+    own: KeysConfig
+    cached: KeysConfig
 
 
 @dataclass(frozen=True)
@@ -85,8 +120,8 @@ def _table(*entries: tuple[int, tuple[int, int, int, int, int]]) -> dict[int, At
 # By head_dim (up to this many, a power of two), for 16-bit types and for float32.
 _PREFILL_16 = {
     "cuda:80": _table(
-        (64, (128, 128, 32, 8, 2)),
-        (128, (128, 128, 32, 8, 2)),
+        (64, (128, 128, 64, 8, 2)),
+        (128, (128, 128, 64, 8, 2)),
         (256, (64, 64, 32, 8, 2)),
     ),
     "cuda:86": _table(
@@ -112,7 +147,7 @@ _PREFILL_16 = {
 }
 # float32 is three tf32 products for one (AMD has its own): registers decide. At head_dim 256 no
 # tile was found that does not spill; it is right, and slow.
-_32 = _table((64, (32, 32, 32, 4, 1)), (128, (32, 32, 32, 4, 1)), (256, (32, 16, 16, 4, 1)))
+_32 = _table((64, (32, 32, 32, 4, 1)), (128, (32, 32, 16, 4, 1)), (256, (32, 16, 16, 4, 1)))
 _PREFILL_32 = {
     "cuda:80": _32,
     "cuda:86": _32,
@@ -126,6 +161,56 @@ _PREFILL_32 = {
         (64, (64, 32, 32, 8, 2)), (128, (64, 32, 32, 8, 2)), (256, (32, 16, 16, 4, 1))
     ),
 }
+
+
+def _backward(*entries: tuple) -> dict[int, BackwardConfig]:
+    """Entries (head_dim, dq, own[, cached: else as own])."""
+    return {
+        block_d: BackwardConfig(RowsConfig(*dq), KeysConfig(*keys[0]), KeysConfig(*keys[-1]))
+        for block_d, dq, *keys in entries
+    }
+
+
+# Gradients, chosen as above: where a tile could be larger, the next one spills or repeats products.
+# sm_90's wgmma takes 64 keys or more, which at head_dim 256 do not fit the registers: 32 keys go
+# through mma.sync. Without hoisting, sm_80 would spill kilobytes (dQ), sm_90 needs it to be off.
+_BACKWARD_16 = {
+    "cuda:80": _backward(
+        (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        (128, (128, 64, 32, 8, 2), (64, 128, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 64, 32, 8, 1)),
+    ),
+    "cuda:86": _backward(
+        (64, (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        (128, (128, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+        (256, (32, 32, 32, 4, 1), (32, 32, 32, 8, 1)),
+    ),
+    "cuda:90": _backward(
+        (64, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2, False), (128, 32, 32, 8, 2)),
+        (256, (64, 64, 32, 4, 1, False), (32, 64, 64, 8, 2)),
+    ),
+    "cuda:100": _backward(
+        (64, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (128, (128, 128, 32, 8, 2), (128, 64, 64, 8, 2)),
+        (256, (64, 64, 32, 8, 1), (64, 64, 64, 8, 1)),
+    ),
+    "hip:gfx942": _backward(
+        (64, (128, 64, 32, 4, 1), (128, 32, 32, 4, 1)),
+        (128, (128, 32, 32, 4, 1), (128, 32, 32, 4, 1)),
+        (256, (32, 32, 32, 4, 1), (64, 16, 16, 4, 1)),
+    ),
+}
+_BACKWARD_32 = _backward(
+    (64, (32, 16, 16, 4, 1), (32, 32, 32, 4, 1)),
+    (128, (16, 32, 32, 4, 1), (16, 16, 16, 4, 1)),
+    (256, (16, 16, 16, 4, 1), (16, 16, 16, 4, 1)),
+)
+
+
+def backward_config(arch: str, block_d: int, itemsize: int) -> BackwardConfig:
+    table = _BACKWARD_16[family(arch)] if itemsize == 2 else _BACKWARD_32
+    return table[max(block_d, 64)]
 
 
 def tuning_key() -> str:
@@ -150,6 +235,11 @@ def _tuned() -> dict[str, list[int]]:
 def has_tma(arch: str) -> bool:
     """Whether blocks of K and V may come by the copy engine: fewer registers and instructions."""
     return family(arch) in ("cuda:90", "cuda:100")
+
+
+def has_warp_skip(arch: str) -> bool:
+    """Whether a warp may jump over rescaling its accumulator: it has to lie in registers."""
+    return family(arch) in ("cuda:80", "cuda:86", "cuda:90")
 
 
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:

@@ -15,6 +15,7 @@ import triton.language as tl
 from .primitives import (
     advance,
     cached_entries,
+    key_ptrs,
     load_rows,
     locate,
     paged_offset,
@@ -68,7 +69,7 @@ def decode_kernel(
     q = load_rows(q_ptrs, offs_row, rows, HEAD_DIM, False)
 
     pivot = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, 1], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if i_split == 0:
@@ -79,7 +80,18 @@ def decode_kernel(
             offs_key = (start + offs_n).to(tl.int64)[:, None]
             k = load_rows(k_ptr + offs_key * k_row + offs_d, start + offs_n, end, HEAD_DIM, True)
             weights, pivot, total, acc = score_block(
-                q, k, start + offs_n, offs_row + 1, scale, pivot, total, acc, True, PRECISION
+                q,
+                k,
+                start + offs_n,
+                offs_row + 1,
+                scale,
+                pivot,
+                total,
+                acc,
+                True,
+                PRECISION,
+                0.0,
+                0,
             )
             v = load_rows(v_ptr + offs_key * v_row + offs_d, start + offs_n, end, HEAD_DIM, True)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -90,28 +102,38 @@ def decode_kernel(
         table_ptr = block_table_ptr + i_batch * max_pages
         k_cache_ptr += i_head * kc_head
         v_cache_ptr += i_head * vc_head
-        place = locate(table_ptr, first, offs_n, page_size, max_pages, PAGES)
+        place = locate(table_ptr, first, offs_n, page_size, max_pages, BLOCK_N, PAGES)
         for _start in tl.range(first, full, BLOCK_N):
-            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
-            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
+            k_ptrs = key_ptrs(
+                k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGES), offs_d
+            )
+            v_ptrs = key_ptrs(
+                v_cache_ptr, paged_offset(place, offs_n, vc_page, vc_slot, PAGES), offs_d
+            )
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
             k = load_rows(k_ptrs, offs_n, 0, HEAD_DIM, False)
             weights, pivot, total, acc = score_block(
-                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, 0.0, 0
             )
             v = load_rows(v_ptrs, offs_n, 0, HEAD_DIM, False)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         for start in tl.range(full, end, BLOCK_N, num_stages=1):  # at most once
-            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
-            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
+            place = locate(table_ptr, start, offs_n, page_size, max_pages, BLOCK_N, PAGES)
+            k_ptrs = key_ptrs(
+                k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGES), offs_d
+            )
+            v_ptrs = key_ptrs(
+                v_cache_ptr, paged_offset(place, offs_n, vc_page, vc_slot, PAGES), offs_d
+            )
             k = load_rows(k_ptrs, start + offs_n, end, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + end
             weights, pivot, total, acc = score_block(
-                q, k, start + offs_n, bound, scale, pivot, total, acc, True, PRECISION
+                q, k, start + offs_n, bound, scale, pivot, total, acc, True, PRECISION, 0.0, 0
             )
             v = load_rows(v_ptrs, start + offs_n, end, HEAD_DIM, True)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
+    total = tl.sum(total, 1)
     stored = first_lane + tl.arange(0, BLOCK_M) <= last_lane
     in_dims = offs_d < HEAD_DIM
     offs_part = ((i_batch * splits + i_split) * rows + offs_row) * (KV_HEADS * GROUP) + offs_head

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import architecture, configs
+from . import architecture, configs, interpreted
 from .decode import decode_kernel, merge_kernel
 from .linear import linear_kernel
 from .prefill import prefill_kernel
@@ -83,7 +83,16 @@ def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> st
     far = block_n * max(k_cache.stride(1), v_cache.stride(1)) > _MOST_INT32
     if (page_size % block_n == 0 or max_pages == 1) and not far:
         return "whole"
-    return "part" if block_n % page_size == 0 else "any"
+    part = block_n % page_size == 0 and _eighths(k_cache) and _eighths(v_cache)
+    return "part" if part else "any"
+
+
+def _eighths(cache: torch.Tensor) -> bool:
+    """Whether keys start at multiples of 8 elements, and 32 bits count to the last of them."""
+    pages, page_size = cache.shape[:2]
+    page, slot = cache.stride()[:2]
+    reach = pages * page + page_size * slot
+    return page % 8 == 0 and slot % 8 == 0 and reach // 8 <= _MOST_INT32
 
 
 def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
@@ -167,9 +176,8 @@ def plan_attention(
     group = heads // k.shape[2]
     out = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
-    # The kernels' offsets are 32 bits wide within a block of keys, interleaved within a chunk.
-    reach = 128 if not layout or layout[3] else layout[0] + layout[0] // layout[1]
-    q, k, v = (_dense_heads(x, reach) for x in (q, k, v))
+    # The kernels' offsets are 32 bits wide within a block of keys.
+    q, k, v = (_dense_heads(x, 128) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_lens)
     each = configs.split_keys(rows * group) if not layout else None
     if 0 in (batch, rows):
@@ -210,18 +218,32 @@ def _tile(config: configs.AttentionConfig, constexprs: dict) -> dict[str, int]:
     }
 
 
+def _softmax_constants(arch: str, config, block_d: int, itemsize: int) -> dict[str, Any]:
+    """Constants of `primitives._softmax_step`. In the interpreter the pivot moves as seldom as on
+    a GPU, and every block is multiplied. float32 would spill."""
+    if not configs.has_warp_skip(arch):
+        return {"SLACK": 0.0, "SKIP": 0, "PARTS": 1}
+    each = config.block_m * block_d // (32 * config.num_warps)
+    skip = 0 if interpreted() or itemsize == 4 else min(each, 64)
+    parts = 8 if configs.family(arch) == "cuda:90" else 1
+    return {"SLACK": 8.0, "SKIP": skip, "PARTS": parts}
+
+
 def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list[Launch]:
     batch, rows = q.shape[:2]
     arguments, constexprs = _shared(q, k, cache, config, arch)
     window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
-    constexprs["SPLIT"] = split == 1
+    kept = window // ratio
+    if not split:  # rows in the order of their positions are a chunk of raw tokens alone
+        window, ratio = window + kept, _NEVER
     constexprs["EDGE_N"] = config.edge_n
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
-    arguments |= {"scale": scale, "window": window, "ratio": ratio, "chunks": chunks}
+    arguments |= {"scale": scale, "window": window, "ratio": ratio, "kept": kept, "chunks": chunks}
     arguments |= _row_strides(q=q, k=k, v=v)
     descriptors = _descriptors(k, v, cache[0], cache[1], constexprs, arch)
     constexprs["TMA"] = descriptors["k_desc"] is not None
+    constexprs |= _softmax_constants(arch, config, constexprs["BLOCK_D"], q.element_size())
     arguments |= descriptors
     lanes = (window + window // ratio) * constexprs["GROUP"]
     tiles = -(-lanes // config.block_m)

@@ -12,9 +12,9 @@ What a row sees is three runs of keys, each from its start up to a bound:
 
 Bounds are computed from positions once per program. Blocks of keys below the smallest bound of
 the tile need no mask: they run in loops of their own, which hold nothing but loads, products
-and the softmax. In split order each run is contiguous in memory, so positions cost these loops
-nothing; one run in position order would divide by the ratio for every key. Both storage orders
-take keys in the same order: same bits.
+and the softmax. Each run is contiguous in memory, so positions cost these loops nothing: in split
+order by itself. Interleaved, the launcher hands over a chunk of raw tokens alone, in the order
+of their positions; only `kept`, what a chunk adds to the cache, tells that it has VSTs.
 """
 
 import triton
@@ -23,6 +23,7 @@ import triton.language as tl
 from .primitives import (
     advance,
     cached_entries,
+    key_ptrs,
     load_block,
     load_rows,
     locate,
@@ -37,7 +38,7 @@ from .primitives import (
 __all__ = ["prefill_kernel"]
 
 # Data, not code: no length may lead to another compilation.
-_LENGTHS = ["window", "ratio", "chunks", "page_size", "max_pages"]
+_LENGTHS = ["window", "ratio", "kept", "chunks", "page_size", "max_pages"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -46,18 +47,21 @@ def prefill_kernel(
     k_desc, v_desc, k_cache_desc, v_cache_desc, out_ptr, lse_ptr, scale,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
-    window, ratio, chunks, page_size, max_pages,
+    window, ratio, kept, chunks, page_size, max_pages,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_CACHE: tl.constexpr, PAGES: tl.constexpr,
-    SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_CACHE: tl.constexpr, PAGES: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EDGE_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SLACK: tl.constexpr, SKIP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles * chunks * KV_HEADS, batch). `*_batch` etc. are strides in elements.
 
     PAGES: how blocks of keys meet pages, see `locate`. SAME_STRIDES: v and v_cache have the
     strides of k and k_cache. EDGE_N: keys in a block that needs a mask, a part of BLOCK_N:
     less is masked for nothing, and the masks take fewer registers. TMA: full blocks come by
-    the copy engine, through the descriptors (batch or page, head, row, head_dim).
+    the copy engine, through the descriptors (batch or page, head, row, head_dim). SLACK, SKIP:
+    see `_softmax_step`. PARTS: sums of a row's weights are kept in this many parts, that meet
+    behind the loops: as many as the lanes that share a row leave apart.
     """
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
@@ -76,7 +80,7 @@ def prefill_kernel(
     offs_lane = tl.minimum(first_lane + tl.arange(0, BLOCK_M), last_lane)
     position = offs_lane // GROUP
     offs_head = i_head * GROUP + offs_lane % GROUP
-    offs_row = query_row(position, i_chunk, window, ratio, chunks, SPLIT)
+    offs_row = query_row(position, i_chunk, window, ratio, chunks, True)
     offs_n = tl.arange(0, BLOCK_N)
     offs_e = tl.arange(0, EDGE_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -86,38 +90,50 @@ def prefill_kernel(
     q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
 
     pivot = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, PARTS], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # -- cache: the same bound for all rows --
     if HAS_CACHE:
         table_ptr = block_table_ptr + i_batch * max_pages
         cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
-        cached = tl.minimum(cached + i_chunk * (window // ratio), max_pages * page_size)
+        cached = tl.minimum(cached + i_chunk * kept, max_pages * page_size)
         full = cached // BLOCK_N * BLOCK_N
         k_cache_ptr += i_head * kc_head
         v_cache_ptr += i_head * vc_head
-        place = locate(table_ptr, 0, offs_n, page_size, max_pages, PAGES)
+        place = locate(table_ptr, 0, offs_n, page_size, max_pages, BLOCK_N, PAGES)
         for _start in tl.range(0, full, BLOCK_N):
-            _, slot, page = place
-            k_ptrs = k_cache_ptr + paged_offset(place, offs_n, kc_page, kc_slot, PAGES) + offs_d
-            v_ptrs = v_cache_ptr + paged_offset(place, offs_n, vc_page, vc_slot, PAGES) + offs_d
+            _, slot, page, _, _ = place
+            k_ptrs = key_ptrs(
+                k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGES), offs_d
+            )
+            v_ptrs = key_ptrs(
+                v_cache_ptr, paged_offset(place, offs_n, vc_page, vc_slot, PAGES), offs_d
+            )
             # The next block's page is looked up while this block is computed.
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
             k = load_block(k_cache_desc, page, i_head, slot, k_ptrs, HEAD_DIM, TMA)
             weights, pivot, total, acc = score_block(
-                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP
             )
             v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        # Blocks of EDGE_N keys meet pages of other sizes in other ways. program_id(2) is 0: see
+        # the end.
+        ANY: tl.constexpr = "whole" if PAGES == "whole" else "any"
+        offs_e += tl.program_id(2)
         for start in tl.range(full, cached, EDGE_N, num_stages=1):
-            edge = locate(table_ptr, start, offs_e, page_size, max_pages, PAGES)
-            k_ptrs = k_cache_ptr + paged_offset(edge, offs_e, kc_page, kc_slot, PAGES) + offs_d
-            v_ptrs = v_cache_ptr + paged_offset(edge, offs_e, vc_page, vc_slot, PAGES) + offs_d
+            edge = locate(table_ptr, start, offs_e, page_size, max_pages, EDGE_N, ANY)
+            k_ptrs = key_ptrs(
+                k_cache_ptr, paged_offset(edge, offs_e, kc_page, kc_slot, PAGES), offs_d
+            )
+            v_ptrs = key_ptrs(
+                v_cache_ptr, paged_offset(edge, offs_e, vc_page, vc_slot, PAGES), offs_d
+            )
             k = load_rows(k_ptrs, start + offs_e, cached, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + cached
             weights, pivot, total, acc = score_block(
-                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION
+                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0
             )
             v = load_rows(v_ptrs, start + offs_e, cached, HEAD_DIM, True)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -135,14 +151,14 @@ def prefill_kernel(
     for i in tl.range(0, raw_full + vst_full):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
-        row = own_row(is_vst, start, i_chunk, window, ratio, chunks, SPLIT)
-        k_at = own_offset(start, offs_n, is_vst, i_chunk, window, ratio, chunks, k_row, SPLIT)
-        v_at = own_offset(start, offs_n, is_vst, i_chunk, window, ratio, chunks, v_row, SPLIT)
-        k = load_block(k_desc, i_batch, i_head, row, k_ptr + k_at + offs_d, HEAD_DIM, TMA and SPLIT)
+        row = own_row(is_vst, start, i_chunk, window, ratio, chunks, True)
+        k_ptrs = key_ptrs(k_ptr, own_offset(row, offs_n, k_row), offs_d)
+        v_ptrs = key_ptrs(v_ptr, own_offset(row, offs_n, v_row), offs_d)
+        k = load_block(k_desc, i_batch, i_head, row, k_ptrs, HEAD_DIM, TMA)
         weights, pivot, total, acc = score_block(
-            q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION
+            q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP
         )
-        v = load_block(v_desc, i_batch, i_head, row, v_ptr + v_at + offs_d, HEAD_DIM, TMA and SPLIT)
+        v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     raw_full *= BLOCK_N // EDGE_N
     vst_full *= BLOCK_N // EDGE_N
@@ -151,15 +167,16 @@ def prefill_kernel(
     for i in tl.range(0, raw_edge + vst_edge):
         is_vst = i >= raw_edge
         start = tl.where(is_vst, vst_full + i - raw_edge, raw_full + i) * EDGE_N
-        k_at = own_offset(start, offs_e, is_vst, i_chunk, window, ratio, chunks, k_row, SPLIT)
-        v_at = own_offset(start, offs_e, is_vst, i_chunk, window, ratio, chunks, v_row, SPLIT)
+        row = own_row(is_vst, start, i_chunk, window, ratio, chunks, True)
+        k_ptrs = key_ptrs(k_ptr, own_offset(row, offs_e, k_row), offs_d)
+        v_ptrs = key_ptrs(v_ptr, own_offset(row, offs_e, v_row), offs_d)
         bound = tl.where(is_vst, vst_bound, raw_bound)
         end = tl.where(is_vst, vst_end, raw_end)
-        k = load_rows(k_ptr + k_at + offs_d, start + offs_e, end, HEAD_DIM, True)
+        k = load_rows(k_ptrs, start + offs_e, end, HEAD_DIM, True)
         weights, pivot, total, acc = score_block(
-            q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION
+            q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0
         )
-        v = load_rows(v_ptr + v_at + offs_d, start + offs_e, end, HEAD_DIM, True)
+        v = load_rows(v_ptrs, start + offs_e, end, HEAD_DIM, True)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     # -- result: out (batch, rows, heads, head_dim), lse (batch, heads, rows), both dense --
@@ -169,10 +186,11 @@ def prefill_kernel(
     stored = offs_lane <= last_lane
     offs_lane = tl.minimum(offs_lane, last_lane)
     offs_head = i_head * GROUP + offs_lane % GROUP
-    offs_row = query_row(offs_lane // GROUP, i_chunk, window, ratio, chunks, SPLIT)
+    offs_row = query_row(offs_lane // GROUP, i_chunk, window, ratio, chunks, True)
     out_ptr += i_batch * rows * (KV_HEADS * GROUP * HEAD_DIM)
     offs_out = (offs_row * (KV_HEADS * GROUP) + offs_head).to(tl.int64)
     out_ptrs = out_ptr + offs_out[:, None] * HEAD_DIM + offs_d
+    total = tl.sum(total, 1)
     out = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
     in_dims = offs_d < HEAD_DIM
     tl.store(out_ptrs, out, mask=stored[:, None] & in_dims)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 __all__ = [
     "advance",
+    "cached_entries",
+    "key_ptrs",
     "load_block",
     "load_rows",
     "locate",
@@ -71,58 +73,78 @@ def page_of(table_ptr, entry, max_pages):
 
 
 @triton.jit
-def locate(table_ptr, start, offs_n, page_size, max_pages, PAGES: tl.constexpr):
-    """Where the cache entries `start + offs_n` lie: (entry in the table, slot in the page, page).
+def locate(table_ptr, start, offs_n, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
+    """Where the cache entries `start + offs_n` lie: (entry in the table, slot in the page, page,
+    the block's spread: entries of the table behind its first [N], and in all).
 
-    PAGES tells how blocks of N keys, which start at multiples of N, meet pages:
+    PAGES tells how blocks of N = BY keys, which start at multiples of N, meet pages:
     "whole"  page_size is a multiple of N: one page a block, so these are scalars, of `start`;
-    "part"   page_size divides N: a vector, but a key's slot is the same in every block;
-    "any"    neither.
+    "part"   page_size divides N: a key's slot and its place behind the block's first entry in the
+             table are the same in every block, and that entry is a scalar;
+    "any"    neither. Blocks may start anywhere, and the spread is of no use.
     """
-    index = start if PAGES == "whole" else start + offs_n
-    entry = index // page_size
-    return entry, index - entry * page_size, page_of(table_ptr, entry, max_pages)
+    if PAGES == "part":
+        entry = start // page_size
+        behind = offs_n // page_size
+        slot = offs_n - behind * page_size
+        page = page_of(table_ptr, entry + behind, max_pages).to(tl.int32)
+        # Divided here: no compiler takes a division out of a loop that may not run at all.
+        return entry, slot, page, behind, BY // page_size
+    else:
+        index = start if PAGES == "whole" else start + offs_n
+        entry = index // page_size
+        page = page_of(table_ptr, entry, max_pages)
+        return entry, index - entry * page_size, page, 0, 0
 
 
 @triton.jit
 def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
-    """`locate` for the block BY entries further on, from that of this block. It divides by
-    page_size only where it must: for "part", once, ahead of the loop."""
-    entry, slot, _ = place
+    """`locate` for the block BY entries further on, from that of this block. If PAGES is "part",
+    a block that does not lie whole in the table is taken for the last that does."""
+    entry, slot, page, behind, spread = place
     if PAGES == "part":
-        entry += BY // page_size
+        entry = tl.minimum(entry + spread, max_pages - spread)
+        page = tl.load(table_ptr + (entry + behind))
     else:
         slot += BY
         pages = (slot >= page_size).to(tl.int32) if PAGES == "whole" else slot // page_size
         entry += pages
         slot -= pages * page_size
-    return entry, slot, page_of(table_ptr, entry, max_pages)
+        page = page_of(table_ptr, entry, max_pages)
+    return entry, slot, page, behind, spread
 
 
 @triton.jit
 def paged_offset(place, offs_n, page_stride, slot_stride, PAGES: tl.constexpr):
-    """Elements from the cache's start to each key of a block: int64 [N, 1]."""
-    _, slot, page = place
-    offset = page * page_stride + slot.to(tl.int64) * slot_stride
-    if PAGES == "whole":  # 32 bits within a block: half the registers
-        return offset + (offs_n * slot_stride)[:, None]
+    """From the cache's start to each key of a block, in elements, for `key_ptrs`: (what the
+    block's keys have in common, 64 bits; what is left for each [N])."""
+    _, slot, page, _, _ = place
+    if PAGES == "part":  # the launcher has seen that 32 bits reach every eighth element
+        eighths = page.to(tl.int32) * (page_stride // 8).to(tl.int32) + slot * (slot_stride // 8)
+        return 0, eighths.to(tl.int64) * 8
     else:
-        return offset[:, None]
+        offset = page * page_stride + slot.to(tl.int64) * slot_stride
+        if PAGES == "whole":
+            return offset, offs_n * slot_stride
+        else:
+            return 0, offset
 
 
 @triton.jit
-def own_offset(
-    start, offs_n, is_vst, chunk, window, ratio, chunks, row_stride, SPLIT: tl.constexpr
-):
-    """Elements from the call's first row to own keys `start + offs_n`: int64 [N, 1]. In split
-    order they follow one another, so what differs per key does not change from block to block."""
-    first = own_row(is_vst, start, chunk, window, ratio, chunks, SPLIT)
-    base = first.to(tl.int64) * row_stride
-    if SPLIT:
-        return base + (offs_n * row_stride)[:, None]
-    else:  # 32 bits within a chunk: half the registers
-        rows = own_row(is_vst, start + offs_n, chunk, window, ratio, chunks, SPLIT)
-        return base + ((rows - first) * row_stride)[:, None]
+def own_offset(row, offs_n, row_stride):
+    """As `paged_offset`: from the call's first row to the rows `row + offs_n` of own keys."""
+    return row.to(tl.int64) * row_stride, offs_n * row_stride
+
+
+@triton.jit
+def key_ptrs(ptr, offset, offs_d):
+    """Pointers to a block of keys [N, D]. One address and a tile of 32-bit offsets from it, added
+    last: a tile of 64-bit sums takes four instructions more for each load, and the registers."""
+    base, each = offset
+    if each.dtype == tl.int32:
+        return ptr + base + (each[:, None] + offs_d)
+    else:
+        return ptr + base + each[:, None] + offs_d
 
 
 @triton.jit
@@ -155,31 +177,79 @@ def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA
 # -- softmax -----------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def _skipping_multiply(n):
+    """PTX: n numbers times n factors of at most 1, jumped over if all factors of the warp are 1.
+
+    Every factor of every lane is asked, so it does not matter which lane holds what. Lanes hold
+    few rows, so most of the n factors are one register, and `and` of a register with itself is
+    none: only the bits of 1.0 and of numbers above keep all ones of 1.0.
+    """
+    lines = ["{", ".reg .pred moved;", f".reg .b32 t<{n}>;", f".reg .f32 x<{n}>;"]
+    lines += [f"mov.b32 t{i}, ${2 * n + i};" for i in range(n)]
+    half = n // 2
+    while half:  # the second half of a tile's columns repeats the first
+        lines += [f"and.b32 t{i}, t{i}, t{i + half};" for i in range(half)]
+        half //= 2
+    lines += ["setp.ne.b32 moved, t0, 0x3F800000;", "vote.sync.any.pred moved, moved, 0xFFFFFFFF;"]
+    lines += [f"mov.b32 x{i}, ${n + i};" for i in range(n)]
+    lines += ["@!moved bra KEPT;"]
+    lines += [f"mul.f32 x{i}, x{i}, ${2 * n + i};" for i in range(n)]
+    lines += ["KEPT:"] + [f"mov.b32 ${i}, x{i};" for i in range(n)] + ["}"]
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def _skipping_constraints(n):
+    return ",".join(["=f"] * n + ["f"] * (2 * n))
+
+
 @triton.jit
-def _softmax_step(scores, scale, pivot, total, acc):
-    """Weights of a block of scores [M, N], and the running pivot [M], sum [M] and output
+def _rescale(acc, shrink, SKIP: tl.constexpr):
+    if SKIP == 0:
+        return acc * shrink[:, None]
+    else:
+        return tl.inline_asm_elementwise(
+            _skipping_multiply(SKIP), _skipping_constraints(SKIP),
+            [acc, tl.broadcast_to(shrink[:, None], acc.shape)],
+            dtype=tl.float32, is_pure=True, pack=SKIP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _softmax_step(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.constexpr):
+    """Weights of a block of scores [M, N], and the running pivot [M], sum [M, parts] and output
     [M, D] rescaled to it. Everything is in powers of two: `scale` holds log2(e) and is
     positive, so a score costs one fused multiply-add and one exp2.
+
+    The pivot need not be the maximum: it follows only where the maximum is more than SLACK above
+    it. So weights are up to 2^SLACK, and most blocks leave the output as it is. SKIP: how many
+    of its numbers a thread may jump over at a time, 0 for always multiplying.
 
     The pivot is finite from a row's first block on: every row's first block must hold a key
     that it sees.
     """
-    new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
+    top = tl.max(scores, 1) * scale
+    if SLACK == 0.0:
+        new_pivot = tl.maximum(pivot, top)
+    else:
+        new_pivot = tl.where(top > pivot + SLACK, top, pivot)
     weights = tl.exp2(scores * scale - new_pivot[:, None])
     shrink = tl.exp2(pivot - new_pivot)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None]
-    return weights, new_pivot, total, acc
+    PARTS: tl.constexpr = total.shape[1]
+    parts = weights.reshape(weights.shape[0], weights.shape[1] // PARTS, PARTS)
+    total = total * shrink[:, None] + tl.sum(parts, 1)
+    return weights, new_pivot, total, _rescale(acc, shrink, SKIP)
 
 
 @triton.jit
 def score_block(
     q, k, offs_key, bound, scale, pivot, total, acc,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, SLACK: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block of keys, [M, N], and the rescaled state; the caller adds weights x V.
-    If MASKED, lane i sees the keys below bound[i]."""
+    If MASKED, lane i sees the keys below bound[i]. SLACK, SKIP: see `_softmax_step`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
-    return _softmax_step(scores, scale, pivot, total, acc)
+    return _softmax_step(scores, scale, pivot, total, acc, SLACK, SKIP)

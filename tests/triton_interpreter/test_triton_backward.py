@@ -1,0 +1,319 @@
+"""The gradients' Triton kernels against the float64 truth, and against themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from backward_cases import CASES, HALF, SMALL, WITHOUT_CACHE, backward, call
+
+from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention
+from vxl_kernels._triton import backward as kernels
+from vxl_kernels._triton import configs, launch, launch_backward, primitives
+from vxl_kernels.testing import (
+    check_gradients,
+    inverse_frequencies,
+    make_inputs,
+    poisoned_memory,
+)
+
+core = pytest.mark.triton_core  # also with the oldest Triton
+
+
+@pytest.fixture(autouse=True)
+def small_backward_tiles(request, monkeypatch, small_tiles):
+    if "shipped" not in request.node.name:
+        monkeypatch.setattr(configs, "backward_config", lambda *args: SMALL)
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@core
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_truth(name):
+    inputs = call(name)
+    with poisoned_memory():
+        grad_out, grad_lse, grads = backward(inputs)
+    check_gradients(inputs, grad_out, grad_lse, grads)
+
+
+@core
+@pytest.mark.parametrize("name", WITHOUT_CACHE)
+def test_without_a_cache(name):
+    inputs = call(name)
+    with poisoned_memory():
+        grad_out, grad_lse, grads = backward(inputs, cache=False)
+    assert [x.numel() for x in grads[3:]] == [0, 0]
+    nothing = [torch.zeros_like(inputs.k_cache)] * 2
+    check_gradients(inputs, grad_out, grad_lse, [*grads[:3], *nothing])
+    _, _, empty = backward(inputs)
+    assert equal(grads[:3], empty[:3])
+    assert not any(x.any() for x in empty[3:])
+
+
+def plans(name):
+    inputs = call(name)
+    args = list(inputs.args()[:7])
+    if name in WITHOUT_CACHE:
+        args[3:] = [None] * 4
+    lse = torch.empty(inputs.q.shape[0], inputs.q.shape[2], inputs.q.shape[1])
+    layout = ops.layout_to_ints(inputs.layout)
+    return launch_backward.plan_attention_backward(
+        inputs.q, lse, *args, inputs.q, lse, layout, 1.0
+    )[0]
+
+
+def test_the_cases_take_every_branch():
+    """A branch that no case takes would be compiled for users and never run here."""
+    taken = {}
+    for name in (*CASES, *WITHOUT_CACHE):
+        for each in plans(name):
+            c = each.constexprs
+            found = taken.setdefault(each.name, {})
+            for branch in ("HAS_CACHE", "WHOLE"):
+                found.setdefault(branch, set()).add(c.get(branch))
+            found.setdefault("odd", set()).add(c.get("HEAD_DIM") != c.get("BLOCK_D"))
+            found.setdefault("parts", set()).add(each.arguments.get("parts", 1) > 1)
+    assert taken["backward_q"]["HAS_CACHE"] == {True, False}
+    assert taken["backward_q"]["WHOLE"] == {True, False}
+    for kernel in ("delta", "backward_q", "backward_own", "backward_cache"):
+        assert taken[kernel]["odd"] == {True, False}, kernel
+    for kernel in ("backward_cache", "sum_pages"):
+        assert taken[kernel]["parts"] == {True, False}, kernel
+
+
+@core
+@pytest.mark.parametrize("name", ["split, one page"])
+def test_the_copy_engine_brings_the_same(name, monkeypatch):
+    """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
+    inputs = call(name)
+    keys = configs.KeysConfig(32, 32, 32, 4, 2)
+    even = dataclasses.replace(SMALL, own=keys, cached=keys)
+    monkeypatch.setattr(configs, "backward_config", lambda *args: even)
+    _, _, grads = backward(inputs)
+    monkeypatch.setattr(configs, "has_tma", lambda arch: True)
+    tma = {each.name: each.constexprs.get("TMA") for each in plans(name)}
+    assert [tma[n] for n in ("backward_q", "backward_own", "backward_cache")] == [True] * 3
+    _, _, by_tma = backward(inputs)
+    assert equal(grads, by_tma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_shipped_tiles(dtype):
+    inputs = make_inputs(
+        (60,), ChunkLayout(90, 8, 2), heads=2, kv_heads=1, head_dim=64, page_size=96, dtype=dtype
+    )
+    with poisoned_memory():
+        grad_out, grad_lse, grads = backward(inputs)
+    check_gradients(inputs, grad_out, grad_lse, grads)
+
+
+# -- bits --------------------------------------------------------------------------------------
+
+
+def test_neighbours_change_no_bit():
+    """Twice the same, alone the same, in another order the same."""
+    inputs = make_inputs((10, 0, 17), ChunkLayout(12, 3, 2), heads=2, kv_heads=1)
+    grad_out, grad_lse, grads = backward(inputs)
+    assert equal(grads, backward(inputs)[2])
+    take = ("q", "k", "v", "block_table", "cache_lens")
+    apart = torch.zeros_like(grads[3]), torch.zeros_like(grads[4])
+    for b in range(3):
+        one = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
+        alone = backward(one, (grad_out[b : b + 1], grad_lse[b : b + 1]))[2]
+        assert equal([x[b : b + 1] for x in grads[:3]], alone[:3])
+        for total, x in zip(apart, alone[3:], strict=True):
+            total += x
+    assert equal(grads[3:], apart)  # pages are their own: the other sequences leave zeros
+    turned = dataclasses.replace(inputs, **{n: getattr(inputs, n).flip(0) for n in take})
+    flipped = backward(turned, (grad_out.flip(0), grad_lse.flip(0)))[2]
+    assert equal(grads, [*(x.flip(0) for x in flipped[:3]), *flipped[3:]])
+
+
+def test_nan_stays_in_its_sequence():
+    inputs = make_inputs((30, 9), ChunkLayout(20, 3), heads=3, kv_heads=1)
+    grad_out, grad_lse, grads = backward(inputs)
+    inputs.q[1, 5] = torch.nan
+    poisoned = backward(inputs, (grad_out, grad_lse))[2]
+    assert all(x[1].isnan().any() for x in poisoned[:3])
+    assert equal([x[0] for x in grads[:3]], [x[0] for x in poisoned[:3]])
+
+
+def test_sequences_that_share_pages_add_up():
+    """Two forks of one prefix, and a page that stands twice in a table."""
+    inputs = make_inputs((64, 50), rows=9, page_size=16, heads=4, kv_heads=2)
+    table = inputs.block_table.clone()
+    table[1, :3] = table[0, :3]
+    table[0, 3] = table[0, 1]
+    shared = dataclasses.replace(inputs, block_table=table)
+    with poisoned_memory():
+        grad_out, grad_lse, grads = backward(shared)
+    check_gradients(shared, grad_out, grad_lse, grads)
+    assert grads[3][table[0, :3].long()].abs().min() > 0
+
+
+def test_spare_capacity_and_strides_change_no_bit():
+    """Table entries behind the length are garbage; tensors may lie anyhow."""
+    inputs = x = make_inputs((20, 9), ChunkLayout(12, 3, 2), heads=4, kv_heads=2)
+    grad_out, grad_lse, grads = backward(inputs)
+
+    def restride(t):
+        """The same values, rows outermost, NaN between them."""
+        wide = torch.full([n + 1 for n in (t.shape[1], t.shape[0], *t.shape[2:])], torch.nan)
+        return wide[1:, 1:, 1:, 1:].transpose(0, 1).copy_(t)
+
+    odd = {n: restride(getattr(x, n)) for n in ("q", "k", "v", "k_cache", "v_cache")}
+    again = backward(dataclasses.replace(x, **odd), (restride(grad_out), grad_lse))[2]
+    assert equal(grads, again)
+    wider = torch.full((2, x.block_table.shape[1] + 2), 10**6, dtype=torch.int32)
+    wider[:, : x.block_table.shape[1]] = x.block_table
+    again = backward(dataclasses.replace(x, block_table=wider), (grad_out, grad_lse))[2]
+    assert equal(grads, again)
+
+
+# -- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e3])
+def test_extreme_logits_stay_finite(spread):
+    inputs = make_inputs((30,), ChunkLayout(20, 3, 2), heads=2, kv_heads=1, spread=spread)
+    grad_out, grad_lse, grads = backward(inputs)
+    assert all(x.isfinite().all() for x in grads)
+    check_gradients(inputs, grad_out, grad_lse, grads)
+
+
+def test_a_negative_scale():
+    inputs = make_inputs((30,), ChunkLayout(20, 3, 2), heads=2, kv_heads=1)
+    grad_out, grad_lse, grads = backward(inputs, scale=-0.25)
+    twin = dataclasses.replace(inputs, q=-inputs.q)
+    grads = [-grads[0], *grads[1:]]
+    check_gradients(twin, grad_out, grad_lse, grads)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 3), (2, 0)])
+def test_zero_sizes(batch, rows):
+    inputs = make_inputs((4,) * batch, rows=rows)
+    _, _, grads = backward(inputs)
+    for x, grad in zip(inputs.args(), grads, strict=False):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+# -- mistakes that must show ---------------------------------------------------------------------
+
+
+@triton.jit
+def sees_one_more(position, ratio):
+    vst = (position + 1) // (ratio + 1)
+    return position + 2 - vst, vst
+
+
+@triton.jit
+def own_rows_late(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
+    first = tl.where(is_vst, (start + 1) * ratio, start)
+    raw = raw_base + first + 1, raw_base + tl.where(is_vst, (last + 1) * ratio, last), raw_end
+    vst = vst_base + start // ratio, vst_base + last, vst_end
+    return raw, vst
+
+
+@triton.jit
+def own_rows_unmasked(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
+    first = tl.where(is_vst, (start + 1) * ratio, start)
+    vst_first = tl.where(is_vst, start, start // ratio)
+    raw = raw_base + first, raw_base + first, raw_end
+    return raw, (vst_base + vst_first, vst_base + vst_first, vst_end)
+
+
+@triton.jit
+def one_less_cached(cache_lens_ptr, i_batch, page_size, max_pages):
+    return tl.maximum(tl.load(cache_lens_ptr + i_batch) - 1, 0)
+
+
+@triton.jit
+def without_the_last_chunk(i, chunks, parts):
+    return i * chunks // parts, (i + 1) * chunks // parts - 1
+
+
+@triton.jit
+def first_find_only(block_table_ptr, i_page, behind, total):
+    return tl.load(block_table_ptr) * 0, (i_page == tl.load(block_table_ptr)).to(tl.int32)
+
+
+@triton.jit
+def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):  # noqa: N803
+    return tl.where(is_vst, chunks * window, chunk * window) + index
+
+
+MISTAKES = [
+    (kernels, "visible_own", sees_one_more),
+    (kernels, "_own_rows", own_rows_late),
+    (kernels, "_own_rows", own_rows_unmasked),
+    (kernels, "cached_entries", one_less_cached),
+    (kernels, "_part", without_the_last_chunk),
+    (kernels, "_find_page", first_find_only),
+    (kernels, "own_row", next_chunks_vsts),
+    (primitives, "own_row", next_chunks_vsts),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "mistake"), MISTAKES)
+def test_a_mistake_shows(module, name, mistake, monkeypatch):
+    inputs = make_inputs((40,), ChunkLayout(48, 4, 2), heads=1, kv_heads=1, page_size=32)
+    args = inputs.args()
+    layout, scale = ops.layout_to_ints(inputs.layout), 0.25
+    out, lse = launch.vst_attention(*args[:7], layout, scale)
+    grads = torch.randn(out.shape), torch.randn(lse.shape)
+    monkeypatch.setattr(module, name, mistake)
+    wrong = launch_backward.vst_attention_backward(*grads, *args[:7], out, lse, layout, scale)
+    with pytest.raises(AssertionError, match="gradient of"):
+        check_gradients(inputs, *grads, wrong)
+
+
+def test_the_gradient_of_the_lse_counts():
+    inputs = make_inputs((20,), ChunkLayout(30, 4), heads=4, kv_heads=2)
+    grad_out, grad_lse, grads = backward(inputs)
+    with pytest.raises(AssertionError, match="gradient of q"):
+        check_gradients(inputs, grad_out, torch.zeros_like(grad_lse), grads)
+
+
+# -- with the other operators ---------------------------------------------------------------------
+
+
+@core
+@pytest.mark.parametrize(
+    ("lens", "layout"),
+    [((5,), None), ((4,), ChunkLayout(6, 2, 2)), ((3, 21), ChunkLayout(7, 3, 3, "interleaved"))],
+)
+def test_a_step_backwards(lens, layout, monkeypatch):
+    """Rotation, append and attention as autograd goes back through them, the GPU's kernels in
+    place of the CPU's, against the reference's gradients."""
+    ran = []
+
+    def instead(name, module):
+        def run(*args):
+            ran.append(name)
+            return getattr(module, name)(*args)
+
+        monkeypatch.setattr(torch.ops.vxl, name, run)
+
+    inputs = make_inputs(lens, layout, rows=6, head_dim=32, page_size=4)
+    inv_freq = inverse_frequencies(32)
+    results = {}
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        x = inputs.to(dtype)
+        leaves = [t.nan_to_num().requires_grad_() for t in x.args()[:5]]
+        caches = [leaf.clone() for leaf in leaves[3:]]
+        rest = *caches, x.block_table, x.cache_lens, layout
+        q, k = rope_append(*leaves[:3], *rest, inv_freq, backend=backend)
+        out = vst_attention(q, k, leaves[2], *rest, backend=backend)
+        loss = out.sin().sum() + sum(c.cos().sum() for c in caches)
+        if backend == "cpu":
+            instead("rope_append", launch)
+            instead("vst_attention_backward", launch_backward)
+        results[backend] = torch.autograd.grad(loss, leaves)
+    assert ran == ["vst_attention_backward", "rope_append"]
+    for ours, theirs in zip(results["cpu"], results["reference"], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,215 @@
+"""Launches of `vst_attention_backward`, as `launch.py`: from shapes alone, memory `torch.empty`."""
+
+from __future__ import annotations
+
+import torch
+
+from . import architecture, configs
+from .backward import delta_kernel, dkv_kernel, dq_kernel, sum_pages_kernel
+from .launch import (
+    _NEVER,
+    Launch,
+    _cache_arguments,
+    _dense_heads,
+    _descriptor,
+    _descriptors,
+    _power_of_two,
+    _precision,
+    _row_strides,
+)
+
+__all__ = ["plan_attention_backward", "vst_attention_backward"]
+
+_ROWS_OF_DELTA = 32
+_MOST_PARTS = 8
+
+
+def plan_attention_backward(
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout,
+    scale, arch=None, config=None,
+) -> tuple[list[Launch], tuple[torch.Tensor, ...]]:  # fmt: skip
+    """Launches in their order, and the gradients that they fill: of q, k, v, k_cache, v_cache
+    (of no elements without a cache), all dense.
+
+    Arguments as the op's schema in `ops.py`; arch and config instead of the device's own and of
+    the table's.
+    """
+    arch = arch or architecture(q.device)
+    batch, rows, heads, head_dim = q.shape
+    config = config or configs.backward_config(arch, _power_of_two(head_dim), q.element_size())
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
+    kept = window // ratio
+    if not split:  # rows in the order of positions: no run of VSTs
+        window, ratio = window + kept, _NEVER
+    q, k, v, grad_out, out = (_dense_heads(x, 128) for x in (q, k, v, grad_out, out))
+    shape = {
+        "window": window, "ratio": ratio, "kept": kept, "chunks": chunks, "scale": scale,
+    }  # fmt: skip
+    constexprs = {
+        "KV_HEADS": k.shape[2],
+        "GROUP": heads // k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _power_of_two(head_dim),
+        "PRECISION": _precision(q.dtype, arch),
+    }
+    delta, log2 = (
+        torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device) for _ in range(2)
+    )
+    queries = {"q_ptr": q, "grad_out_ptr": grad_out, "log2_ptr": log2, "delta_ptr": delta}
+    queries |= _row_strides(q=q, grad_out=grad_out)
+    cache = (k_cache, v_cache, block_table, cache_lens)
+    if k_cache is not None:
+        cache = (k_cache, v_cache, block_table.contiguous(), cache_lens.contiguous())
+    launches = []
+    if grads[0].numel():
+        launches = [
+            _plan_delta(grad_out, out, lse, grad_lse, delta, log2),
+            _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
+            _plan_own(queries | shape, constexprs, k, v, grads, config.own, arch),
+        ]
+    if k_cache is None:
+        return launches, (*grads, *(q.new_empty(0) for _ in range(2)))
+    of_cache = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in cache[:2])
+    launches += _plan_cached(queries | shape, constexprs, cache, of_cache, config.cached, arch)
+    return launches, (*grads, *of_cache)
+
+
+def _plan_delta(grad_out, out, lse, grad_lse, delta, log2) -> Launch:
+    batch, rows, heads, head_dim = out.shape
+    arguments = {
+        "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse.contiguous(),
+        "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2, "rows": rows,
+        **_row_strides(grad_out=grad_out, out=out),
+    }  # fmt: skip
+    constexprs = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _power_of_two(head_dim),
+        "BLOCK_M": _ROWS_OF_DELTA,
+    }
+    return Launch(
+        "delta", delta_kernel, (-(-rows // _ROWS_OF_DELTA) * heads, batch), arguments, constexprs,
+        4, 1, {"rows": _ROWS_OF_DELTA, "head_dim": constexprs["BLOCK_D"]},
+    )  # fmt: skip
+
+
+def _tile(rows: int, keys: int, constexprs: dict, products: int) -> dict[str, int]:
+    return {
+        "rows": rows,
+        "keys": keys,
+        "head_dim": constexprs["BLOCK_D"],
+        "group": constexprs["GROUP"],
+        "products": products,
+    }
+
+
+def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
+    arguments, of_cache = _cache_arguments(cache, config)
+    constexprs = constexprs | {
+        "HAS_CACHE": of_cache["HAS_CACHE"],
+        "PAGES": of_cache["PAGES"],
+        "SAME_STRIDES": of_cache["SAME_STRIDES"] and k.stride() == v.stride(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "EDGE_N": config.edge_n,
+        "HOIST": config.hoist,
+    }
+    arguments |= shared | {"k_ptr": k, "v_ptr": v, "dq_ptr": dq} | _row_strides(k=k, v=v)
+    arguments |= _descriptors(k, v, cache[0], cache[1], constexprs, arch)
+    constexprs["TMA"] = arguments["k_desc"] is not None
+    constexprs["WHOLE"] = constexprs.pop("PAGES") == "whole"
+    window, ratio, chunks, kv_heads = (
+        *(shared[name] for name in ("window", "ratio", "chunks")), constexprs["KV_HEADS"],
+    )  # fmt: skip
+    tiles = -(-(window + window // ratio) * constexprs["GROUP"] // config.block_m)
+    return Launch(
+        "backward_q", dq_kernel, (tiles * chunks * kv_heads, dq.shape[0]), arguments, constexprs,
+        config.num_warps, config.num_stages,
+        _tile(config.block_m, config.block_n, constexprs, 3),
+    )  # fmt: skip
+
+
+def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
+    constexprs = constexprs | {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "EDGE_M": config.edge_m,
+        "HOIST": config.hoist,
+        "CACHE": name == "backward_cache",
+    }
+    names = ("q_desc", "grad_out_desc")
+    descriptors: dict = dict.fromkeys(names)
+    if configs.has_tma(arch):
+        found = [_descriptor(shared[f"{n}_ptr"], config.block_m) for n in ("q", "grad_out")]
+        if None not in found:
+            descriptors = dict(zip(names, found, strict=True))
+            constexprs["EDGE_M"] = config.block_m  # one size of blocks for the copy engine
+    constexprs["TMA"] = descriptors["q_desc"] is not None
+    arguments = shared | of_keys | descriptors
+    return Launch(
+        name, dkv_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages,
+        _tile(config.block_m, config.block_n, constexprs, 4),
+    )  # fmt: skip
+
+
+def _plan_own(shared, constexprs, k, v, grads, config, arch) -> Launch:
+    window, ratio, chunks = (shared[name] for name in ("window", "ratio", "chunks"))
+    blocks = -(-window // config.block_n) - (-(window // ratio) // config.block_n)
+    of_keys = {
+        "k_ptr": k, "v_ptr": v, "dk_ptr": grads[1], "dv_ptr": grads[2],
+        "block_table_ptr": None, "cache_lens_ptr": None,
+        "page_size": 1, "max_pages": 0, "parts": 1, **_row_strides(k=k, v=v),
+    }  # fmt: skip
+    grid = (blocks * chunks * constexprs["KV_HEADS"], k.shape[0])
+    return _plan_dkv("backward_own", grid, shared, constexprs, of_keys, config, arch)
+
+
+def _parts(rows: int, chunks: int, capacity: int) -> int:
+    """Ranges of chunks whose gradients of the cache are added up apart. Few entries are few
+    programs, each with all rows to walk; many rows on few entries are cut. Float32 of so many
+    parts is no more than K and V of the rows, and nothing but a sequence's own shape counts."""
+    return max(1, min(chunks, rows // max(capacity, 1), _MOST_PARTS))
+
+
+def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:
+    k_cache, v_cache, block_table, cache_lens = cache
+    pages, page_size, kv_heads, head_dim = k_cache.shape
+    batch, max_pages = block_table.shape
+    capacity, rows, chunks = max_pages * page_size, shared["q_ptr"].shape[1], shared["chunks"]
+    parts = _parts(rows, chunks, capacity)
+    sums = tuple(
+        torch.empty(
+            (parts, batch, capacity, kv_heads, head_dim), dtype=torch.float32, device=x.device
+        )
+        for x in of_cache
+    )
+    numbers = {"page_size": page_size, "max_pages": max_pages, "parts": parts}
+    of_keys = {
+        "k_ptr": k_cache, "v_ptr": v_cache, "dk_ptr": sums[0], "dv_ptr": sums[1],
+        "block_table_ptr": block_table, "cache_lens_ptr": cache_lens,
+        **numbers, **_row_strides(k=k_cache, v=v_cache),
+    }  # fmt: skip
+    grid = (-(-capacity // config.block_n) * parts * kv_heads, batch)
+    arguments = {
+        "dk_part_ptr": sums[0], "dv_part_ptr": sums[1],
+        "block_table_ptr": block_table, "cache_lens_ptr": cache_lens,
+        "dk_ptr": of_cache[0], "dv_ptr": of_cache[1],
+        "kept": shared["kept"], "chunks": chunks, "batch": batch if rows else 0, **numbers,
+    }  # fmt: skip
+    width, block = kv_heads * head_dim, 512
+    total = Launch(
+        "sum_pages", sum_pages_kernel, (-(-page_size * width // block) * pages,), arguments,
+        {"WIDTH": width, "BLOCK": block}, 4, 1, {"numbers": block},
+    )  # fmt: skip
+    if not shared["q_ptr"].numel():
+        return [total]
+    return [_plan_dkv("backward_cache", grid, shared, constexprs, of_keys, config, arch), total]
+
+
+def vst_attention_backward(*args):
+    """Gradients of q, k, v, k_cache, v_cache; arguments as the op's schema in `ops.py`."""
+    launches, grads = plan_attention_backward(*args)
+    for launch in launches:
+        launch()
+    return grads
