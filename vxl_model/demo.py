@@ -18,9 +18,9 @@ import torch
 
 from ._demo import byte_tokenizer, write_demo_clip
 from ._needle import (
-    ANIMALS,
     COLOURS,
     TRAINED_FRAMES,
+    answer,
     draw_needles,
     load_needle_model,
     make_video,
@@ -108,7 +108,7 @@ def ask_needles(device: str, frames: int = 4 * TRAINED_FRAMES, seed: int = 0) ->
         "at_frame": [n.frame for n in needles],
         "questions": questions,
         "answers": [memory.ask(words, max_new_tokens=4) for words in questions],
-        "truth": [ANIMALS[n.animal] for n in needles],
+        "truth": [answer(n) for n in needles],
     }
 
 
@@ -239,12 +239,12 @@ def print_demo(result: dict[str, Any], out: Any = None) -> None:
     needles = result["needles"]
     say()
     say(f"a trained model of 3 layers, {needles['trained_frames']} frames at most in its training")
-    say(f"video      {needles['frames']} frames of synthetic features, eight show an animal in a "
-        f"coloured frame;")  # fmt: skip
+    say(f"video      {needles['frames']} frames of synthetic features, eight of them show a "
+        "coloured animal;")  # fmt: skip
     say(f"           {needles['visual_tokens']} visual tokens, {needles['kept_tokens']} kept")
-    for place, asked, answer, truth in zip(
+    for place, asked, said, truth in zip(
         needles["at_frame"], needles["questions"], needles["answers"], needles["truth"],
         strict=True,
     ):  # fmt: skip
-        verdict = "right" if answer == truth else f"wrong: {truth}"
-        say(f"  {asked:<36} {answer:<8} (frame {place + 1}: {verdict})")
+        verdict = "right" if said == truth else f"wrong: {truth}"
+        say(f"  {asked:<26} {said:<14} (frame {place + 1}: {verdict})")
