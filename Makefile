@@ -14,7 +14,7 @@ BUILD := build/sanitize
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make demo       a clip through a small random Video-XL, and a tiny one that answers (20 seconds)"
-	@echo "make needle     trains a tiny Video-XL to find needles and draws the map (20 minutes)"
+	@echo "make needle     trains a tiny Video-XL to find needles and draws the map (15 minutes)"
 	@echo "make test       the test suite"
 	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
@@ -40,7 +40,7 @@ needle: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# All four targets take some four minutes on two cores; ARGS="--target cuda:90" takes one.
+# All four targets take some five minutes on two cores; ARGS="--target cuda:90" takes one.
 gpu-static: $(STAMP)
 	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
 

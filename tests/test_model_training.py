@@ -97,6 +97,10 @@ def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
         out.loss.backward()
         results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
     assert groups == [[[0, 1], [2]]]
+    with torch.no_grad():  # there a row has the bits that it has alone
+        both = model(ids, visual_features=videos, labels=ids).logits
+        one = model(ids[1:2], visual_features=videos[1:2], labels=ids[1:2]).logits
+    assert torch.equal(both[1:2], one)
     (together, grads), (alone, wanted) = results
     assert float(together.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     assert relative(together.logits.detach(), alone.logits.detach()) < 1e-5

@@ -100,7 +100,7 @@ def draw_needles(
 
 
 def make_video(frames: int, needles: Sequence[Needle], generator: torch.Generator) -> Tensor:
-    """Visual tokens `(frames * 144, 64)`, already projected."""
+    """Visual tokens `(frames * 64, 64)`, already projected."""
     looks = _appearances()
     video = torch.randn(frames, SIDE, SIDE, HIDDEN, generator=generator) / math.sqrt(HIDDEN)
 

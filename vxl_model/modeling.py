@@ -321,7 +321,7 @@ class VideoXLForConditionalGeneration(
         pieces = [list(self._features(x)) for x in sources or ()]
         features = [torch.cat(x) if x else None for x in pieces] or [None] * len(rows)
         by_row: dict[int, train_pass.SequencePass] = {}
-        for members in train_pass.alike(rows, features, plans):
+        for members in train_pass.alike(rows, features, plans, self.settings):
             texts = [rows[i] for i in members]
             visual = [features[i] for i in members]
             plan = plans[members[0]].copy()
