@@ -121,12 +121,14 @@ def train(
     seed: int = 0,
     learning_rate: float = 3e-3,
     tokens: int = 9216,
+    whole_from: float = 0.35,
     say: Callable[[str], None] = print,
 ) -> list[float]:
     """Trains in place and returns the loss of every step. The same seed gives the same run.
 
     Args:
         tokens: visual tokens of a step, in videos of one length; 64 videos at most.
+        whole_from: share of the steps from which on whole answers are supervised, not animals alone.
     """
     model.train()
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +152,7 @@ def train(
             picks = picks[:1] * windows
         # The words around the animal are soon learned. From the start they would be most of the
         # loss, and animals be learned later (by a hundred steps and more).
-        whole = step >= 0.35 * steps
+        whole = step >= whole_from * steps
         videos, ids, labels = [], [], []
         for _ in range(batch):
             needles = draw_needles(generator, frames)
