@@ -128,7 +128,7 @@ def train(
 
     Args:
         tokens: visual tokens of a step, in videos of one length; 64 videos at most.
-        whole_from: share of the steps from which on whole answers are supervised, not animals alone.
+        whole_from: share of the steps after which whole answers are supervised, not only animals.
     """
     model.train()
     generator = torch.Generator().manual_seed(seed)
