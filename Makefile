@@ -10,10 +10,11 @@ STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
 .PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz \
-  cuda-check cuda-build-check info clean gpu-static demo
+  cuda-check cuda-build-check info clean gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
-	@echo "make demo       a clip made on the spot through a small random Video-XL (20 seconds)"
+	@echo "make demo       a clip through a small random Video-XL, and a tiny one that answers (20 seconds)"
+	@echo "make needle     trains a tiny Video-XL to find needles and draws the map (15 minutes)"
 	@echo "make test       the test suite"
 	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
@@ -33,10 +34,13 @@ bench: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m vxl_model demo $(ARGS)
 
+needle: $(STAMP)
+	$(BIN)/python examples/needle.py $(ARGS)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# All four targets take some four minutes on two cores; ARGS="--target cuda:90" takes one.
+# All four targets take some five minutes on two cores; ARGS="--target cuda:90" takes one.
 gpu-static: $(STAMP)
 	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
 

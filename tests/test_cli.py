@@ -280,6 +280,9 @@ def test_demo(run, capsys):
     assert 0 < inside + seconds["language model, video"] <= seconds["watch"]
     assert 0 < seconds["language model, answer"] <= seconds["answer"]
     assert seconds["watch"] + seconds["answer"] < seconds["total"]
+    needles = result["needles"]
+    assert needles["answers"] == needles["truth"]
+    assert all(words in shown for words in needles["questions"])
 
 
 # -- plan ----------------------------------------------------------------------------------------

@@ -73,6 +73,41 @@ def test_training_equals_inference(model, features):
     assert relative(a, b) < 1e-5
 
 
+def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
+    """And get the loss and gradients of passes of their own."""
+    from vxl_model import train_pass
+
+    ids = torch.tensor([[5, 6, -200, 9, 10], [7, 8, -200, 11, 12], [5, 6, -200, 9, 1]])
+    videos = [features[0], features[0].flip(0), features[1]]
+    groups = []
+    alike = train_pass.alike
+
+    def apart(rows, *rest):
+        return [[i] for i in range(len(rows))]
+
+    def noted(*rest):
+        groups.append(alike(*rest))
+        return groups[-1]
+
+    results = []
+    for grouping in (noted, apart):
+        monkeypatch.setattr(train_pass, "alike", grouping)
+        model.zero_grad()
+        out = model(ids, visual_features=videos, labels=ids)
+        out.loss.backward()
+        results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
+    assert groups == [[[0, 1], [2]]]
+    with torch.no_grad():  # there a row has the bits that it has alone
+        both = model(ids, visual_features=videos, labels=ids).logits
+        one = model(ids[1:2], visual_features=videos[1:2], labels=ids[1:2]).logits
+    assert torch.equal(both[1:2], one)
+    (together, grads), (alone, wanted) = results
+    assert float(together.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
+    assert relative(together.logits.detach(), alone.logits.detach()) < 1e-5
+    assert grads.keys() == wanted.keys()
+    assert max(relative(grads[k], wanted[k]) for k in grads) < 5e-5
+
+
 def test_gradient_checkpointing_changes_nothing(model, features):
     model.train()
     out = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)

@@ -197,8 +197,9 @@ def test_compiled(go):
         torch_compile=True, torch_compile_backend="aot_eager", gradient_checkpointing=True
     )
     counters = torch._dynamo.utils.counters
-    # For all layers and lengths: the norm, and the rest before and after there are gradients.
-    assert counters["stats"]["unique_graphs"] <= 3
+    # For all layers and lengths: the norm, and the rest before and after there are gradients; one
+    # of them once more for passes of several sequences.
+    assert counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]
     close(go(), compiled)
 

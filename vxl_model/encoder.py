@@ -244,19 +244,19 @@ class Encoder:
         pending = list(stream.pending)
         try:
             features = stream.take(tokens * chunks)
-            self.run([stream.sequence], self.chunk_rows(features, layout), layout, 0)
+            self.run([stream.sequence], self.chunk_rows(features[None], layout), layout, 0)
         except BaseException:
             stream.pending = pending
             raise
         stream.sizes += [layout.vsts_per_chunk] * chunks
 
     def chunk_rows(self, features: Tensor, layout: ChunkLayout) -> Tensor:
-        """Input rows `(1, rows, hidden)` of chunks: features and VST embeddings in the layout's
-        order. Differentiable."""
+        """Input rows `(batch, rows, hidden)` of chunks: features `(batch, tokens, hidden)` and VST
+        embeddings in the layout's order. Differentiable."""
         features = features.to(self.device, self.dtype)
         vst = self.core.beacon_embed_tokens.weight
-        vsts = vst.expand(layout.chunks * layout.vsts_per_chunk, -1)
-        rows = torch.cat([features, vsts])[None]
+        vsts = vst.expand(len(features), layout.chunks * layout.vsts_per_chunk, -1)
+        rows = torch.cat([features, vsts], dim=1)
         if layout.order == "interleaved":
             rows = rows[:, layout.interleaved_to_split(self.device).argsort()]
         return rows

@@ -318,17 +318,21 @@ class VideoXLForConditionalGeneration(
         encoder, plans = self.encoder(), self._row_plans(ratio, len(rows))
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
-        passes, columns = [], []
-        for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
-            pieces = list(self._features(sources[i])) if sources else []
-            features = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)) if pieces else None
-            one = train_pass.train_pass(encoder, row, features, plan.copy(), keep)
-            passes.append(one)
-            if loss_only:
-                continue
-            logits = self.lm_head(one.hidden[one.tail])
-            pad = (0, 0, row.tail_start - first, input_ids.shape[1] - row.tail_stop)
-            columns.append(nn.functional.pad(logits, pad))
+        pieces = [list(self._features(x)) for x in sources or ()]
+        features = [torch.cat(x) if x else None for x in pieces] or [None] * len(rows)
+        by_row: dict[int, train_pass.SequencePass] = {}
+        for members in train_pass.alike(rows, features, plans, self.settings):
+            texts = [rows[i] for i in members]
+            visual = [features[i] for i in members]
+            plan = plans[members[0]].copy()
+            passed = train_pass.train_pass(encoder, texts, visual, plan, keep)
+            by_row.update(zip(members, passed, strict=True))
+        passes = [by_row[i] for i in range(len(rows))]
+        columns = []
+        for one, row in zip(passes, rows, strict=True):
+            if not loss_only:
+                pad = (0, 0, row.tail_start - first, input_ids.shape[1] - row.tail_stop)
+                columns.append(nn.functional.pad(self.lm_head(one.hidden[one.tail]), pad))
         loss = None
         if labels is not None:
             loss = train_pass.loss_of(passes, rows, labels, self.lm_head, tokens)

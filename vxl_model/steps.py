@@ -135,10 +135,10 @@ class Segment:
 
 
 class TrainingStep:
-    """All rows of one sequence, `(1, rows, hidden)`, segment after segment.
+    """All rows of sequences of one shape, `(batch, rows, hidden)`, segment after segment.
 
-    In each layer every segment first appends what it keeps to one page, then all attend. So no
-    attention saves a cache for the backward pass that is written afterwards.
+    In each layer every segment first appends what it keeps to its sequence's page, then all
+    attend. So no attention saves a cache for the backward pass that is written afterwards.
 
     Args:
         keep: remember each layer's K and V in `kept`.
@@ -148,6 +148,7 @@ class TrainingStep:
     def __init__(
         self,
         segments: Sequence[Segment],
+        batch: int,
         inv_freq: Tensor,
         settings: RunSettings,
         keep: bool = False,
@@ -158,8 +159,10 @@ class TrainingStep:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         device = inv_freq.device
         self._capacity = max(s.cached + s.kept for s in segments)
-        self._table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        lens = torch.tensor([[s.cached] for s in segments], dtype=torch.int32, device=device)
+        self._table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+        lens = torch.tensor(
+            [[s.cached] * batch for s in segments], dtype=torch.int32, device=device
+        )
         self._lens = list(lens)
 
     def parts(self, hidden: Tensor) -> list[Tensor]:
@@ -171,7 +174,7 @@ class TrainingStep:
         projected = [
             attn.project(x, s.layout, backend) for x, s in zip(rows, self.segments, strict=True)
         ]
-        shape = (1, self._capacity, *projected[0][1].shape[2:])
+        shape = (len(normed[0]), self._capacity, *projected[0][1].shape[2:])
         like = projected[0][1]  # under autocast not of the rows' dtype
         k_cache, v_cache = like.new_zeros(shape), like.new_zeros(shape)
         rotated = []
@@ -188,7 +191,7 @@ class TrainingStep:
             for qkv, segment, lens in zip(rotated, self.segments, self._lens, strict=True)
         ]
         if self.kept is not None:
-            self.kept[attn.layer_idx] = (k_cache[0].detach(), v_cache[0].detach())
+            self.kept[attn.layer_idx] = (k_cache.detach(), v_cache.detach())
         attended = torch.cat(out, dim=1).flatten(2)
         return [attended + attn.idle_vsts() if self.idle_vsts else attended]
 

@@ -1,5 +1,5 @@
 """Loss and logits of sequences whose labels are known: all windows in one pass a layer, and
-differentiable.
+differentiable. Sequences of one shape go through together.
 
 In training mode every parameter takes part in every pass, be it with factor 0: text alone would
 leave VSTs, projector and tower without a gradient, FSDP's processes would wait for each other's,
@@ -11,9 +11,11 @@ in the published code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,9 +24,9 @@ from vxl_kernels import ChunkLayout
 from .encoder import Encoder
 from .inputs import IMAGE_TOKEN, TextRow, fail
 from .ratios import RatioPlan
-from .steps import Segment, TrainingStep
+from .steps import RunSettings, Segment, TrainingStep
 
-__all__ = ["SequencePass", "check_labels", "loss_of", "train_pass"]
+__all__ = ["SequencePass", "alike", "check_labels", "loss_of", "train_pass"]
 
 _IGNORED = -100
 
@@ -50,36 +52,44 @@ class SequencePass:
 
 
 def train_pass(
-    encoder: Encoder, row: TextRow, features: Tensor | None, plan: RatioPlan, keep: bool
-) -> SequencePass:
-    """Prompt, windows of `features (tokens, hidden)` and tail of one sequence."""
+    encoder: Encoder,
+    rows: Sequence[TextRow],
+    features: Sequence[Tensor | None],
+    plan: RatioPlan,
+    keep: bool,
+) -> list[SequencePass]:
+    """Prompt, windows of `features (tokens, hidden)` and tail of sequences alike (`alike`), in one
+    pass. Without a video `features` are None."""
     core = encoder.core
-    rows: list[Tensor] = []
+    parts: list[Tensor] = []
     segments: list[Segment] = []
     cached, sizes = 0, [0]
 
     def add(hidden: Tensor, layout: ChunkLayout | None) -> None:
         nonlocal cached
         segments.append(Segment(layout, hidden.shape[1], cached))
-        rows.append(hidden)
+        parts.append(hidden)
         cached += segments[-1].kept
 
-    # One lookup a sequence: FSDP gathers the table for each, on all processes alike.
-    prompt, tail = core.embed_tokens(torch.cat([row.prompt, row.tail])[None]).split(
-        [len(row.prompt), len(row.tail)], dim=1
-    )
-    if len(row.prompt):
+    def done() -> int:
+        return sum(x.shape[1] for x in parts)
+
+    # One lookup a pass: FSDP gathers the table for each, on all processes alike.
+    ids = torch.stack([torch.cat([row.prompt, row.tail]) for row in rows])
+    prompt, tail = core.embed_tokens(ids).split([len(rows[0].prompt), len(rows[0].tail)], dim=1)
+    if prompt.shape[1]:
         add(prompt, None)
-    before_tail = sum(x.shape[1] for x in rows) - 1 if rows else None
-    if features is not None:
-        for window, ratio, chunks in _groups(plan, len(features), encoder.window):
-            start = sum(x.shape[1] for x in rows)
-            used = features[: chunks * window]
-            features = features[chunks * window :]
+    before_tail = done() - 1 if parts else None
+    shown = [x for x in features if x is not None]
+    if shown:
+        visual = torch.stack(shown).to(encoder.device, encoder.dtype)
+        for window, ratio, chunks in _groups(plan, visual.shape[1], encoder.window):
+            start = done()
+            used, visual = visual.tensor_split([chunks * window], dim=1)
             if ratio > window:  # leaves no VST; only the last raw row may have a reader
-                if not len(features):
+                if not visual.shape[1]:
                     segments.append(Segment(None, window, cached))
-                    rows.append(used.to(encoder.dtype)[None])
+                    parts.append(used)
                     before_tail = start + window - 1
                 sizes += [0] * chunks
                 continue
@@ -87,18 +97,43 @@ def train_pass(
             add(encoder.chunk_rows(used, layout), layout)
             before_tail = start + int(layout.raw_rows()[-1])
             sizes += [layout.vsts_per_chunk] * chunks
-    tail_start = sum(x.shape[1] for x in rows)
+    tail_start = done()
     add(tail, None)
     idle = core.training and not any(s.layout is not None for s in segments)
     if idle:
-        rows[-1] = rows[-1] + 0 * core.beacon_embed_tokens.weight.sum()
-    step = TrainingStep(segments, core.inv_freq(), encoder.settings, keep, idle)
-    hidden = core(torch.cat(rows, dim=1), step)[0]
-    kept = None
-    if step.kept is not None:
-        layers = [step.kept[i] for i in range(len(core.layers))]
-        kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])[:, :, :cached]
-    return SequencePass(hidden, slice(tail_start, None), before_tail, [*sizes, 0], kept)
+        parts[-1] = parts[-1] + 0 * core.beacon_embed_tokens.weight.sum()
+    step = TrainingStep(segments, len(rows), core.inv_freq(), encoder.settings, keep, idle)
+    hidden = core(torch.cat(parts, dim=1), step)
+    passes = []
+    for i in range(len(rows)):
+        kept = None
+        if step.kept is not None:
+            layers = [[x[i, :cached] for x in step.kept[n]] for n in range(len(core.layers))]
+            kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])
+        own_tail = slice(tail_start, None)
+        passes.append(SequencePass(hidden[i], own_tail, before_tail, [*sizes, 0], kept))
+    return passes
+
+
+def alike(
+    rows: Sequence[TextRow],
+    features: Sequence[Tensor | None],
+    plans: Sequence[RatioPlan],
+    settings: RunSettings,
+) -> list[list[int]]:
+    """Groups of rows that share a pass: prompt, video and tail as long, ratios drawn alike. Each
+    row alone among processes, since FSDP wants as many passes everywhere, and without gradients
+    where a row is to have the bits that it has alone."""
+    apart = settings.same_bits_in_batch and not torch.is_grad_enabled()
+    if apart or (dist.is_available() and dist.is_initialized()):
+        return [[i] for i in range(len(rows))]
+    groups: dict[tuple[int, int | None, int, str], list[int]] = {}
+    states = {id(plan): plan.state() for plan in plans}
+    for i, (row, video, plan) in enumerate(zip(rows, features, plans, strict=True)):
+        visual = None if video is None else len(video)
+        shape = (len(row.prompt), visual, len(row.tail), states[id(plan)])
+        groups.setdefault(shape, []).append(i)
+    return list(groups.values())
 
 
 def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:
