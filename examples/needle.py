@@ -24,7 +24,6 @@ import argparse
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,7 +102,9 @@ class Curriculum:
             self._since = 0
 
 
-def make_optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: VideoXLForConditionalGeneration, rate: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings, norms and biases."""
     layers = list(model.model.layers.parameters())
     matrices = [p for p in layers if p.dim() == 2]
@@ -372,4 +373,4 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
