@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from model_goldens import load_golden, relative
 
-from vxl_model import WindowRatios
+from vxl_model import WindowRatios, train_pass
+from vxl_model.inputs import text_rows
 
 
 @pytest.fixture
@@ -75,8 +76,6 @@ def test_training_equals_inference(model, features):
 
 def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
     """And get the loss and gradients of passes of their own."""
-    from vxl_model import train_pass
-
     ids = torch.tensor([[5, 6, -200, 9, 10], [7, 8, -200, 11, 12], [5, 6, -200, 9, 1]])
     videos = [features[0], features[0].flip(0), features[1]]
     groups = []
@@ -97,15 +96,30 @@ def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
         out.loss.backward()
         results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
     assert groups == [[[0, 1], [2]]]
+    monkeypatch.setattr(train_pass, "alike", noted)
     with torch.no_grad():  # there a row has the bits that it has alone
-        both = model(ids, visual_features=videos, labels=ids).logits
-        one = model(ids[1:2], visual_features=videos[1:2], labels=ids[1:2]).logits
-    assert torch.equal(both[1:2], one)
+        model(ids, visual_features=videos, labels=ids)
+        model.settings.same_bits_in_batch = False
+        model(ids, visual_features=videos, labels=ids)
+    assert groups[1:] == [[[0], [1], [2]], [[0, 1], [2]]]
     (together, grads), (alone, wanted) = results
     assert float(together.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     assert relative(together.logits.detach(), alone.logits.detach()) < 1e-5
     assert grads.keys() == wanted.keys()
     assert max(relative(grads[k], wanted[k]) for k in grads) < 5e-5
+
+
+def test_what_sequences_must_have_in_common(model, features):
+    """Prompt, video and tail as long, and ratios that are drawn alike."""
+    plan, other = model.make_plan(4), model.make_plan([2, 4])
+    videos = [*features[:1] * 5, None]
+    ids = torch.tensor([[1, 5, -200, 9, 10, 11]] * 6)
+    mask = torch.ones_like(ids)
+    mask[1, 0] = mask[2, -1] = 0
+    ids[5, 2] = 7
+    rows = text_rows(ids, mask, 1000)
+    plans = [plan, plan, plan, other, plan, plan]
+    assert train_pass.alike(rows, videos, plans, model.settings) == [[0, 4], [1], [2], [3], [5]]
 
 
 def test_gradient_checkpointing_changes_nothing(model, features):
