@@ -28,7 +28,6 @@ import math
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,22 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from . import _sharded
+from ._run_folder import (
+    BAD,
+    LOG,
+    RESULT,
+    RUN,
+    WRITING,
+    check_output,
+    check_same_run,
+    checkpoints,
+    crc,
+    finished,
+    last_checkpoint,
+    put_in_place,
+    read_log,
+    write_lines,
+)  # fmt: skip
 from .configuration import VideoXLConfig
 from .data import (
     BadSample,
@@ -61,10 +76,6 @@ __all__ = [
     "TrainReport", "TrainSettings", "VideoXLTrainer", "choose_parameters", "last_checkpoint",
     "read_log", "train",
 ]  # fmt: skip
-
-LOG, BAD, RUN, RESULT, WRITING = (
-    "train_log.jsonl", "bad_samples.jsonl", "run.json", "model", ".writing",
-)  # fmt: skip
 
 
 # -- what learns --------------------------------------------------------------------------------
@@ -168,7 +179,7 @@ class VideoXLTrainer(Trainer):
         for one in bad:
             self.bad.add(one)
         if self.args.should_save:
-            _write_lines(path, [x._asdict() for x in self.bad])
+            write_lines(path, [x._asdict() for x in self.bad])
 
     def _note(self, bad: Sequence[BadSample]) -> None:
         for one in bad:
@@ -236,7 +247,7 @@ class VideoXLTrainer(Trainer):
         if self.args.should_save:
             put_in_place(output / WRITING / name, output / name)
             limit = self.args.save_total_limit
-            for old in _checkpoints(output)[: -limit if limit else 0]:
+            for old in checkpoints(output)[: -limit if limit else 0]:
                 gone = output / WRITING / old.name  # half deleted, it must not look whole
                 old.rename(gone)
                 shutil.rmtree(gone)
@@ -341,7 +352,7 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG
             kept = [x for x in read_log(path) if x["step"] <= state.global_step]
-            _write_lines(path, kept)
+            write_lines(path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -357,59 +368,6 @@ class _Log(TrainerCallback):
         self.begin, self.tokens = now, tokens
         with open(Path(args.output_dir) / LOG, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a `train_log.jsonl`; a last one that was not finished is left out."""
-    lines = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
-
-
-def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(beside, path)
-
-
-def put_in_place(written: Path, place: Path) -> None:
-    """Renames a finished folder, its files safely on the disk before."""
-    for path in [*(p for p in written.rglob("*") if p.is_file()), written]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    if place.exists():
-        shutil.rmtree(place)
-    written.rename(place)
-    handle = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = []
-    for path in output.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / "trainer_state.json").is_file():
-            found.append((int(step), path))
-    return [path for _, path in sorted(found)]
-
-
-def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
-    """The newest finished checkpoint of a run; None if there is none."""
-    found = _checkpoints(Path(output))
-    return found[-1] if found else None
 
 
 # -- a run --------------------------------------------------------------------------------------
@@ -468,7 +426,7 @@ def train(
             BadSampleError for a bad sample where the settings say "stop".
     """
     output = Path(output)
-    checkpoint = _check_output(output, resume)
+    checkpoint = check_output(output, resume)
     processor = VideoXLProcessor.from_pretrained(model)
     processor.prompt_ids()  # a checkpoint without a tokenizer is refused here
     config = VideoXLConfig.from_pretrained(model)
@@ -483,9 +441,9 @@ def train(
         raise ValueError(f"data: no usable sample in {', '.join(str(x) for x in data)}")
     args = settings.training_arguments(os.fspath(output))
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    about = {"settings": decisive(settings), "data_crc32": [_crc(path) for path in data],
+    about = {"settings": decisive(settings), "data_crc32": [crc(path) for path in data],
              "samples_a_step": batch}  # fmt: skip
-    _check_same_run(output / RUN, about, checkpoint)
+    check_same_run(output / RUN, about, checkpoint)
     dataset = TrainingData(
         samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
         stop=settings.on_bad_sample == "stop",
@@ -504,7 +462,7 @@ def train(
     trainer.start_bad_list(bad, resume)
     before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     steps = before
-    if checkpoint and _finished(checkpoint):  # HF's loop would do a step more
+    if checkpoint and finished(checkpoint):  # HF's loop would do a step more
         trainer._load_from_checkpoint(os.fspath(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
@@ -555,45 +513,6 @@ def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
     )
     shape.check()
     return shape
-
-
-def _check_output(output: Path, resume: bool) -> Path | None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: got {output}, a file, expected a folder")
-    if resume:
-        return last_checkpoint(output)
-    held = [*_checkpoints(output), *output.glob(RESULT)]
-    if held:
-        raise ValueError(f"output: {output} holds {held[-1].name}; resume, or name another folder")
-    return None
-
-
-def _check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -> None:
-    """A resumed run must be the one that was begun."""
-    if checkpoint is None or not path.is_file():
-        return
-    before = json.loads(path.read_text())
-    now = json.loads(json.dumps(about))
-    changed = [(key, before.get(key), now[key]) for key in ("data_crc32", "samples_a_step")]
-    keys = {**before.get("settings", {}), **now["settings"]}
-    changed += [(k, before["settings"].get(k), now["settings"].get(k)) for k in sorted(keys)]
-    for key, old, new in changed:
-        if old != new:
-            raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
-
-
-def _finished(checkpoint: Path) -> bool:
-    """It is its run's last."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]
-
-
-def _crc(path: str | os.PathLike[str]) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 def _counts(counts: dict[str, int]) -> str:
