@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .data import Sample
+
 __all__ = [
     "BAD", "LOG", "RESULT", "RUN", "WRITING", "check_output", "check_same_run", "checkpoints",
-    "crc", "finished", "last_checkpoint", "put_in_place", "read_log", "write_lines",
+    "crc", "finished", "last_checkpoint", "put_in_place", "read_log", "samples_crc", "write_lines",
+    "write_run",
 ]  # fmt: skip
 
 LOG, BAD, RUN, RESULT, WRITING = (
@@ -37,6 +40,13 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(beside, path)
+
+
+def write_run(path: Path, about: dict[str, Any]) -> None:
+    """run.json, beside its place and then there."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(about, indent=1) + "\n")
     os.replace(beside, path)
 
 
@@ -74,11 +84,22 @@ def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
     return found[-1] if found else None
 
 
-def check_output(output: Path, resume: bool) -> Path | None:
+def check_output(output: Path, resume: bool, model: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint to go on from; ValueError where a run's result or the source would be lost."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: got {output}, a file, expected a folder")
+    source = Path(model).resolve()
+    for path in (output / RESULT, output / WRITING, *output.glob("checkpoint-*")):
+        if source.exists() and source.is_relative_to(path.resolve()):
+            raise ValueError(f"model: got {model}, which the run in {output} would replace")
     if resume:
-        return last_checkpoint(output)
+        checkpoint = last_checkpoint(output)
+        if checkpoint is None and (output / RESULT).exists():
+            raise ValueError(
+                f"resume: {output} holds {RESULT} and no checkpoint, expected one to go on from; "
+                "name another folder"
+            )
+        return checkpoint
     held = [*checkpoints(output), *output.glob(RESULT)]
     if held:
         raise ValueError(f"output: {output} holds {held[-1].name}; resume, or name another folder")
@@ -86,14 +107,24 @@ def check_output(output: Path, resume: bool) -> Path | None:
 
 
 def check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -> None:
-    """A resumed run must be the one that was begun."""
+    """A resumed run must be the one that was begun.
+
+    Args:
+        path: its run.json.
+        about: what of it is compared: "settings", and any others.
+        checkpoint: None for a new run, which nothing is compared for.
+    """
     if checkpoint is None or not path.is_file():
         return
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text())
+        was = {**before["settings"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"resume: {path}: not what a run has written") from None
     now = json.loads(json.dumps(about))
-    changed = [(key, before.get(key), now[key]) for key in ("data_crc32", "samples_a_step")]
-    keys = {**before.get("settings", {}), **now["settings"]}
-    changed += [(k, before["settings"].get(k), now["settings"].get(k)) for k in sorted(keys)]
+    keys = {**was, **now["settings"]}
+    changed = [(k, was.get(k), now["settings"].get(k)) for k in sorted(keys)]
+    changed += [(key, before.get(key), now[key]) for key in now if key != "settings"]
     for key, old, new in changed:
         if old != new:
             raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
@@ -110,4 +141,12 @@ def crc(path: str | os.PathLike[str]) -> int:
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
             value = zlib.crc32(piece, value)
+    return value
+
+
+def samples_crc(samples: Sequence[Sample]) -> int:
+    """Of the samples that are used, in order, and the lengths they are grouped by."""
+    value = 0
+    for sample in samples:
+        value = zlib.crc32(json.dumps([sample.id, sample.length]).encode(), value)
     return value

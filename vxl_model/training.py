@@ -28,6 +28,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ from ._run_folder import (
     last_checkpoint,
     put_in_place,
     read_log,
+    samples_crc,
     write_lines,
+    write_run,
 )  # fmt: skip
 from .configuration import VideoXLConfig
 from .data import (
@@ -418,19 +421,27 @@ def train(
         data: JSON or JSONL files.
         output: folder of the run; without `resume` it must not hold another.
         root: what paths in the data are relative to; by default each file's folder.
-        resume: go on from the last checkpoint in `output`, from the start if there is none.
+        resume: go on from the last checkpoint in `output`, from the start if there is none and
+            no result either.
         say: gets a line of text now and then.
 
     Raises:
-        ValueError, OSError: an argument cannot be used, said before weights are read;
+        ValueError, OSError: an argument cannot be used, said before weights are read
+            but for another `model` than the run's that is resumed;
             BadSampleError for a bad sample where the settings say "stop".
     """
     output = Path(output)
-    checkpoint = check_output(output, resume)
+    checkpoint = check_output(output, resume, model)
     processor = VideoXLProcessor.from_pretrained(model)
     processor.prompt_ids()  # a checkpoint without a tokenizer is refused here
     config = VideoXLConfig.from_pretrained(model)
     shape = visual_shape(config, settings)
+    args = settings.training_arguments(os.fspath(output))
+    if args.n_gpu > 1:  # HF would cut a batch among them, which our inputs are not made for
+        raise ValueError(
+            f"got {args.n_gpu} GPUs in one process, expected 1; several GPUs: start with "
+            "accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
+        )
     samples, bad = read_samples(data, processor, shape, root, settings.probe_files)
     if bad and settings.on_bad_sample == "stop":
         raise BadSampleError(next(iter(bad)))
@@ -439,16 +450,18 @@ def train(
     say(f"data: {_counts(kinds)}; bad: {_counts(bad.by_kind())}")
     if not samples:
         raise ValueError(f"data: no usable sample in {', '.join(str(x) for x in data)}")
-    args = settings.training_arguments(os.fspath(output))
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     about = {"settings": decisive(settings), "data_crc32": [crc(path) for path in data],
-             "samples_a_step": batch}  # fmt: skip
+             "samples": [len(samples), samples_crc(samples)], "samples_a_step": batch}  # fmt: skip
     check_same_run(output / RUN, about, checkpoint)
     dataset = TrainingData(
         samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
         stop=settings.on_bad_sample == "stop",
     )  # fmt: skip
     net = _load(model, settings, args)
+    if args.should_save:  # the process that writes run.json
+        about["base_crc32"] = _weights_crc(net)
+        check_same_run(output / RUN, about, checkpoint)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
         f"learn; {batch} samples a step")  # fmt: skip
@@ -456,9 +469,8 @@ def train(
         say(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
     trainer = VideoXLTrainer(net, args, dataset, settings)
     if args.should_save:
-        (output / RUN).write_text(json.dumps(
-            {"model": os.fspath(model), "data": [os.fspath(x) for x in data], **about}, indent=1
-        ) + "\n")  # fmt: skip
+        named = {"model": os.fspath(model), "data": [os.fspath(x) for x in data]}
+        write_run(output / RUN, {**named, **about})
     trainer.start_bad_list(bad, resume)
     before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     steps = before
@@ -495,6 +507,16 @@ def _load(
             layer.compile_dense(settings.torch_compile_backend)
     args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
     return net
+
+
+def _weights_crc(net: nn.Module) -> int:
+    """Of the first row of every parameter: a checkpoint of stage align is nothing without the
+    rest, and another fine-tune has the same names and shapes."""
+    value = 0
+    for parameter in net.parameters():
+        row = parameter.detach()[:1].float().cpu().contiguous()
+        value = zlib.crc32(row.numpy().tobytes(), value)
+    return value
 
 
 def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
