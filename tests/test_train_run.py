@@ -239,11 +239,17 @@ def test_skip(go, spoiled, tmp_path):
     assert [(x["kind"], x["id"]) for x in lines] == [("missing file", "gone"), ("too long", "long")]
 
 
-def test_stop(go, spoiled):
+def test_stop(go, place, spoiled):
+    records = json.loads((place / spoiled).read_text())[1:]
+    late = "late.json"
+    (place / late).write_text(json.dumps([records[1], records[0]]))  # one that can be used
     with pytest.raises(BadSampleError, match=r"sample gone: missing file"):
         go(data=spoiled, on_bad_sample="stop")
     with pytest.raises(BadSampleError, match=r"sample \w+: too long"):
         go(max_text_tokens=5, on_bad_sample="stop", dataloader_num_workers=1)
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    with pytest.raises(BadSampleError, match=r"sample long: too long"):
+        go("finetune", late, max_text_tokens=500, on_bad_sample="stop", **one)
     with pytest.raises(ValueError, match=r"no sample that can be used"):
         go(max_text_tokens=5)
 
