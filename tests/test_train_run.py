@@ -102,6 +102,30 @@ def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
         go()
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "grad_norm: got nan in step 1"),
+        ({"logging_steps": 5}, "no finite weights after step 1"),
+        ({"logging_steps": 5, "save_strategy": "no"}, "no finite weights after step 1"),
+    ],
+)
+def test_a_gradient_that_is_no_number_is_not_saved(go, monkeypatch, tmp_path, values, words):
+    from vxl_model import train_pass
+
+    real = train_pass.loss_of
+
+    def spoiled(*args):
+        loss = real(*args)
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(train_pass, "loss_of", spoiled)
+    with pytest.raises(ValueError, match=words):
+        go(**{"save_strategy": "steps", "save_steps": 1, "max_steps": 1, **values})
+    assert not [*tmp_path.glob("out0/checkpoint-*"), *tmp_path.glob("out0/model")]
+
+
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_it_learns(go, place, stage):
     """One sample by heart, ratios drawn anew every time."""

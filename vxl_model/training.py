@@ -71,6 +71,7 @@ from .data import (
     read_samples,
 )  # fmt: skip
 from .encoder import make_plan
+from .layers import local
 from .modeling import VideoXLForConditionalGeneration
 from .processing import VideoXLProcessor
 from .train_settings import TrainSettings, decisive
@@ -235,7 +236,14 @@ class VideoXLTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return os.fspath(self._beside) if self._beside else super()._get_output_dir(trial)
 
+    def _check_weights(self) -> None:
+        """ValueError where weights are no numbers, with a finite loss too: they are not saved."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(local(parameter).isfinite().all()):
+                raise ValueError(f"{name}: no finite weights after step {self.state.global_step}")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_weights()
         output = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -312,7 +320,8 @@ class VideoXLTrainer(Trainer):
                 self.bad.add(BadSample(*one))
 
     def save_result(self) -> Path:
-        """The trained model, in the published layout."""
+        """The trained model, in the published layout; ValueError if its weights are not finite."""
+        self._check_weights()
         output = Path(self.args.output_dir)
         if self.args.should_save:
             shutil.rmtree(output / WRITING, ignore_errors=True)
@@ -362,6 +371,9 @@ class _Log(TrainerCallback):
             return
         if not math.isfinite(logs["loss"]):
             raise ValueError(f"loss: got {logs['loss']} in step {state.global_step}")
+        norm = logs.get("grad_norm")
+        if norm is not None and not math.isfinite(norm) and not args.fp16:  # whose scaler skips it
+            raise ValueError(f"grad_norm: got {norm} in step {state.global_step}")
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
             "step": state.global_step, "epoch": logs.get("epoch"), "loss": logs["loss"],
