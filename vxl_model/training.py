@@ -8,6 +8,7 @@ A run's output folder::
 
     run.json             what was run
     train_log.jsonl      a line a step: step, epoch, loss, grad_norm, learning_rate, tokens, seconds
+                         (tokens: those of process 0 since the line before)
     bad_samples.jsonl    a line a sample that could not be used: kind, id, message
     checkpoint-N/        to resume from; a checkpoint as any other where all weights learn
     model/               the result, in the published layout
