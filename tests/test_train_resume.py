@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,16 +10,16 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
 pytest.importorskip("PIL.Image")
 
-from training_place import QUICK, environment, make_place
+from training_place import QUICK, environment, make_place, settings
 
 from vxl_kernels import _ext
-from vxl_model.training import last_checkpoint, read_log
+from vxl_model.training import last_checkpoint, read_log, train
 
 pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
 
@@ -116,3 +117,103 @@ def test_kill_9(place):
     bad = [(folder / "bad_samples.jsonl").read_text() for folder in (whole, killed)]
     assert bad[0] == bad[1]
     assert [json.loads(x)["kind"] for x in bad[0].splitlines()] == ["broken line", "too long"]
+
+
+# -- what is no resume -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of stage align, its checkpoints and its result."""
+    folder = make_place(tmp_path_factory.mktemp("begun"))
+    train(folder / "model", [folder / "data.json"], folder / "run", align())
+    return folder
+
+
+def align(**values):
+    return settings(
+        "align", **{"save_strategy": "steps", "save_steps": 1, "max_steps": 2, **values}
+    )
+
+
+@pytest.fixture
+def again(begun, tmp_path):
+    """Resumes a copy of it."""
+    shutil.copytree(begun, tmp_path / "copy")
+
+    def call(model="model", **values):
+        folder = tmp_path / "copy"
+        data = [folder / "data.json"]
+        return train(folder / model, data, folder / "run", align(**values), resume=True)
+
+    call.folder = tmp_path / "copy"
+    return call
+
+
+def test_several_gpus_in_one_process(begun, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 GPUs .* accelerate launch, or .*CUDA_VISIBLE_DEVICES"):
+        train(begun / "model", [begun / "data.json"], begun / "many", align())
+    assert not (begun / "many").exists()
+
+
+def test_a_result_without_checkpoints_is_not_replaced(again):
+    run = again.folder / "run"
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    want = (run / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"resume: .*run holds model and no checkpoint"):
+        again()
+    assert (run / "model" / "model.safetensors").read_bytes() == want
+
+
+@pytest.mark.parametrize("inside", ["run/model", "run/checkpoint-2", "link"])
+def test_the_source_is_not_replaced(again, inside):
+    (again.folder / "link").symlink_to(again.folder / "run" / "model")
+    with pytest.raises(ValueError, match=rf"model: got .*{inside}, which the run in .*run would"):
+        again(inside)
+    assert (again.folder / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_other_samples_are_another_run(again):
+    with pytest.raises(ValueError, match="resume: probe_files was True and is False"):
+        again(probe_files=False)
+    (again.folder / "one.png").rename(again.folder / "gone.png")  # the data file is the same
+    with pytest.raises(ValueError, match=r"resume: samples was \[12, \d+\] and is \[7, \d+\]"):
+        again()
+    (again.folder / "gone.png").rename(again.folder / "one.png")
+    assert again(on_bad_sample="stop").steps == 2  # how bad samples are met changes no order
+
+
+def test_another_base_is_another_run(again):
+    """The checkpoint holds the projector alone."""
+    path = again.folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][0] += 1
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"resume: base_crc32 was \d+ and is \d+"):
+        again()
+
+
+def test_a_damaged_run_json_is_named(again):
+    for text in ('{"settings"', "[]", "{}"):
+        (again.folder / "run" / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"resume: .*run\.json: not what a run has written"):
+            again()
+
+
+def test_run_json_is_written_beside_its_place(again, monkeypatch):
+    before = (again.folder / "run" / "run.json").read_text()
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("run.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert (again.folder / "run" / "run.json").read_text() == before

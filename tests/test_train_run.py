@@ -102,6 +102,30 @@ def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
         go()
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "grad_norm: got nan in step 1"),
+        ({"logging_steps": 5}, "no finite weights after step 1"),
+        ({"logging_steps": 5, "save_strategy": "no"}, "no finite weights after step 1"),
+    ],
+)
+def test_a_gradient_that_is_no_number_is_not_saved(go, monkeypatch, tmp_path, values, words):
+    from vxl_model import train_pass
+
+    real = train_pass.loss_of
+
+    def spoiled(*args):
+        loss = real(*args)
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(train_pass, "loss_of", spoiled)
+    with pytest.raises(ValueError, match=words):
+        go(**{"save_strategy": "steps", "save_steps": 1, "max_steps": 1, **values})
+    assert not [*tmp_path.glob("out0/checkpoint-*"), *tmp_path.glob("out0/model")]
+
+
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_it_learns(go, place, stage):
     """One sample by heart, ratios drawn anew every time."""
@@ -240,11 +264,17 @@ def test_skip(go, spoiled, tmp_path):
     assert [(x["kind"], x["id"]) for x in lines] == [("missing file", "gone"), ("too long", "long")]
 
 
-def test_stop(go, spoiled):
+def test_stop(go, place, spoiled):
+    records = json.loads((place / spoiled).read_text())[1:]
+    late = "late.json"
+    (place / late).write_text(json.dumps([records[1], records[0]]))  # one that can be used
     with pytest.raises(BadSampleError, match=r"sample gone: missing file"):
         go(data=spoiled, on_bad_sample="stop")
     with pytest.raises(BadSampleError, match=r"sample \w+: too long"):
         go(max_text_tokens=5, on_bad_sample="stop", dataloader_num_workers=1)
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    with pytest.raises(BadSampleError, match=r"sample long: too long"):
+        go("finetune", late, max_text_tokens=500, on_bad_sample="stop", **one)
     with pytest.raises(ValueError, match=r"no sample that can be used"):
         go(max_text_tokens=5)
 

@@ -573,3 +573,28 @@ def test_find_videos(folder, tmp_path):
             find_videos(paths)
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises(ValueError, match="on_error"):
         make_vico([folder], Reader(), tmp_path / "x", on_error="ask")
+
+
+# -- command line --------------------------------------------------------------------------------
+
+
+def test_json_with_dropped_captions(folder, tmp_path, monkeypatch, capsys):
+    import argparse
+
+    import torch
+
+    from vxl_model import vico
+
+    reader = Reader()
+    says = reader.says
+    reader.says = lambda numbers: "" if min(numbers) < 28 else says(numbers)
+    monkeypatch.setattr(vico, "TransformersCaptioner", lambda *args, **options: reader)
+    parser = argparse.ArgumentParser()
+    vico.add_arguments(parser, int)
+    options = ["--videos", str(folder / "a.mp4"), "--captioner", "any", "--json",
+               "--output", str(tmp_path / "out.jsonl")]  # fmt: skip
+    vico.command(parser.parse_args(options), torch.device("cpu"), torch.float32)
+    summary = json.loads(capsys.readouterr().out)
+    assert sum(summary["dropped"].values()) == 1
+    assert all(isinstance(reason, str) for reason in summary["dropped"])
+    assert summary["samples"] > 0

@@ -52,6 +52,7 @@ IGNORED = -100
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
           "system": "system"}  # fmt: skip
 _CHARACTERS_A_TOKEN = 4  # of English text, roughly; only lengths' order matters
+_MOST = 1e12  # of a width, a number of frames, seconds
 _MEGABATCH = 50  # batches whose samples are sorted by length together
 
 KINDS = (
@@ -247,12 +248,26 @@ def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sampl
         for token in control:
             if token in text:
                 raise bad("control token", f"{token!r} in its text")
+        if not _encodable(text):
+            raise bad("bad sample", f"got the text {text[:40]!a}, expected Unicode")
     about = []
     for key in ("width", "height", "frames", "duration"):
         value = record.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            if value > _MOST or (value < 1 and key != "duration"):  # JSON has Infinity, and 0.5
+                least = 0 if key == "duration" else 1
+                raise bad("bad sample", f"{key}: got {value}, expected {least} to {_MOST:.0e}")
             about.append((key, float(value)))
     return Sample(name, kind, files, turns, visual_turn, tuple(about))
+
+
+def _encodable(text: str, errors: str = "strict") -> bool:
+    """Without lone surrogates, which JSON can hold and no tokenizer or file system takes."""
+    try:
+        text.encode(errors=errors)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _files(record: dict, root: Path, bad: Any) -> tuple[str, tuple[str, ...]]:
@@ -265,6 +280,9 @@ def _files(record: dict, root: Path, bad: Any) -> tuple[str, tuple[str, ...]]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
         raise bad("bad sample", f"{given[0]}: got {value!r}, expected a path or a list of paths")
+    for path in values:
+        if "\0" in path or not _encodable(path, "surrogateescape"):
+            raise bad("bad sample", f"{given[0]}: got {path!a}, expected a path")
     files = tuple(str(root / x) for x in values)
     if given[0] == "video":
         if len(files) > 1:
@@ -355,7 +373,7 @@ def _video_frames(
             raise BadSampleError(BadSample("undecodable video", sample.id, str(error))) from None
     if seconds is None:
         return shape.frames
-    return min(max(1, math.ceil(seconds * shape.fps)), shape.frames)
+    return max(1, math.ceil(min(seconds * shape.fps, shape.frames)))  # a header can say inf
 
 
 # -- words --------------------------------------------------------------------------------------
@@ -539,8 +557,8 @@ class TrainingOrder(Sampler):
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of `TrainingData`'s items, padded at the end."""
     bad = [x for item in items for x in item["bad"]]
-    if any(item["stop"] for item in items):
-        return {"bad": bad, "stop": True}
+    if any(item["stop"] for item in items):  # HF counts labels before the Trainer can stop
+        return {"bad": bad, "stop": True, "labels": torch.full((1, 1), IGNORED)}
     longest = max(len(item["input_ids"]) for item in items)
     ids = torch.zeros(len(items), longest, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)

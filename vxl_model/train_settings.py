@@ -36,7 +36,7 @@ _FIXED: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
 _FREE = {
     "logging_steps", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "run_name", "log_level", "probe_files",
+    "run_name", "log_level", "on_bad_sample",
     # Their product, over all processes, is compared instead.
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip

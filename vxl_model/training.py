@@ -8,6 +8,7 @@ A run's output folder::
 
     run.json             what was run
     train_log.jsonl      a line a step: step, epoch, loss, grad_norm, learning_rate, tokens, seconds
+                         (tokens: those of process 0 since the line before)
     bad_samples.jsonl    a line a sample that could not be used: kind, id, message
     checkpoint-N/        to resume from; a checkpoint as any other where all weights learn
     model/               the result, in the published layout
@@ -41,6 +42,24 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from . import _sharded
+from ._run_folder import (
+    BAD,
+    LOG,
+    RESULT,
+    RUN,
+    WRITING,
+    check_output,
+    check_same_run,
+    checkpoints,
+    crc,
+    finished,
+    last_checkpoint,
+    put_in_place,
+    read_log,
+    samples_crc,
+    write_lines,
+    write_run,
+)  # fmt: skip
 from .configuration import VideoXLConfig
 from .data import (
     BadSample,
@@ -53,6 +72,7 @@ from .data import (
     read_samples,
 )  # fmt: skip
 from .encoder import make_plan
+from .layers import local
 from .modeling import VideoXLForConditionalGeneration
 from .processing import VideoXLProcessor
 from .train_settings import TrainSettings, decisive
@@ -61,10 +81,6 @@ __all__ = [
     "TrainReport", "TrainSettings", "VideoXLTrainer", "choose_parameters", "last_checkpoint",
     "read_log", "train",
 ]  # fmt: skip
-
-LOG, BAD, RUN, RESULT, WRITING = (
-    "train_log.jsonl", "bad_samples.jsonl", "run.json", "model", ".writing",
-)  # fmt: skip
 
 
 # -- what learns --------------------------------------------------------------------------------
@@ -168,7 +184,7 @@ class VideoXLTrainer(Trainer):
         for one in bad:
             self.bad.add(one)
         if self.args.should_save:
-            _write_lines(path, [x._asdict() for x in self.bad])
+            write_lines(path, [x._asdict() for x in self.bad])
 
     def _note(self, bad: Sequence[BadSample]) -> None:
         for one in bad:
@@ -221,7 +237,14 @@ class VideoXLTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return os.fspath(self._beside) if self._beside else super()._get_output_dir(trial)
 
+    def _check_weights(self) -> None:
+        """ValueError where weights are no numbers, with a finite loss too: they are not saved."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(local(parameter).isfinite().all()):
+                raise ValueError(f"{name}: no finite weights after step {self.state.global_step}")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_weights()
         output = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -236,7 +259,7 @@ class VideoXLTrainer(Trainer):
         if self.args.should_save:
             put_in_place(output / WRITING / name, output / name)
             limit = self.args.save_total_limit
-            for old in _checkpoints(output)[: -limit if limit else 0]:
+            for old in checkpoints(output)[: -limit if limit else 0]:
                 gone = output / WRITING / old.name  # half deleted, it must not look whole
                 old.rename(gone)
                 shutil.rmtree(gone)
@@ -298,7 +321,8 @@ class VideoXLTrainer(Trainer):
                 self.bad.add(BadSample(*one))
 
     def save_result(self) -> Path:
-        """The trained model, in the published layout."""
+        """The trained model, in the published layout; ValueError if its weights are not finite."""
+        self._check_weights()
         output = Path(self.args.output_dir)
         if self.args.should_save:
             shutil.rmtree(output / WRITING, ignore_errors=True)
@@ -341,13 +365,16 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG
             kept = [x for x in read_log(path) if x["step"] <= state.global_step]
-            _write_lines(path, kept)
+            write_lines(path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         if not math.isfinite(logs["loss"]):
             raise ValueError(f"loss: got {logs['loss']} in step {state.global_step}")
+        norm = logs.get("grad_norm")
+        if norm is not None and not math.isfinite(norm) and not args.fp16:  # whose scaler skips it
+            raise ValueError(f"grad_norm: got {norm} in step {state.global_step}")
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
             "step": state.global_step, "epoch": logs.get("epoch"), "loss": logs["loss"],
@@ -357,59 +384,6 @@ class _Log(TrainerCallback):
         self.begin, self.tokens = now, tokens
         with open(Path(args.output_dir) / LOG, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a `train_log.jsonl`; a last one that was not finished is left out."""
-    lines = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
-
-
-def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(beside, path)
-
-
-def put_in_place(written: Path, place: Path) -> None:
-    """Renames a finished folder, its files safely on the disk before."""
-    for path in [*(p for p in written.rglob("*") if p.is_file()), written]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    if place.exists():
-        shutil.rmtree(place)
-    written.rename(place)
-    handle = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = []
-    for path in output.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / "trainer_state.json").is_file():
-            found.append((int(step), path))
-    return [path for _, path in sorted(found)]
-
-
-def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
-    """The newest finished checkpoint of a run; None if there is none."""
-    found = _checkpoints(Path(output))
-    return found[-1] if found else None
 
 
 # -- a run --------------------------------------------------------------------------------------
@@ -460,19 +434,27 @@ def train(
         data: JSON or JSONL files.
         output: folder of the run; without `resume` it must not hold another.
         root: what paths in the data are relative to; by default each file's folder.
-        resume: go on from the last checkpoint in `output`, from the start if there is none.
+        resume: go on from the last checkpoint in `output`, from the start if there is none and
+            no result either.
         say: gets a line of text now and then.
 
     Raises:
-        ValueError, OSError: an argument cannot be used, said before weights are read;
+        ValueError, OSError: an argument cannot be used, said before weights are read
+            but for another `model` than the run's that is resumed;
             BadSampleError for a bad sample where the settings say "stop".
     """
     output = Path(output)
-    checkpoint = _check_output(output, resume)
+    checkpoint = check_output(output, resume, model)
     processor = VideoXLProcessor.from_pretrained(model)
     processor.prompt_ids()  # a checkpoint without a tokenizer is refused here
     config = VideoXLConfig.from_pretrained(model)
     shape = visual_shape(config, settings)
+    args = settings.training_arguments(os.fspath(output))
+    if args.n_gpu > 1:  # HF would cut a batch among them, which our inputs are not made for
+        raise ValueError(
+            f"got {args.n_gpu} GPUs in one process, expected 1; several GPUs: start with "
+            "accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
+        )
     samples, bad = read_samples(data, processor, shape, root, settings.probe_files)
     if bad and settings.on_bad_sample == "stop":
         raise BadSampleError(next(iter(bad)))
@@ -481,16 +463,18 @@ def train(
     say(f"data: {_counts(kinds)}; bad: {_counts(bad.by_kind())}")
     if not samples:
         raise ValueError(f"data: no usable sample in {', '.join(str(x) for x in data)}")
-    args = settings.training_arguments(os.fspath(output))
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    about = {"settings": decisive(settings), "data_crc32": [_crc(path) for path in data],
-             "samples_a_step": batch}  # fmt: skip
-    _check_same_run(output / RUN, about, checkpoint)
+    about = {"settings": decisive(settings), "data_crc32": [crc(path) for path in data],
+             "samples": [len(samples), samples_crc(samples)], "samples_a_step": batch}  # fmt: skip
+    check_same_run(output / RUN, about, checkpoint)
     dataset = TrainingData(
         samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
         stop=settings.on_bad_sample == "stop",
     )  # fmt: skip
     net = _load(model, settings, args)
+    if args.should_save:  # the process that writes run.json
+        about["base_crc32"] = _weights_crc(net)
+        check_same_run(output / RUN, about, checkpoint)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
         f"learn; {batch} samples a step")  # fmt: skip
@@ -498,13 +482,12 @@ def train(
         say(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
     trainer = VideoXLTrainer(net, args, dataset, settings)
     if args.should_save:
-        (output / RUN).write_text(json.dumps(
-            {"model": os.fspath(model), "data": [os.fspath(x) for x in data], **about}, indent=1
-        ) + "\n")  # fmt: skip
+        named = {"model": os.fspath(model), "data": [os.fspath(x) for x in data]}
+        write_run(output / RUN, {**named, **about})
     trainer.start_bad_list(bad, resume)
     before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     steps = before
-    if checkpoint and _finished(checkpoint):  # HF's loop would do a step more
+    if checkpoint and finished(checkpoint):  # HF's loop would do a step more
         trainer._load_from_checkpoint(os.fspath(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
@@ -539,6 +522,16 @@ def _load(
     return net
 
 
+def _weights_crc(net: nn.Module) -> int:
+    """Of the first row of every parameter: a checkpoint of stage align is nothing without the
+    rest, and another fine-tune has the same names and shapes."""
+    value = 0
+    for parameter in net.parameters():
+        row = parameter.detach()[:1].float().cpu().contiguous()
+        value = zlib.crc32(row.numpy().tobytes(), value)
+    return value
+
+
 def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
     """What a checkpoint makes of frames, with the settings' cap and ratios.
 
@@ -555,45 +548,6 @@ def visual_shape(config: VideoXLConfig, settings: TrainSettings) -> VisualShape:
     )
     shape.check()
     return shape
-
-
-def _check_output(output: Path, resume: bool) -> Path | None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: got {output}, a file, expected a folder")
-    if resume:
-        return last_checkpoint(output)
-    held = [*_checkpoints(output), *output.glob(RESULT)]
-    if held:
-        raise ValueError(f"output: {output} holds {held[-1].name}; resume, or name another folder")
-    return None
-
-
-def _check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -> None:
-    """A resumed run must be the one that was begun."""
-    if checkpoint is None or not path.is_file():
-        return
-    before = json.loads(path.read_text())
-    now = json.loads(json.dumps(about))
-    changed = [(key, before.get(key), now[key]) for key in ("data_crc32", "samples_a_step")]
-    keys = {**before.get("settings", {}), **now["settings"]}
-    changed += [(k, before["settings"].get(k), now["settings"].get(k)) for k in sorted(keys)]
-    for key, old, new in changed:
-        if old != new:
-            raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
-
-
-def _finished(checkpoint: Path) -> bool:
-    """It is its run's last."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]
-
-
-def _crc(path: str | os.PathLike[str]) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 def _counts(counts: dict[str, int]) -> str:

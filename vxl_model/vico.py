@@ -347,7 +347,7 @@ def command(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     finally:
         bar.close()
     if options.json:
-        print(json.dumps(asdict(summary)))
+        print(json.dumps({**vars(summary), "dropped": dict(summary.dropped)}))
         return
     made = f"{summary.samples} samples of {summary.videos} videos"
     print(f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
