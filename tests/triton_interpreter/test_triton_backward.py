@@ -155,6 +155,25 @@ def test_sequences_that_share_pages_add_up():
     assert grads[3][table[0, :3].long()].abs().min() > 0
 
 
+def test_what_pads_a_table_costs_no_scan(monkeypatch):
+    """A padded table names page 0 in every unused entry; its program may not scan for each."""
+    inputs = make_inputs((20,), ChunkLayout(12, 3, 2), heads=2, kv_heads=1, page_size=16)
+    padded = torch.zeros(1, 60, dtype=torch.int32)
+    used = inputs.block_table.shape[1]
+    padded[:, :used] = inputs.block_table
+    pages, find, scans = inputs.k_cache.shape[0], kernels._find_page, []
+
+    def counted(*args):
+        scans.append(args)
+        return find(*args)
+
+    monkeypatch.setattr(kernels, "_find_page", counted)
+    grad_out, grad_lse, grads = backward(dataclasses.replace(inputs, block_table=padded))
+    # One scan by each program, one more behind each entry that rows see.
+    assert 0 < len(scans) <= pages + used
+    check_gradients(inputs, grad_out, grad_lse, grads)
+
+
 def test_spare_capacity_and_strides_change_no_bit():
     """Table entries behind the length are garbage; tensors may lie anyhow."""
     inputs = x = make_inputs((20, 9), ChunkLayout(12, 3, 2), heads=4, kv_heads=2)
@@ -238,7 +257,9 @@ def without_the_last_chunk(i, chunks, parts):
 
 
 @triton.jit
-def first_find_only(block_table_ptr, i_page, behind, total):
+def first_find_only(
+    block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size, max_pages, batch
+):
     return tl.load(block_table_ptr) * 0, (i_page == tl.load(block_table_ptr)).to(tl.int32)
 
 

@@ -57,8 +57,8 @@ def delta_kernel(
     offs_row = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     at_row = offs_row.to(tl.int64)[:, None]
-    grad_out_ptr += i_batch * grad_out_batch + i_head * grad_out_head
-    out_ptr += i_batch * out_batch + i_head * out_head
+    grad_out_ptr += i_batch * grad_out_batch + i_head.to(tl.int64) * grad_out_head
+    out_ptr += i_batch * out_batch + i_head.to(tl.int64) * out_head
     grad = load_rows(grad_out_ptr + at_row * grad_out_row + offs_d, offs_row, rows, HEAD_DIM, True)
     out = load_rows(out_ptr + at_row * out_row + offs_d, offs_row, rows, HEAD_DIM, True)
     at = (i_batch * HEADS + i_head) * rows + offs_row
@@ -142,11 +142,11 @@ def dq_kernel(
     offs_e = tl.arange(0, EDGE_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
 
-    at_row = offs_row.to(tl.int64)[:, None]
-    q_ptrs = q_ptr + i_batch * q_batch + at_row * q_row + offs_head[:, None] * q_head
+    at_row, at_head = offs_row.to(tl.int64)[:, None], offs_head.to(tl.int64)[:, None]
+    q_ptrs = q_ptr + i_batch * q_batch + at_row * q_row + at_head * q_head
     q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
     grad_ptrs = grad_out_ptr + i_batch * grad_out_batch + at_row * grad_out_row
-    grad_ptrs += offs_head[:, None] * grad_out_head
+    grad_ptrs += at_head * grad_out_head
     grad = load_rows(grad_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
     offs_lse = (i_batch * (KV_HEADS * GROUP) + offs_head) * rows + offs_row
     log2 = tl.load(log2_ptr + offs_lse)[:, None]
@@ -160,8 +160,8 @@ def dq_kernel(
         cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
         cached = tl.minimum(cached + i_chunk * kept, max_pages * page_size)
         full = cached // BLOCK_N * BLOCK_N
-        k_cache_ptr += i_head * kc_head
-        v_cache_ptr += i_head * vc_head
+        k_cache_ptr += i_head.to(tl.int64) * kc_head
+        v_cache_ptr += i_head.to(tl.int64) * vc_head
         for start in tl.range(0, full, BLOCK_N, disable_licm=not HOIST):
             if TMA:
                 entry = start // page_size
@@ -199,8 +199,8 @@ def dq_kernel(
     raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
     raw_full = raw_least // BLOCK_N
     vst_full = vst_least // BLOCK_N
-    k_ptr += i_batch * k_batch + i_head * k_head
-    v_ptr += i_batch * v_batch + i_head * v_head
+    k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
+    v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
     for i in tl.range(0, raw_full + vst_full, disable_licm=not HOIST):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
@@ -386,8 +386,8 @@ def dkv_kernel(
         first = i_batch
         at_key = own_row(is_vst, offs_key, i_chunk, window, ratio, chunks, True)
         at_key = at_key.to(tl.int64)[:, None]
-    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head * k_head
-    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head * v_head
+    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head.to(tl.int64) * k_head
+    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head.to(tl.int64) * v_head
     k = load_rows(k_ptrs + offs_d, offs_key, end, HEAD_DIM, True)
     v = load_rows(v_ptrs + offs_d, offs_key, end, HEAD_DIM, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -407,9 +407,9 @@ def dkv_kernel(
         block = i // GROUP
         first_row = tl.where(block >= raw_full, vst_split - raw_full * BLOCK_M, raw_split)
         first_row += block * BLOCK_M
-        at = first_row.to(tl.int64)
-        q_ptrs = q_ptr + at * q_row + head * q_head + ((offs_m * q_row)[:, None] + offs_d)
-        grad_ptrs = grad_out_ptr + at * grad_out_row + head * grad_out_head
+        at, at_head = first_row.to(tl.int64), head.to(tl.int64)
+        q_ptrs = q_ptr + at * q_row + at_head * q_head + ((offs_m * q_row)[:, None] + offs_d)
+        grad_ptrs = grad_out_ptr + at * grad_out_row + at_head * grad_out_head
         grad_ptrs += (offs_m * grad_out_row)[:, None] + offs_d
         q = load_block(q_desc, i_batch, head, first_row, q_ptrs, HEAD_DIM, TMA)
         grad = load_block(grad_out_desc, i_batch, head, first_row, grad_ptrs, HEAD_DIM, TMA)
@@ -439,9 +439,9 @@ def dkv_kernel(
         first_row = tl.where(row_is_vst, vst_first - raw_edge * EDGE_M, raw_first) + block * EDGE_M
         end = tl.where(row_is_vst, vst_split, raw_split)
         offs_row = first_row + offs_e
-        at = first_row.to(tl.int64)
-        q_ptrs = q_ptr + at * q_row + head * q_head + ((offs_e * q_row)[:, None] + offs_d)
-        grad_ptrs = grad_out_ptr + at * grad_out_row + head * grad_out_head
+        at, at_head = first_row.to(tl.int64), head.to(tl.int64)
+        q_ptrs = q_ptr + at * q_row + at_head * q_head + ((offs_e * q_row)[:, None] + offs_d)
+        grad_ptrs = grad_out_ptr + at * grad_out_row + at_head * grad_out_head
         grad_ptrs += (offs_e * grad_out_row)[:, None] + offs_d
         if TMA:  # behind the end come other rows, or zeros
             q = load_block(q_desc, i_batch, head, first_row, q_ptrs, HEAD_DIM, TMA)
@@ -482,13 +482,18 @@ def dkv_kernel(
 
 
 @triton.jit
-def _find_page(block_table_ptr, i_page, behind, total):
-    """Where the block tables name a page: (the first place behind `behind`, or total; how many
-    places behind it)."""
+def _find_page(block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size, max_pages, batch):
+    """Where the block tables name a page: (the first place behind `behind`, or the number of
+    places; how many places behind it). Only entries that a row may see count, those before
+    cache_lens + `later`: whatever pads a table, often page 0, is not looked at again."""
+    total = batch * max_pages
     found, count = total, total * 0
     for start in tl.range(0, total, 128):
         at = start + tl.arange(0, 128)
         inside = (at < total) & (at > behind)
+        i_batch = tl.minimum(at, total - 1) // max_pages
+        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        inside = inside & (at % max_pages * page_size < cached + later)
         hit = inside & (tl.load(block_table_ptr + at, mask=inside, other=-1) == i_page)
         found = tl.minimum(found, tl.min(tl.where(hit, at, total)))
         count += tl.sum(hit.to(tl.int32))
@@ -503,16 +508,17 @@ def sum_pages_kernel(
     """Gradients of a page, dense (page, slot, head, head_dim), from those of each part and
     sequence: of WIDTH numbers an entry. Forks that share a page add up in the tables' order.
     Grid: (blocks of a page's numbers * pages,)."""
-    blocks = tl.cdiv(page_size * WIDTH, BLOCK)
-    i_page = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK
-    offs = first.to(tl.int64) + tl.arange(0, BLOCK)
-    slot = ((first + tl.arange(0, BLOCK)) // WIDTH).to(tl.int32)
-    total = batch * max_pages
+    blocks = tl.cdiv(page_size.to(tl.int64) * WIDTH, BLOCK)
+    i_page = (tl.program_id(0) // blocks).to(tl.int32)
+    offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    slot = (offs // WIDTH).to(tl.int32)
+    later = (chunks - 1) * kept  # entries that the call's chunks add for its last one
     capacity = (max_pages * page_size).to(tl.int64)
     dk = tl.zeros([BLOCK], tl.float32)
     dv = tl.zeros([BLOCK], tl.float32)
-    found, count = _find_page(block_table_ptr, i_page, -1, total)
+    found, count = _find_page(
+        block_table_ptr, cache_lens_ptr, i_page, -1, later, page_size, max_pages, batch
+    )
     for _ in tl.range(0, count):
         i_batch = (found // max_pages).to(tl.int64)
         entry = found % max_pages * page_size
@@ -524,7 +530,9 @@ def sum_pages_kernel(
             inside = seen & (slot < page_size)
             dk += tl.load(dk_part_ptr + at, mask=inside, other=0.0)
             dv += tl.load(dv_part_ptr + at, mask=inside, other=0.0)
-        found, _count = _find_page(block_table_ptr, i_page, found, total)
+        found, _count = _find_page(
+            block_table_ptr, cache_lens_ptr, i_page, found, later, page_size, max_pages, batch
+        )
     at = i_page.to(tl.int64) * page_size * WIDTH + offs
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=slot < page_size)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=slot < page_size)
