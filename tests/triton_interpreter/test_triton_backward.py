@@ -25,6 +25,7 @@ core = pytest.mark.triton_core  # also with the oldest Triton
 def small_backward_tiles(request, monkeypatch, small_tiles):
     if "shipped" not in request.node.name:
         monkeypatch.setattr(configs, "backward_config", lambda *args: SMALL)
+        monkeypatch.setattr(launch_backward, "_ROWS_OF_A_PART", 50)
 
 
 def equal(ours, theirs):
@@ -172,6 +173,16 @@ def test_what_pads_a_table_costs_no_scan(monkeypatch):
     # One scan by each program, one more behind each entry that rows see.
     assert 0 < len(scans) <= pages + used
     check_gradients(inputs, grad_out, grad_lse, grads)
+
+
+def test_a_wider_table_changes_no_bit_of_many_chunks():
+    """Chunks are cut into as many parts, whatever the batch's widest sequence takes."""
+    inputs = make_inputs((1,), ChunkLayout(6, 3, 14), heads=1, kv_heads=1, page_size=40)
+    wide = torch.zeros(1, 9, dtype=torch.int32)
+    wide[:, : inputs.block_table.shape[1]] = inputs.block_table
+    grad_out, grad_lse, grads = backward(inputs)
+    again = backward(dataclasses.replace(inputs, block_table=wide), (grad_out, grad_lse))[2]
+    assert equal(grads, again)
 
 
 def test_spare_capacity_and_strides_change_no_bit():
