@@ -215,6 +215,17 @@ def test_extreme_logits_stay_finite(spread):
     check_gradients(inputs, grad_out, grad_lse, grads)
 
 
+def test_large_float16_gradients_stay_finite():
+    """scale * dS lies in float16's range where dS does not."""
+    inputs = make_inputs((30,), ChunkLayout(20, 3, 2), heads=2, kv_heads=1, dtype=HALF)
+    inputs = dataclasses.replace(inputs, q=inputs.q / 16)
+    grad_out, grad_lse, _ = backward(inputs)
+    inputs = dataclasses.replace(inputs, v=inputs.v * 1024)
+    grad_out = grad_out * 512
+    large = backward(inputs, (grad_out, grad_lse), scale=1 / 64)[2]
+    assert all(x.isfinite().all() for x in large)
+
+
 def test_a_negative_scale():
     inputs = make_inputs((30,), ChunkLayout(20, 3, 2), heads=2, kv_heads=1)
     grad_out, grad_lse, grads = backward(inputs, scale=-0.25)

@@ -2,7 +2,10 @@
 
 With P recomputed from the LSE and `delta` = rowsum(dO * O) less the gradient of the LSE:
 
-    dS = P * (dO V^T - delta)      dQ = dS K      dK = dS^T Q      dV = P^T dO
+    dS = scale * P * (dO V^T - delta)      dQ = dS K      dK = dS^T Q      dV = P^T dO
+
+dS is rounded to the inputs' dtype with `scale` in it, as `scale` holds it inside float16's range:
+`delta_kernel` scales delta, so this is one multiply-add where a subtraction would be.
 
 Every gradient has one program that owns it and adds in a fixed order: no atomics, nothing of
 the size rows x keys in memory, a sequence's result is the same in every batch.
@@ -48,10 +51,10 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 @triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
     grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, log2_ptr,
-    grad_out_batch, grad_out_row, grad_out_head, out_batch, out_row, out_head, rows,
+    grad_out_batch, grad_out_row, grad_out_head, out_batch, out_row, out_head, scale, rows,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta, and the LSE in powers of two. Grid: (blocks of rows * HEADS, batch)."""
+    """delta times scale, and the LSE in powers of two. Grid: (blocks of rows * HEADS, batch)."""
     i_head = tl.program_id(0) % HEADS
     i_batch = tl.program_id(1).to(tl.int64)
     offs_row = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,22 +69,23 @@ def delta_kernel(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
     log2 = tl.load(lse_ptr + at, mask=inside, other=0.0) * _LOG2E
-    tl.store(delta_ptr + at, delta, mask=inside)
+    tl.store(delta_ptr + at, delta * scale, mask=inside)
     tl.store(log2_ptr + at, log2, mask=inside)
 
 
 @triton.jit
 def _scores_backward(
-    x, y, dx, dy, log2, delta, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
+    x, y, dx, dy, log2, delta, scale, log2_scale, seen,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """P and dS of a block: x y^T are the scores, dx dy^T the gradients of P. Lanes may be query
-    rows (x = Q, y = K, dx = dO, dy = V) or keys (the other way round). `scale` holds log2(e)."""
-    scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale - log2
+    rows (x = Q, y = K, dx = dO, dy = V) or keys (the other way round). delta holds `scale`."""
+    scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * log2_scale - log2
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores)
     dp = tl.dot(dx, tl.trans(dy), input_precision=PRECISION)
-    return p, p * (dp - delta)
+    return p, p * (dp * scale - delta)
 
 
 # -- dQ ----------------------------------------------------------------------------------------
@@ -178,7 +182,9 @@ def dq_kernel(
                     table_ptr, start, offs_n, vc_page, vc_slot, page_size, max_pages, WHOLE
                 )
                 v = load_rows(v_cache_ptr + base + (each + offs_d), 0, 0, HEAD_DIM, False)
-            _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, 0, False, PRECISION)
+            _, ds = _scores_backward(
+                q, k, grad, v, log2, delta, scale, log2_scale, 0, False, PRECISION
+            )
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         for start in tl.range(full, cached, EDGE_N, num_stages=1, disable_licm=not HOIST):
             offs_key = start + offs_e
@@ -191,7 +197,9 @@ def dq_kernel(
             )
             v = load_rows(v_cache_ptr + base + (each + offs_d), offs_key, cached, HEAD_DIM, True)
             seen = (offs_key < cached)[None, :]
-            _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, seen, True, PRECISION)
+            _, ds = _scores_backward(
+                q, k, grad, v, log2, delta, scale, log2_scale, seen, True, PRECISION
+            )
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
@@ -210,7 +218,7 @@ def dq_kernel(
         v_ptrs = v_ptr + at * v_row + ((offs_n * v_row)[:, None] + offs_d)
         k = load_block(k_desc, i_batch, i_head, row, k_ptrs, HEAD_DIM, TMA)
         v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
-        _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, 0, False, PRECISION)
+        _, ds = _scores_backward(q, k, grad, v, log2, delta, scale, log2_scale, 0, False, PRECISION)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     # Positions once more, for few of the loops' registers: program_id(2) is 0, but no compiler
     # knows.
@@ -232,7 +240,9 @@ def dq_kernel(
         k = load_rows(k_ptrs, offs_key, end, HEAD_DIM, True)
         v = load_rows(v_ptrs, offs_key, end, HEAD_DIM, True)
         seen = offs_key[None, :] < bound[:, None]
-        _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, seen, True, PRECISION)
+        _, ds = _scores_backward(
+            q, k, grad, v, log2, delta, scale, log2_scale, seen, True, PRECISION
+        )
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- result (batch, rows, heads, head_dim), dense --
@@ -245,7 +255,7 @@ def dq_kernel(
     offs_out = (offs_row * (KV_HEADS * GROUP) + offs_head).to(tl.int64)
     dq_ptrs = dq_ptr + offs_out[:, None] * HEAD_DIM + offs_d
     mask = stored[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 # -- dK, dV ------------------------------------------------------------------------------------
@@ -415,7 +425,7 @@ def dkv_kernel(
         grad = load_block(grad_out_desc, i_batch, head, first_row, grad_ptrs, HEAD_DIM, TMA)
         log2 = tl.load(log2_ptr + (head * rows + first_row) + offs_m)[None, :]
         delta = tl.load(delta_ptr + (head * rows + first_row) + offs_m)[None, :]
-        p, ds = _scores_backward(k, q, v, grad, log2, delta, log2_scale, 0, False, PRECISION)
+        p, ds = _scores_backward(k, q, v, grad, log2, delta, scale, log2_scale, 0, False, PRECISION)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
@@ -454,7 +464,9 @@ def dkv_kernel(
         delta = tl.load(delta_ptr + at_lse, mask=offs_row < end, other=0.0)[None, :]
         bound = _bounds(offs_row, row_is_vst, keys, bases, window, ratio, kept, CACHE)
         seen = offs_key[:, None] < tl.where(offs_row < end, bound, 0)[None, :]
-        p, ds = _scores_backward(k, q, v, grad, log2, delta, log2_scale, seen, True, PRECISION)
+        p, ds = _scores_backward(
+            k, q, v, grad, log2, delta, scale, log2_scale, seen, True, PRECISION
+        )
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
@@ -474,7 +486,7 @@ def dkv_kernel(
     offs_n = tl.program_id(2) + tl.arange(0, BLOCK_N)
     offs_out = ((row + offs_n) * KV_HEADS + pid % KV_HEADS)[:, None] * HEAD_DIM + offs_d
     mask = (start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dk_ptr + offs_out, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offs_out, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 

@@ -65,7 +65,7 @@ def plan_attention_backward(
     launches = []
     if grads[0].numel():
         launches = [
-            _plan_delta(grad_out, out, lse, grad_lse, delta, log2),
+            _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale),
             _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
             _plan_own(queries | shape, constexprs, k, v, grads, config.own, arch),
         ]
@@ -76,11 +76,12 @@ def plan_attention_backward(
     return launches, (*grads, *of_cache)
 
 
-def _plan_delta(grad_out, out, lse, grad_lse, delta, log2) -> Launch:
+def _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
     batch, rows, heads, head_dim = out.shape
     arguments = {
         "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse.contiguous(),
-        "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2, "rows": rows,
+        "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2,
+        "scale": scale, "rows": rows,
         **_row_strides(grad_out=grad_out, out=out),
     }  # fmt: skip
     constexprs = {
