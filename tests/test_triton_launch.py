@@ -91,6 +91,25 @@ def test_a_projection_with_gradients_is_two_products(monkeypatch):
             assert ops._one_launch_is_better(*args)
 
 
+def test_a_named_triton_projection_keeps_its_gradients(monkeypatch):
+    """On a GPU, played by the CPU: with a gradient wanted, the two products."""
+    api, launches = vxl_kernels.api, []
+    monkeypatch.setitem(api._REASONS, "triton", lambda x: [])
+    monkeypatch.setattr(api, "_interpret", lambda *args: False)
+    monkeypatch.setattr(
+        torch.ops.vxl, "vst_linear_one_launch", lambda *args: launches.append(args) or args[0]
+    )
+    layout = ChunkLayout(8, 4)
+    x, weight = torch.randn(1, layout.rows, 16), torch.randn(4, 16, requires_grad=True)
+    args = (x, weight, None, weight, None, layout)
+    (grad,) = torch.autograd.grad(vst_linear(*args, backend="triton").sum(), weight)
+    torch.testing.assert_close(grad, x.sum((0, 1)).expand(4, 16))
+    assert not launches
+    with torch.no_grad():
+        vst_linear(*args, backend="triton")
+    assert len(launches) == 1
+
+
 @pytest.mark.parametrize("layout", [None, ChunkLayout(90, 8, 2)])
 def test_a_step_on_a_fake_gpu(layout):
     """Projection, append and attention traced as on a GPU, where reading a value raises."""

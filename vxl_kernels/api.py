@@ -263,6 +263,7 @@ def vst_linear(
         layout: what the rows are; None sends all through `weight`.
         backend: by default the platform's own dense products, for any device and dtype, or on
             a GPU in inference the one launch of "triton" where it is modelled to be faster.
+            With a gradient wanted, "triton" takes the two products on a GPU.
 
     Returns:
         `(batch, rows, out_features)`; differentiable.
@@ -281,6 +282,7 @@ def vst_linear(
     args = (x, weight, bias, vst_weight, vst_bias)
     if _interpret(backend, "vst_linear", *args):
         return _triton.kernels().vst_linear(*args, ints)
-    if backend == "triton":
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
+    if backend == "triton" and not wants_grad:  # the one launch has no gradient
         return torch.ops.vxl.vst_linear_one_launch(*args, ints)
     return torch.ops.vxl.vst_linear(*args, ints)

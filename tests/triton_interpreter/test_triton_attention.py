@@ -97,6 +97,26 @@ def test_shipped_tiles(shape, dtype):
     check_attention(inputs, out, lse)
 
 
+@core
+@pytest.mark.parametrize("arch", ["cuda:80", "cuda:90", "cuda:100"])
+@pytest.mark.usefixtures("small_tiles")
+def test_the_softmax_of_each_architecture(arch, monkeypatch):
+    """The interpreter plans for sm_80; others keep pivots and sums in other ways."""
+    constants, used = launch._softmax_constants, []
+
+    def of_arch(_, *args):
+        used.append(constants(arch, *args))
+        return used[-1]
+
+    monkeypatch.setattr(launch, "_softmax_constants", of_arch)
+    inputs = call("sharp")
+    with poisoned_memory():
+        out, lse = attend(inputs)
+    check_attention(inputs, out, lse)
+    expected = {"cuda:80": (8.0, 1), "cuda:90": (8.0, 8), "cuda:100": (0.0, 1)}[arch]
+    assert (used[0]["SLACK"], used[0]["PARTS"]) == expected
+
+
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(calls(dtypes=(torch.float32, HALF)))
 def test_random_calls(inputs):

@@ -25,6 +25,7 @@ core = pytest.mark.triton_core  # also with the oldest Triton
 def small_backward_tiles(request, monkeypatch, small_tiles):
     if "shipped" not in request.node.name:
         monkeypatch.setattr(configs, "backward_config", lambda *args: SMALL)
+        monkeypatch.setattr(launch_backward, "_ROWS_OF_A_PART", 50)
 
 
 def equal(ours, theirs):
@@ -155,6 +156,35 @@ def test_sequences_that_share_pages_add_up():
     assert grads[3][table[0, :3].long()].abs().min() > 0
 
 
+def test_what_pads_a_table_costs_no_scan(monkeypatch):
+    """A padded table names page 0 in every unused entry; its program may not scan for each."""
+    inputs = make_inputs((20,), ChunkLayout(12, 3, 2), heads=2, kv_heads=1, page_size=16)
+    padded = torch.zeros(1, 60, dtype=torch.int32)
+    used = inputs.block_table.shape[1]
+    padded[:, :used] = inputs.block_table
+    pages, find, scans = inputs.k_cache.shape[0], kernels._find_page, []
+
+    def counted(*args):
+        scans.append(args)
+        return find(*args)
+
+    monkeypatch.setattr(kernels, "_find_page", counted)
+    grad_out, grad_lse, grads = backward(dataclasses.replace(inputs, block_table=padded))
+    # One scan by each program, one more behind each entry that rows see.
+    assert 0 < len(scans) <= pages + used
+    check_gradients(inputs, grad_out, grad_lse, grads)
+
+
+def test_a_wider_table_changes_no_bit_of_many_chunks():
+    """Chunks are cut into as many parts, whatever the batch's widest sequence takes."""
+    inputs = make_inputs((1,), ChunkLayout(6, 3, 14), heads=1, kv_heads=1, page_size=40)
+    wide = torch.zeros(1, 9, dtype=torch.int32)
+    wide[:, : inputs.block_table.shape[1]] = inputs.block_table
+    grad_out, grad_lse, grads = backward(inputs)
+    again = backward(dataclasses.replace(inputs, block_table=wide), (grad_out, grad_lse))[2]
+    assert equal(grads, again)
+
+
 def test_spare_capacity_and_strides_change_no_bit():
     """Table entries behind the length are garbage; tensors may lie anyhow."""
     inputs = x = make_inputs((20, 9), ChunkLayout(12, 3, 2), heads=4, kv_heads=2)
@@ -183,6 +213,17 @@ def test_extreme_logits_stay_finite(spread):
     grad_out, grad_lse, grads = backward(inputs)
     assert all(x.isfinite().all() for x in grads)
     check_gradients(inputs, grad_out, grad_lse, grads)
+
+
+def test_large_float16_gradients_stay_finite():
+    """scale * dS lies in float16's range where dS does not."""
+    inputs = make_inputs((30,), ChunkLayout(20, 3, 2), heads=2, kv_heads=1, dtype=HALF)
+    inputs = dataclasses.replace(inputs, q=inputs.q / 16)
+    grad_out, grad_lse, _ = backward(inputs)
+    inputs = dataclasses.replace(inputs, v=inputs.v * 1024)
+    grad_out = grad_out * 512
+    large = backward(inputs, (grad_out, grad_lse), scale=1 / 64)[2]
+    assert all(x.isfinite().all() for x in large)
 
 
 def test_a_negative_scale():
@@ -238,7 +279,9 @@ def without_the_last_chunk(i, chunks, parts):
 
 
 @triton.jit
-def first_find_only(block_table_ptr, i_page, behind, total):
+def first_find_only(
+    block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size, max_pages, batch
+):
     return tl.load(block_table_ptr) * 0, (i_page == tl.load(block_table_ptr)).to(tl.int32)
 
 

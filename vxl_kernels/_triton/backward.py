@@ -2,7 +2,10 @@
 
 With P recomputed from the LSE and `delta` = rowsum(dO * O) less the gradient of the LSE:
 
-    dS = P * (dO V^T - delta)      dQ = dS K      dK = dS^T Q      dV = P^T dO
+    dS = scale * P * (dO V^T - delta)      dQ = dS K      dK = dS^T Q      dV = P^T dO
+
+dS is rounded to the inputs' dtype with `scale` in it, as `scale` holds it inside float16's range:
+`delta_kernel` scales delta, so this is one multiply-add where a subtraction would be.
 
 Every gradient has one program that owns it and adds in a fixed order: no atomics, nothing of
 the size rows x keys in memory, a sequence's result is the same in every batch.
@@ -48,17 +51,17 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 @triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
     grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, log2_ptr,
-    grad_out_batch, grad_out_row, grad_out_head, out_batch, out_row, out_head, rows,
+    grad_out_batch, grad_out_row, grad_out_head, out_batch, out_row, out_head, scale, rows,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta, and the LSE in powers of two. Grid: (blocks of rows * HEADS, batch)."""
+    """delta times scale, and the LSE in powers of two. Grid: (blocks of rows * HEADS, batch)."""
     i_head = tl.program_id(0) % HEADS
     i_batch = tl.program_id(1).to(tl.int64)
     offs_row = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     at_row = offs_row.to(tl.int64)[:, None]
-    grad_out_ptr += i_batch * grad_out_batch + i_head * grad_out_head
-    out_ptr += i_batch * out_batch + i_head * out_head
+    grad_out_ptr += i_batch * grad_out_batch + i_head.to(tl.int64) * grad_out_head
+    out_ptr += i_batch * out_batch + i_head.to(tl.int64) * out_head
     grad = load_rows(grad_out_ptr + at_row * grad_out_row + offs_d, offs_row, rows, HEAD_DIM, True)
     out = load_rows(out_ptr + at_row * out_row + offs_d, offs_row, rows, HEAD_DIM, True)
     at = (i_batch * HEADS + i_head) * rows + offs_row
@@ -66,22 +69,23 @@ def delta_kernel(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
     log2 = tl.load(lse_ptr + at, mask=inside, other=0.0) * _LOG2E
-    tl.store(delta_ptr + at, delta, mask=inside)
+    tl.store(delta_ptr + at, delta * scale, mask=inside)
     tl.store(log2_ptr + at, log2, mask=inside)
 
 
 @triton.jit
 def _scores_backward(
-    x, y, dx, dy, log2, delta, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
+    x, y, dx, dy, log2, delta, scale, log2_scale, seen,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """P and dS of a block: x y^T are the scores, dx dy^T the gradients of P. Lanes may be query
-    rows (x = Q, y = K, dx = dO, dy = V) or keys (the other way round). `scale` holds log2(e)."""
-    scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale - log2
+    rows (x = Q, y = K, dx = dO, dy = V) or keys (the other way round). delta holds `scale`."""
+    scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * log2_scale - log2
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores)
     dp = tl.dot(dx, tl.trans(dy), input_precision=PRECISION)
-    return p, p * (dp - delta)
+    return p, p * (dp * scale - delta)
 
 
 # -- dQ ----------------------------------------------------------------------------------------
@@ -142,11 +146,11 @@ def dq_kernel(
     offs_e = tl.arange(0, EDGE_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
 
-    at_row = offs_row.to(tl.int64)[:, None]
-    q_ptrs = q_ptr + i_batch * q_batch + at_row * q_row + offs_head[:, None] * q_head
+    at_row, at_head = offs_row.to(tl.int64)[:, None], offs_head.to(tl.int64)[:, None]
+    q_ptrs = q_ptr + i_batch * q_batch + at_row * q_row + at_head * q_head
     q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
     grad_ptrs = grad_out_ptr + i_batch * grad_out_batch + at_row * grad_out_row
-    grad_ptrs += offs_head[:, None] * grad_out_head
+    grad_ptrs += at_head * grad_out_head
     grad = load_rows(grad_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
     offs_lse = (i_batch * (KV_HEADS * GROUP) + offs_head) * rows + offs_row
     log2 = tl.load(log2_ptr + offs_lse)[:, None]
@@ -160,8 +164,8 @@ def dq_kernel(
         cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
         cached = tl.minimum(cached + i_chunk * kept, max_pages * page_size)
         full = cached // BLOCK_N * BLOCK_N
-        k_cache_ptr += i_head * kc_head
-        v_cache_ptr += i_head * vc_head
+        k_cache_ptr += i_head.to(tl.int64) * kc_head
+        v_cache_ptr += i_head.to(tl.int64) * vc_head
         for start in tl.range(0, full, BLOCK_N, disable_licm=not HOIST):
             if TMA:
                 entry = start // page_size
@@ -178,7 +182,9 @@ def dq_kernel(
                     table_ptr, start, offs_n, vc_page, vc_slot, page_size, max_pages, WHOLE
                 )
                 v = load_rows(v_cache_ptr + base + (each + offs_d), 0, 0, HEAD_DIM, False)
-            _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, 0, False, PRECISION)
+            _, ds = _scores_backward(
+                q, k, grad, v, log2, delta, scale, log2_scale, 0, False, PRECISION
+            )
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         for start in tl.range(full, cached, EDGE_N, num_stages=1, disable_licm=not HOIST):
             offs_key = start + offs_e
@@ -191,7 +197,9 @@ def dq_kernel(
             )
             v = load_rows(v_cache_ptr + base + (each + offs_d), offs_key, cached, HEAD_DIM, True)
             seen = (offs_key < cached)[None, :]
-            _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, seen, True, PRECISION)
+            _, ds = _scores_backward(
+                q, k, grad, v, log2, delta, scale, log2_scale, seen, True, PRECISION
+            )
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
@@ -199,8 +207,8 @@ def dq_kernel(
     raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
     raw_full = raw_least // BLOCK_N
     vst_full = vst_least // BLOCK_N
-    k_ptr += i_batch * k_batch + i_head * k_head
-    v_ptr += i_batch * v_batch + i_head * v_head
+    k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
+    v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
     for i in tl.range(0, raw_full + vst_full, disable_licm=not HOIST):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
@@ -210,7 +218,7 @@ def dq_kernel(
         v_ptrs = v_ptr + at * v_row + ((offs_n * v_row)[:, None] + offs_d)
         k = load_block(k_desc, i_batch, i_head, row, k_ptrs, HEAD_DIM, TMA)
         v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
-        _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, 0, False, PRECISION)
+        _, ds = _scores_backward(q, k, grad, v, log2, delta, scale, log2_scale, 0, False, PRECISION)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     # Positions once more, for few of the loops' registers: program_id(2) is 0, but no compiler
     # knows.
@@ -232,7 +240,9 @@ def dq_kernel(
         k = load_rows(k_ptrs, offs_key, end, HEAD_DIM, True)
         v = load_rows(v_ptrs, offs_key, end, HEAD_DIM, True)
         seen = offs_key[None, :] < bound[:, None]
-        _, ds = _scores_backward(q, k, grad, v, log2, delta, log2_scale, seen, True, PRECISION)
+        _, ds = _scores_backward(
+            q, k, grad, v, log2, delta, scale, log2_scale, seen, True, PRECISION
+        )
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- result (batch, rows, heads, head_dim), dense --
@@ -245,7 +255,7 @@ def dq_kernel(
     offs_out = (offs_row * (KV_HEADS * GROUP) + offs_head).to(tl.int64)
     dq_ptrs = dq_ptr + offs_out[:, None] * HEAD_DIM + offs_d
     mask = stored[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 # -- dK, dV ------------------------------------------------------------------------------------
@@ -386,8 +396,8 @@ def dkv_kernel(
         first = i_batch
         at_key = own_row(is_vst, offs_key, i_chunk, window, ratio, chunks, True)
         at_key = at_key.to(tl.int64)[:, None]
-    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head * k_head
-    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head * v_head
+    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head.to(tl.int64) * k_head
+    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head.to(tl.int64) * v_head
     k = load_rows(k_ptrs + offs_d, offs_key, end, HEAD_DIM, True)
     v = load_rows(v_ptrs + offs_d, offs_key, end, HEAD_DIM, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -407,15 +417,15 @@ def dkv_kernel(
         block = i // GROUP
         first_row = tl.where(block >= raw_full, vst_split - raw_full * BLOCK_M, raw_split)
         first_row += block * BLOCK_M
-        at = first_row.to(tl.int64)
-        q_ptrs = q_ptr + at * q_row + head * q_head + ((offs_m * q_row)[:, None] + offs_d)
-        grad_ptrs = grad_out_ptr + at * grad_out_row + head * grad_out_head
+        at, at_head = first_row.to(tl.int64), head.to(tl.int64)
+        q_ptrs = q_ptr + at * q_row + at_head * q_head + ((offs_m * q_row)[:, None] + offs_d)
+        grad_ptrs = grad_out_ptr + at * grad_out_row + at_head * grad_out_head
         grad_ptrs += (offs_m * grad_out_row)[:, None] + offs_d
         q = load_block(q_desc, i_batch, head, first_row, q_ptrs, HEAD_DIM, TMA)
         grad = load_block(grad_out_desc, i_batch, head, first_row, grad_ptrs, HEAD_DIM, TMA)
         log2 = tl.load(log2_ptr + (head * rows + first_row) + offs_m)[None, :]
         delta = tl.load(delta_ptr + (head * rows + first_row) + offs_m)[None, :]
-        p, ds = _scores_backward(k, q, v, grad, log2, delta, log2_scale, 0, False, PRECISION)
+        p, ds = _scores_backward(k, q, v, grad, log2, delta, scale, log2_scale, 0, False, PRECISION)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
@@ -439,9 +449,9 @@ def dkv_kernel(
         first_row = tl.where(row_is_vst, vst_first - raw_edge * EDGE_M, raw_first) + block * EDGE_M
         end = tl.where(row_is_vst, vst_split, raw_split)
         offs_row = first_row + offs_e
-        at = first_row.to(tl.int64)
-        q_ptrs = q_ptr + at * q_row + head * q_head + ((offs_e * q_row)[:, None] + offs_d)
-        grad_ptrs = grad_out_ptr + at * grad_out_row + head * grad_out_head
+        at, at_head = first_row.to(tl.int64), head.to(tl.int64)
+        q_ptrs = q_ptr + at * q_row + at_head * q_head + ((offs_e * q_row)[:, None] + offs_d)
+        grad_ptrs = grad_out_ptr + at * grad_out_row + at_head * grad_out_head
         grad_ptrs += (offs_e * grad_out_row)[:, None] + offs_d
         if TMA:  # behind the end come other rows, or zeros
             q = load_block(q_desc, i_batch, head, first_row, q_ptrs, HEAD_DIM, TMA)
@@ -454,7 +464,9 @@ def dkv_kernel(
         delta = tl.load(delta_ptr + at_lse, mask=offs_row < end, other=0.0)[None, :]
         bound = _bounds(offs_row, row_is_vst, keys, bases, window, ratio, kept, CACHE)
         seen = offs_key[:, None] < tl.where(offs_row < end, bound, 0)[None, :]
-        p, ds = _scores_backward(k, q, v, grad, log2, delta, log2_scale, seen, True, PRECISION)
+        p, ds = _scores_backward(
+            k, q, v, grad, log2, delta, scale, log2_scale, seen, True, PRECISION
+        )
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
@@ -474,7 +486,7 @@ def dkv_kernel(
     offs_n = tl.program_id(2) + tl.arange(0, BLOCK_N)
     offs_out = ((row + offs_n) * KV_HEADS + pid % KV_HEADS)[:, None] * HEAD_DIM + offs_d
     mask = (start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dk_ptr + offs_out, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offs_out, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
@@ -482,13 +494,18 @@ def dkv_kernel(
 
 
 @triton.jit
-def _find_page(block_table_ptr, i_page, behind, total):
-    """Where the block tables name a page: (the first place behind `behind`, or total; how many
-    places behind it)."""
+def _find_page(block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size, max_pages, batch):
+    """Where the block tables name a page: (the first place behind `behind`, or the number of
+    places; how many places behind it). Only entries that a row may see count, those before
+    cache_lens + `later`: whatever pads a table, often page 0, is not looked at again."""
+    total = batch * max_pages
     found, count = total, total * 0
     for start in tl.range(0, total, 128):
         at = start + tl.arange(0, 128)
         inside = (at < total) & (at > behind)
+        i_batch = tl.minimum(at, total - 1) // max_pages
+        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        inside = inside & (at % max_pages * page_size < cached + later)
         hit = inside & (tl.load(block_table_ptr + at, mask=inside, other=-1) == i_page)
         found = tl.minimum(found, tl.min(tl.where(hit, at, total)))
         count += tl.sum(hit.to(tl.int32))
@@ -503,16 +520,17 @@ def sum_pages_kernel(
     """Gradients of a page, dense (page, slot, head, head_dim), from those of each part and
     sequence: of WIDTH numbers an entry. Forks that share a page add up in the tables' order.
     Grid: (blocks of a page's numbers * pages,)."""
-    blocks = tl.cdiv(page_size * WIDTH, BLOCK)
-    i_page = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK
-    offs = first.to(tl.int64) + tl.arange(0, BLOCK)
-    slot = ((first + tl.arange(0, BLOCK)) // WIDTH).to(tl.int32)
-    total = batch * max_pages
+    blocks = tl.cdiv(page_size.to(tl.int64) * WIDTH, BLOCK)
+    i_page = (tl.program_id(0) // blocks).to(tl.int32)
+    offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    slot = (offs // WIDTH).to(tl.int32)
+    later = (chunks - 1) * kept  # entries that the call's chunks add for its last one
     capacity = (max_pages * page_size).to(tl.int64)
     dk = tl.zeros([BLOCK], tl.float32)
     dv = tl.zeros([BLOCK], tl.float32)
-    found, count = _find_page(block_table_ptr, i_page, -1, total)
+    found, count = _find_page(
+        block_table_ptr, cache_lens_ptr, i_page, -1, later, page_size, max_pages, batch
+    )
     for _ in tl.range(0, count):
         i_batch = (found // max_pages).to(tl.int64)
         entry = found % max_pages * page_size
@@ -524,7 +542,9 @@ def sum_pages_kernel(
             inside = seen & (slot < page_size)
             dk += tl.load(dk_part_ptr + at, mask=inside, other=0.0)
             dv += tl.load(dv_part_ptr + at, mask=inside, other=0.0)
-        found, _count = _find_page(block_table_ptr, i_page, found, total)
+        found, _count = _find_page(
+            block_table_ptr, cache_lens_ptr, i_page, found, later, page_size, max_pages, batch
+        )
     at = i_page.to(tl.int64) * page_size * WIDTH + offs
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=slot < page_size)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=slot < page_size)

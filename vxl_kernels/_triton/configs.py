@@ -10,7 +10,7 @@ and few instructions beside the matrix ones in the loop of unmasked tiles. For p
     sm_100  128 x 128 by TMA: 473  by threads: 502; 128 x 64: 724 by threads
 
 4 warps spill on all of them; at head_dim 256 8 warps repeat products on sm_90 (0.83 of a plain
-kernel's share of peak, 4 warps 0.98). A wider block of keys rescales the accumulator less
+kernel's share of peak, 4 warps 1.06). A wider block of keys rescales the accumulator less
 often. EDGE_N, the block where masks are needed, is small for less masked waste and fewer
 registers. Pages of at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost 1 % more
 on sm_80, 6 % on sm_90 and a tenth on sm_100, where TMA cannot follow. Two blocks of 64, each from

@@ -65,7 +65,8 @@ def decode_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     q_ptrs = q_ptr + i_batch * q_batch + offs_d
-    q_ptrs += offs_row.to(tl.int64)[:, None] * q_row + offs_head[:, None] * q_head
+    q_ptrs += offs_row.to(tl.int64)[:, None] * q_row
+    q_ptrs += offs_head.to(tl.int64)[:, None] * q_head
     q = load_rows(q_ptrs, offs_row, rows, HEAD_DIM, False)
 
     pivot = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -74,8 +75,8 @@ def decode_kernel(
 
     if i_split == 0:
         end = last_lane // GROUP + 1
-        k_ptr += i_batch * k_batch + i_head * k_head
-        v_ptr += i_batch * v_batch + i_head * v_head
+        k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
+        v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
         for start in tl.range(0, end, BLOCK_N, num_stages=1):
             offs_key = (start + offs_n).to(tl.int64)[:, None]
             k = load_rows(k_ptr + offs_key * k_row + offs_d, start + offs_n, end, HEAD_DIM, True)
@@ -100,8 +101,8 @@ def decode_kernel(
         end = tl.minimum(first + SPLIT_KEYS, cached)
         full = end // BLOCK_N * BLOCK_N
         table_ptr = block_table_ptr + i_batch * max_pages
-        k_cache_ptr += i_head * kc_head
-        v_cache_ptr += i_head * vc_head
+        k_cache_ptr += i_head.to(tl.int64) * kc_head
+        v_cache_ptr += i_head.to(tl.int64) * vc_head
         place = locate(table_ptr, first, offs_n, page_size, max_pages, BLOCK_N, PAGES)
         for _start in tl.range(first, full, BLOCK_N):
             k_ptrs = key_ptrs(

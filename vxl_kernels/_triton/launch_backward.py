@@ -22,6 +22,7 @@ __all__ = ["plan_attention_backward", "vst_attention_backward"]
 
 _ROWS_OF_DELTA = 32
 _MOST_PARTS = 8
+_ROWS_OF_A_PART = 4096
 
 
 def plan_attention_backward(
@@ -64,7 +65,7 @@ def plan_attention_backward(
     launches = []
     if grads[0].numel():
         launches = [
-            _plan_delta(grad_out, out, lse, grad_lse, delta, log2),
+            _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale),
             _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
             _plan_own(queries | shape, constexprs, k, v, grads, config.own, arch),
         ]
@@ -75,11 +76,12 @@ def plan_attention_backward(
     return launches, (*grads, *of_cache)
 
 
-def _plan_delta(grad_out, out, lse, grad_lse, delta, log2) -> Launch:
+def _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
     batch, rows, heads, head_dim = out.shape
     arguments = {
         "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse.contiguous(),
-        "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2, "rows": rows,
+        "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2,
+        "scale": scale, "rows": rows,
         **_row_strides(grad_out=grad_out, out=out),
     }  # fmt: skip
     constexprs = {
@@ -165,11 +167,12 @@ def _plan_own(shared, constexprs, k, v, grads, config, arch) -> Launch:
     return _plan_dkv("backward_own", grid, shared, constexprs, of_keys, config, arch)
 
 
-def _parts(rows: int, chunks: int, capacity: int) -> int:
+def _parts(rows: int, chunks: int) -> int:
     """Ranges of chunks whose gradients of the cache are added up apart. Few entries are few
-    programs, each with all rows to walk; many rows on few entries are cut. Float32 of so many
-    parts is no more than K and V of the rows, and nothing but a sequence's own shape counts."""
-    return max(1, min(chunks, rows // max(capacity, 1), _MOST_PARTS))
+    programs, each with all rows to walk, so many rows are cut. Nothing but a sequence's own rows
+    counts, not how wide its batch's table is: each part is float32 K and V of the whole table,
+    wanted or not."""
+    return max(1, min(chunks, rows // _ROWS_OF_A_PART, _MOST_PARTS))
 
 
 def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:
@@ -177,7 +180,7 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
     pages, page_size, kv_heads, head_dim = k_cache.shape
     batch, max_pages = block_table.shape
     capacity, rows, chunks = max_pages * page_size, shared["q_ptr"].shape[1], shared["chunks"]
-    parts = _parts(rows, chunks, capacity)
+    parts = _parts(rows, chunks)
     sums = tuple(
         torch.empty(
             (parts, batch, capacity, kv_heads, head_dim), dtype=torch.float32, device=x.device

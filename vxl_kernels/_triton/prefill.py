@@ -86,7 +86,8 @@ def prefill_kernel(
     offs_d = tl.arange(0, BLOCK_D)[None, :]
 
     q_ptr += i_batch * q_batch
-    q_ptrs = q_ptr + offs_row.to(tl.int64)[:, None] * q_row + offs_head[:, None] * q_head
+    q_ptrs = q_ptr + offs_row.to(tl.int64)[:, None] * q_row
+    q_ptrs += offs_head.to(tl.int64)[:, None] * q_head
     q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
 
     pivot = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -99,8 +100,8 @@ def prefill_kernel(
         cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
         cached = tl.minimum(cached + i_chunk * kept, max_pages * page_size)
         full = cached // BLOCK_N * BLOCK_N
-        k_cache_ptr += i_head * kc_head
-        v_cache_ptr += i_head * vc_head
+        k_cache_ptr += i_head.to(tl.int64) * kc_head
+        v_cache_ptr += i_head.to(tl.int64) * vc_head
         place = locate(table_ptr, 0, offs_n, page_size, max_pages, BLOCK_N, PAGES)
         for _start in tl.range(0, full, BLOCK_N):
             _, slot, page, _, _ = place
@@ -146,8 +147,8 @@ def prefill_kernel(
     raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
     raw_full = raw_least // BLOCK_N
     vst_full = vst_least // BLOCK_N
-    k_ptr += i_batch * k_batch + i_head * k_head
-    v_ptr += i_batch * v_batch + i_head * v_head
+    k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
+    v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
     for i in tl.range(0, raw_full + vst_full):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
