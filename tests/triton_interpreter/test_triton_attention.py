@@ -98,14 +98,18 @@ def test_shipped_tiles(shape, dtype):
 
 
 @core
-@pytest.mark.parametrize("arch", ["cuda:80", "cuda:90", "cuda:100"])
+@pytest.mark.parametrize(
+    ("arch", "width", "slack", "parts"),
+    [("cuda:80", 64, 8.0, 8), ("cuda:80", 128, 8.0, 1), ("cuda:90", 128, 8.0, 8),
+     ("cuda:100", 128, 0.0, 1)],
+)  # fmt: skip
 @pytest.mark.usefixtures("small_tiles")
-def test_the_softmax_of_each_architecture(arch, monkeypatch):
+def test_the_softmax_of_each_architecture(arch, width, slack, parts, monkeypatch):
     """The interpreter plans for sm_80; others keep pivots and sums in other ways."""
     constants, used = launch._softmax_constants, []
 
-    def of_arch(_, *args):
-        used.append(constants(arch, *args))
+    def of_arch(_arch, config, _width, itemsize):
+        used.append(constants(arch, config, width, 2))
         return used[-1]
 
     monkeypatch.setattr(launch, "_softmax_constants", of_arch)
@@ -113,8 +117,7 @@ def test_the_softmax_of_each_architecture(arch, monkeypatch):
     with poisoned_memory():
         out, lse = attend(inputs)
     check_attention(inputs, out, lse)
-    expected = {"cuda:80": (8.0, 1), "cuda:90": (8.0, 8), "cuda:100": (0.0, 1)}[arch]
-    assert (used[0]["SLACK"], used[0]["PARTS"]) == expected
+    assert (used[0]["SLACK"], used[0]["PARTS"]) == (slack, parts)
 
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))
