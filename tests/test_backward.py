@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import example, given, settings
+from step_gradients import step_gradients
 from strategies import DTYPES, calls
 
 from vxl_kernels import ChunkLayout, rope_append, vst_attention
@@ -160,17 +161,9 @@ def test_a_step_with_both_operators(lens, layout):
     """Rotation, append and attention: the gradients of the kernels against the reference's."""
     inputs = make_inputs(lens, layout, rows=6, head_dim=32, page_size=4)
     inv_freq = inverse_frequencies(32)
-    results = {}
-    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
-        x = inputs.to(dtype)
-        leaves = [t.nan_to_num().requires_grad_() for t in x.args()[:5]]
-        caches = [leaf.clone() for leaf in leaves[3:]]
-        rest = *caches, x.block_table, x.cache_lens, layout
-        q, k = rope_append(*leaves[:3], *rest, inv_freq, backend=backend)
-        out = vst_attention(q, k, leaves[2], *rest, backend=backend)
-        loss = out.sin().sum() + sum(c.cos().sum() for c in caches)
-        results[backend] = torch.autograd.grad(loss, leaves)
-    for ours, theirs in zip(results["cpu"], results["reference"], strict=True):
+    found = step_gradients(inputs, inv_freq, "cpu")
+    truth = step_gradients(inputs.to(torch.float64), inv_freq, "reference")
+    for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -37,16 +37,19 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Beside its place, then there: a reader, or a kill, meets the old lines or the new."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(beside, path)
+    """A JSON object a line, as `_replace` writes."""
+    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_run(path: Path, about: dict[str, Any]) -> None:
-    """run.json, beside its place and then there."""
+    """run.json, as `_replace` writes."""
+    _replace(path, json.dumps(about, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Beside its place, then there: a reader, or a kill, meets the old text or the new."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(about, indent=1) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
 
 

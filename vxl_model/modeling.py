@@ -233,6 +233,13 @@ class VideoXLForConditionalGeneration(
             return iter([source.features])
         return self.encode_pixels(source.pixels) if source.pixels is not None else iter(())
 
+    def _whole_features(self, source: VisualSource) -> Tensor | None:
+        """All at once, for a pass over whole sequences; one piece is not copied."""
+        pieces = list(self._features(source))
+        if len(pieces) < 2:
+            return pieces[0] if pieces else None
+        return torch.cat(pieces)
+
     def _visual_tokens(self, source: VisualSource) -> int:
         if source.features is not None:
             return len(source.features)
@@ -318,8 +325,7 @@ class VideoXLForConditionalGeneration(
         encoder, plans = self.encoder(), self._row_plans(ratio, len(rows))
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
-        pieces = [list(self._features(x)) for x in sources or ()]
-        features = [torch.cat(x) if x else None for x in pieces] or [None] * len(rows)
+        features = [self._whole_features(x) for x in sources or [VisualSource()] * len(rows)]
         by_row: dict[int, train_pass.SequencePass] = {}
         for members in train_pass.alike(rows, features, plans, self.settings):
             texts = [rows[i] for i in members]

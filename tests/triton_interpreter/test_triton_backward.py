@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from backward_cases import CASES, HALF, SMALL, WITHOUT_CACHE, backward, call
+from step_gradients import step_gradients
 
-from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention
+from vxl_kernels import ChunkLayout, ops
 from vxl_kernels._triton import backward as kernels
 from vxl_kernels._triton import configs, launch, launch_backward, primitives
 from vxl_kernels.testing import (
@@ -344,19 +345,13 @@ def test_a_step_backwards(lens, layout, monkeypatch):
 
     inputs = make_inputs(lens, layout, rows=6, head_dim=32, page_size=4)
     inv_freq = inverse_frequencies(32)
-    results = {}
-    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
-        x = inputs.to(dtype)
-        leaves = [t.nan_to_num().requires_grad_() for t in x.args()[:5]]
-        caches = [leaf.clone() for leaf in leaves[3:]]
-        rest = *caches, x.block_table, x.cache_lens, layout
-        q, k = rope_append(*leaves[:3], *rest, inv_freq, backend=backend)
-        out = vst_attention(q, k, leaves[2], *rest, backend=backend)
-        loss = out.sin().sum() + sum(c.cos().sum() for c in caches)
-        if backend == "cpu":
-            instead("rope_append", launch)
-            instead("vst_attention_backward", launch_backward)
-        results[backend] = torch.autograd.grad(loss, leaves)
+
+    def kernels_go_back() -> None:
+        instead("rope_append", launch)
+        instead("vst_attention_backward", launch_backward)
+
+    found = step_gradients(inputs, inv_freq, "cpu", kernels_go_back)
+    truth = step_gradients(inputs.to(torch.float64), inv_freq, "reference")
     assert ran == ["vst_attention_backward", "rope_append"]
-    for ours, theirs in zip(results["cpu"], results["reference"], strict=True):
+    for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
