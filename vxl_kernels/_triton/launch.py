@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import architecture, configs, interpreted
+from . import architecture, configs, interpreted, primitives
 from .decode import decode_kernel, merge_kernel
 from .linear import linear_kernel
 from .prefill import prefill_kernel
@@ -71,28 +71,34 @@ def _precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32x3" if dtype == torch.float32 and arch.startswith("cuda") else "ieee"
 
 
-def _dense_heads(x: torch.Tensor, block: int = 1) -> torch.Tensor:
-    """x with head_dim dense, and `block` rows within 32-bit reach of one another."""
-    if x.stride(-1) == 1 and block * x.stride(1) <= _MOST_INT32:
+def _dense_heads(x: torch.Tensor) -> torch.Tensor:
+    """x with head_dim dense, and a row not far from the next."""
+    if x.stride(-1) == 1 and x.stride(1) <= primitives.MOST_STRIDE.value:
         return x
     return x.contiguous()
 
 
 def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> str:
     """See `primitives.locate`. A cache of one page a sequence is never left by a block."""
-    far = block_n * max(k_cache.stride(1), v_cache.stride(1)) > _MOST_INT32
-    if (page_size % block_n == 0 or max_pages == 1) and not far:
+    if not (_within_reach(k_cache) and _within_reach(v_cache)):
+        return "any"
+    if page_size % block_n == 0 or max_pages == 1:
         return "whole"
-    part = block_n % page_size == 0 and _eighths(k_cache) and _eighths(v_cache)
-    return "part" if part else "any"
+    return "part" if block_n % page_size == 0 else "any"
 
 
-def _eighths(cache: torch.Tensor) -> bool:
-    """Whether keys start at multiples of 8 elements, and 32 bits count to the last of them."""
+def _within_reach(cache: torch.Tensor) -> bool:
+    """Whether keys start at multiples of 8 elements, 32 bits count to the last of them, and one
+    is not far from the next."""
     pages, page_size = cache.shape[:2]
     page, slot = cache.stride()[:2]
     reach = pages * page + page_size * slot
-    return page % 8 == 0 and slot % 8 == 0 and reach // 8 <= _MOST_INT32
+    return (
+        page % 8 == 0
+        and slot % 8 == 0
+        and reach // 8 <= _MOST_INT32
+        and slot <= primitives.MOST_STRIDE.value
+    )
 
 
 def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
@@ -177,7 +183,7 @@ def plan_attention(
     out = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     # The kernels' offsets are 32 bits wide within a block of keys.
-    q, k, v = (_dense_heads(x, 128) for x in (q, k, v))
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_lens)
     each = configs.split_keys(rows * group) if not layout else None
     if 0 in (batch, rows):

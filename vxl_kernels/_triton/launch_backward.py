@@ -43,7 +43,7 @@ def plan_attention_backward(
     kept = window // ratio
     if not split:  # rows in the order of positions: no run of VSTs
         window, ratio = window + kept, _NEVER
-    q, k, v, grad_out, out = (_dense_heads(x, 128) for x in (q, k, v, grad_out, out))
+    q, k, v, grad_out, out = (_dense_heads(x) for x in (q, k, v, grad_out, out))
     shape = {
         "window": window, "ratio": ratio, "kept": kept, "chunks": chunks, "scale": scale,
     }  # fmt: skip

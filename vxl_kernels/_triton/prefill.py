@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .primitives import (
     advance,
+    assume_stride,
     cached_entries,
     key_ptrs,
     load_block,
@@ -65,6 +66,11 @@ def prefill_kernel(
     """
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
+    assume_stride(k_row)
+    assume_stride(v_row)
+    if HAS_CACHE and PAGES != "any":
+        assume_stride(kc_slot)
+        assume_stride(vc_slot)
     length = window + window // ratio  # rows of a chunk
     rows = chunks * length
     pid = tl.program_id(0)

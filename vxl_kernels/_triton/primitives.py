@@ -10,12 +10,15 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "MOST_STRIDE",
     "advance",
+    "assume_stride",
     "cached_entries",
     "key_ptrs",
     "load_block",
     "load_rows",
     "locate",
+    "narrow",
     "own_offset",
     "paged_offset",
     "query_row",
@@ -58,6 +61,18 @@ def visible_own(position, ratio):
 
 # -- memory ------------------------------------------------------------------------------------
 
+# Elements from a key to the next, at most; the launcher copies or goes the 64-bit way beyond. A
+# block of 128 keys is then within 2 GiB.
+MOST_STRIDE = tl.constexpr(2**20)
+
+
+@triton.jit
+def assume_stride(stride):
+    """Tells the compiler what the launcher has seen to. AMD's then loads a block from a scalar
+    address and 32-bit offsets instead of a 64-bit address for each thread."""
+    tl.assume(stride >= 0)
+    tl.assume(stride <= MOST_STRIDE)
+
 
 @triton.jit
 def cached_entries(cache_lens_ptr, i_batch, page_size, max_pages):
@@ -69,7 +84,7 @@ def cached_entries(cache_lens_ptr, i_batch, page_size, max_pages):
 def page_of(table_ptr, entry, max_pages):
     """Page at an entry of a sequence's table, int64. Entries behind the table's end are taken
     for its last: whoever looks ahead stays inside."""
-    return tl.load(table_ptr + tl.minimum(entry, max_pages - 1)).to(tl.int64)
+    return tl.load(table_ptr + tl.minimum(entry, max_pages - 1).to(tl.uint32)).to(tl.int64)
 
 
 @triton.jit
@@ -107,9 +122,14 @@ def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.
         page = tl.load(table_ptr + (entry + behind))
     else:
         slot += BY
-        pages = (slot >= page_size).to(tl.int32) if PAGES == "whole" else slot // page_size
-        entry += pages
-        slot -= pages * page_size
+        if PAGES == "whole":
+            stays = (slot - page_size) >> 31  # all ones within the page, else 0
+            entry += 1 + stays
+            slot &= stays
+        else:
+            pages = slot // page_size
+            entry += pages
+            slot -= pages * page_size
         page = page_of(table_ptr, entry, max_pages)
     return entry, slot, page, behind, spread
 
@@ -119,15 +139,14 @@ def paged_offset(place, offs_n, page_stride, slot_stride, PAGES: tl.constexpr):
     """From the cache's start to each key of a block, in elements, for `key_ptrs`: (what the
     block's keys have in common, 64 bits; what is left for each [N])."""
     _, slot, page, _, _ = place
-    if PAGES == "part":  # the launcher has seen that 32 bits reach every eighth element
+    if PAGES == "any":
+        return 0, page * page_stride + slot.to(tl.int64) * slot_stride
+    else:  # the launcher has seen that 32 bits reach every eighth element
         eighths = page.to(tl.int32) * (page_stride // 8).to(tl.int32) + slot * (slot_stride // 8)
-        return 0, eighths.to(tl.int64) * 8
-    else:
-        offset = page * page_stride + slot.to(tl.int64) * slot_stride
         if PAGES == "whole":
-            return offset, offs_n * slot_stride
+            return eighths.to(tl.uint32).to(tl.int64) * 8, offs_n * slot_stride
         else:
-            return 0, offset
+            return 0, eighths.to(tl.int64) * 8
 
 
 @triton.jit
