@@ -37,8 +37,10 @@ __all__ = [
     "family",
     "has_tma",
     "has_warp_skip",
+    "isa",
     "linear_config",
     "prefill_config",
+    "prefill_options",
     "split_keys",
     "tuning_key",
     "tuning_name",
@@ -137,12 +139,12 @@ _PREFILL_16 = {
     "cuda:100": _table(
         (64, (128, 128, 64, 8, 3)),
         (128, (128, 128, 32, 8, 2)),
-        (256, (64, 64, 32, 8, 2)),
+        (256, (128, 64, 16, 8, 2)),
     ),
     "hip:gfx942": _table(
         (64, (128, 64, 64, 4, 2)),
-        (128, (128, 64, 64, 4, 2)),
-        (256, (64, 32, 32, 4, 2)),
+        (128, (128, 64, 32, 4, 2)),
+        (256, (128, 32, 32, 4, 2)),
     ),
 }
 # float32 is three tf32 products for one (AMD has its own): registers decide. At head_dim 256 no
@@ -240,6 +242,17 @@ def has_tma(arch: str) -> bool:
 def has_warp_skip(arch: str) -> bool:
     """Whether a warp may jump over rescaling its accumulator: it has to lie in registers."""
     return family(arch) in ("cuda:80", "cuda:86", "cuda:90")
+
+
+def isa(arch: str) -> str:
+    """What `primitives` does by hand on an architecture."""
+    return {"cuda:100": "f32x2", "hip:gfx942": "no bf16"}.get(family(arch), "")
+
+
+def prefill_options(arch: str) -> dict[str, int]:
+    """For Triton's compiler. gfx942: a tile's registers leave room for one wave a SIMD; told so, the
+    compiler reads shared memory further ahead (fp16: 312 -> 302 instructions a tile)."""
+    return {"waves_per_eu": 1} if family(arch) == "hip:gfx942" else {}
 
 
 def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:

@@ -93,9 +93,10 @@ def decode_kernel(
                 PRECISION,
                 0.0,
                 0,
+                "",
             )
             v = load_rows(v_ptr + offs_key * v_row + offs_d, start + offs_n, end, HEAD_DIM, True)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
     elif HAS_CACHE:
         first = (i_split - 1) * SPLIT_KEYS
         end = tl.minimum(first + SPLIT_KEYS, cached)
@@ -114,10 +115,10 @@ def decode_kernel(
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
             k = load_rows(k_ptrs, offs_n, 0, HEAD_DIM, False)
             weights, pivot, total, acc = score_block(
-                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, 0.0, 0
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, 0.0, 0, ""
             )
             v = load_rows(v_ptrs, offs_n, 0, HEAD_DIM, False)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
         for start in tl.range(full, end, BLOCK_N, num_stages=1):  # at most once
             place = locate(table_ptr, start, offs_n, page_size, max_pages, BLOCK_N, PAGES)
             k_ptrs = key_ptrs(
@@ -129,10 +130,10 @@ def decode_kernel(
             k = load_rows(k_ptrs, start + offs_n, end, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + end
             weights, pivot, total, acc = score_block(
-                q, k, start + offs_n, bound, scale, pivot, total, acc, True, PRECISION, 0.0, 0
+                q, k, start + offs_n, bound, scale, pivot, total, acc, True, PRECISION, 0.0, 0, ""
             )
             v = load_rows(v_ptrs, start + offs_n, end, HEAD_DIM, True)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
     total = tl.sum(total, 1)
     stored = first_lane + tl.arange(0, BLOCK_M) <= last_lane

@@ -33,6 +33,8 @@ __all__ = [
 
 _NEVER = 1 << 30  # a ratio that no position reaches: plain rows are a chunk without VSTs
 _MOST_INT32 = 2**31 - 1
+# Said to the compiler because Triton 3.10 is to change its default.
+_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ class Launch:
     num_warps: int
     num_stages: int
     tile: dict[str, int] = field(default_factory=dict)
-    # Said here because Triton 3.10 is to change its default.
-    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
+    options: dict[str, Any] = field(default_factory=lambda: _OPTIONS)
 
     def __call__(self) -> None:
         if 0 in self.grid:
@@ -58,7 +59,7 @@ class Launch:
             **self.constexprs,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
-            **self.options,
+            **(_OPTIONS if interpreted() else self.options),
         )
 
 
@@ -225,17 +226,22 @@ def _tile(config: configs.AttentionConfig, constexprs: dict) -> dict[str, int]:
 
 
 def _softmax_constants(arch: str, config, block_d: int, itemsize: int) -> dict[str, Any]:
-    """Constants of `primitives._softmax_step`. In the interpreter the pivot moves as seldom as on
-    a GPU, and every block is multiplied. float32 would spill."""
-    if not configs.has_warp_skip(arch):
-        return {"SLACK": 0.0, "SKIP": 0, "PARTS": 1}
+    """Constants of `primitives.score_block` and the number of sums. In the interpreter the pivot
+    moves as seldom as on a GPU, every block is multiplied, and arithmetic is the plain one.
+    float32 would spill."""
+    skips = configs.has_warp_skip(arch)
     each = config.block_m * block_d // (32 * config.num_warps)
-    skip = 0 if interpreted() or itemsize == 4 else min(each, 64)
-    # Sums in parts save shuffles: worth it on sm_90, and on sm_80 where a tile's products are few
-    # (head_dim 64: 462 -> 454 instructions; at 128 it is 554 -> 564).
+    skip = min(each, 64) if skips and itemsize == 2 and not interpreted() else 0
+    # Sums in parts save shuffles: worth it on sm_90 and gfx942, and on sm_80 where a tile's products
+    # are few (head_dim 64: 462 -> 454 instructions; at 128 it is 554 -> 564).
     small = block_d <= 64 and itemsize == 2
-    parts = 8 if small or configs.family(arch) == "cuda:90" else 1
-    return {"SLACK": 8.0, "SKIP": skip, "PARTS": parts}
+    worth = {"cuda:80": small, "cuda:86": small, "cuda:90": True, "hip:gfx942": True}
+    return {
+        "SLACK": 8.0 if skips else 0.0,
+        "SKIP": skip,
+        "PARTS": 8 if worth.get(configs.family(arch)) else 1,
+        "ISA": "" if interpreted() else configs.isa(arch),
+    }
 
 
 def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list[Launch]:
@@ -266,6 +272,7 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
             config.num_warps,
             config.num_stages,
             _tile(config, constexprs),
+            _OPTIONS | configs.prefill_options(arch),
         )
     ]
 

@@ -53,7 +53,7 @@ def prefill_kernel(
     HAS_CACHE: tl.constexpr, PAGES: tl.constexpr, SAME_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EDGE_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, PARTS: tl.constexpr,
+    SLACK: tl.constexpr, SKIP: tl.constexpr, PARTS: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles * chunks * KV_HEADS, batch). `*_batch` etc. are strides in elements.
 
@@ -62,7 +62,7 @@ def prefill_kernel(
     less is masked for nothing, and the masks take fewer registers. TMA: full blocks come by
     the copy engine, through the descriptors (batch or page, head, row, head_dim). SLACK, SKIP:
     see `_softmax_step`. PARTS: sums of a row's weights are kept in this many parts, that meet
-    behind the loops: as many as the lanes that share a row leave apart.
+    behind the loops: as many as the lanes that share a row leave apart. ISA: see `primitives`.
     """
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
@@ -121,10 +121,10 @@ def prefill_kernel(
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
             k = load_block(k_cache_desc, page, i_head, slot, k_ptrs, HEAD_DIM, TMA)
             weights, pivot, total, acc = score_block(
-                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP
+                q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP, ISA
             )
             v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
         # Blocks of EDGE_N keys meet pages of other sizes in other ways. program_id(2) is 0: see
         # the end.
         ANY: tl.constexpr = "whole" if PAGES == "whole" else "any"
@@ -140,10 +140,10 @@ def prefill_kernel(
             k = load_rows(k_ptrs, start + offs_e, cached, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + cached
             weights, pivot, total, acc = score_block(
-                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0
+                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0, ISA
             )
             v = load_rows(v_ptrs, start + offs_e, cached, HEAD_DIM, True)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
     # Positions once more, for few of the loops' registers: see the end.
@@ -163,10 +163,10 @@ def prefill_kernel(
         v_ptrs = key_ptrs(v_ptr, own_offset(row, offs_n, v_row), offs_d)
         k = load_block(k_desc, i_batch, i_head, row, k_ptrs, HEAD_DIM, TMA)
         weights, pivot, total, acc = score_block(
-            q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP
+            q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP, ISA
         )
         v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(weights, v, acc, input_precision=PRECISION)
     raw_full *= BLOCK_N // EDGE_N
     vst_full *= BLOCK_N // EDGE_N
     raw_edge = tl.cdiv(raw_end, EDGE_N) - raw_full
@@ -181,10 +181,10 @@ def prefill_kernel(
         end = tl.where(is_vst, vst_end, raw_end)
         k = load_rows(k_ptrs, start + offs_e, end, HEAD_DIM, True)
         weights, pivot, total, acc = score_block(
-            q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0
+            q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0, ISA
         )
         v = load_rows(v_ptrs, start + offs_e, end, HEAD_DIM, True)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
     # -- result: out (batch, rows, heads, head_dim), lse (batch, heads, rows), both dense --
     # Lanes and rows are worked out once more: kept from the start they would take registers

@@ -119,7 +119,7 @@ def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.
     entry, slot, page, behind, spread = place
     if PAGES == "part":
         entry = tl.minimum(entry + spread, max_pages - spread)
-        page = tl.load(table_ptr + (entry + behind))
+        page = tl.load((table_ptr + entry) + behind.to(tl.uint32))
     else:
         slot += BY
         if PAGES == "whole":
@@ -163,7 +163,7 @@ def key_ptrs(ptr, offset, offs_d):
     if each.dtype == tl.int32:
         return ptr + base + (each[:, None] + offs_d)
     else:
-        return ptr + base + each[:, None] + offs_d
+        return (ptr + base + offs_d) + each[:, None]
 
 
 @triton.jit
@@ -191,6 +191,59 @@ def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA
         return desc.load([at_batch.to(tl.int32), i_head, at_row, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         return load_rows(ptrs, 0, 0, HEAD_DIM, False)
+
+
+# -- arithmetic by hand where the compiler's is longer ---------------------------------------
+#
+# ISA names what an architecture has or lacks, "" for none of these:
+# "f32x2"    one instruction multiplies (and adds) two float32 numbers; the compiler takes it for
+#            sums only (sm_100)
+# "no bf16"  no instruction rounds to bfloat16 (gfx942)
+
+_MUL_F32X2 = tl.constexpr("""{
+.reg .b64 x, y;
+mov.b64 x, {$2, $3};
+mov.b64 y, {$4, $5};
+mul.rn.f32x2 x, x, y;
+mov.b64 {$0, $1}, x;
+}""")
+_FMA_F32X2 = tl.constexpr("""{
+.reg .b64 x, y, z;
+mov.b64 x, {$2, $3};
+mov.b64 y, {$4, $5};
+mov.b64 z, {$6, $7};
+fma.rn.f32x2 x, x, y, z;
+mov.b64 {$0, $1}, x;
+}""")
+
+
+@triton.jit
+def _scaled(scores, scale, pivot, ISA: tl.constexpr):
+    """scores [M, N] * scale - pivot [M]."""
+    if ISA == "f32x2":
+        factor = tl.full(scores.shape, 0.0, tl.float32) + scale
+        below = tl.broadcast_to(-pivot[:, None], scores.shape)
+        return tl.inline_asm_elementwise(
+            _FMA_F32X2, "=f,=f,f,f,f,f,f,f", [scores, factor, below],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return scores * scale - pivot[:, None]
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, ISA: tl.constexpr):
+    """float32 x in the type of keys.
+
+    "no bf16": the compiler's five instructions a number keep every NaN a NaN. Here it is one, and
+    half of one that joins two numbers: half a unit is added, which rounds to nearest, ties away from
+    zero. Infinities and the NaN that instructions make (0x7FC00000) stay.
+    """
+    if ISA == "no bf16" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True) + 0x8000
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 # -- softmax -----------------------------------------------------------------------------------
@@ -224,19 +277,26 @@ def _skipping_constraints(n):
 
 
 @triton.jit
-def _rescale(acc, shrink, SKIP: tl.constexpr):
-    if SKIP == 0:
-        return acc * shrink[:, None]
-    else:
+def _rescale(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr):
+    factor = tl.broadcast_to(shrink[:, None], acc.shape)
+    if SKIP > 0:
         return tl.inline_asm_elementwise(
-            _skipping_multiply(SKIP), _skipping_constraints(SKIP),
-            [acc, tl.broadcast_to(shrink[:, None], acc.shape)],
+            _skipping_multiply(SKIP), _skipping_constraints(SKIP), [acc, factor],
             dtype=tl.float32, is_pure=True, pack=SKIP,
         )  # fmt: skip
+    elif ISA == "f32x2":
+        return tl.inline_asm_elementwise(
+            _MUL_F32X2, "=f,=f,f,f,f,f", [acc, factor], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return acc * factor
 
 
 @triton.jit
-def _softmax_step(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.constexpr):
+def _softmax_step(
+    scores, scale, pivot, total, acc,
+    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
+):  # fmt: skip
     """Weights of a block of scores [M, N], and the running pivot [M], sum [M, parts] and output
     [M, D] rescaled to it. Everything is in powers of two: `scale` holds log2(e) and is
     positive, so a score costs one fused multiply-add and one exp2.
@@ -253,22 +313,26 @@ def _softmax_step(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: t
         new_pivot = tl.maximum(pivot, top)
     else:
         new_pivot = tl.where(top > pivot + SLACK, top, pivot)
-    weights = tl.exp2(scores * scale - new_pivot[:, None])
+    weights = tl.exp2(_scaled(scores, scale, new_pivot, ISA))
     shrink = tl.exp2(pivot - new_pivot)
     PARTS: tl.constexpr = total.shape[1]
     parts = weights.reshape(weights.shape[0], weights.shape[1] // PARTS, PARTS)
     total = total * shrink[:, None] + tl.sum(parts, 1)
-    return weights, new_pivot, total, _rescale(acc, shrink, SKIP)
+    return weights, new_pivot, total, _rescale(acc, shrink, SKIP, ISA)
 
 
 @triton.jit
 def score_block(
     q, k, offs_key, bound, scale, pivot, total, acc,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, SLACK: tl.constexpr, SKIP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of keys, [M, N], and the rescaled state; the caller adds weights x V.
-    If MASKED, lane i sees the keys below bound[i]. SLACK, SKIP: see `_softmax_step`."""
+    """Weights of a block of keys, [M, N] in their type, and the rescaled state; the caller adds
+    weights x V. If MASKED, lane i sees the keys below bound[i]. SLACK, SKIP: see `_softmax_step`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
-    return _softmax_step(scores, scale, pivot, total, acc, SLACK, SKIP)
+    weights, pivot, total, acc = _softmax_step(
+        scores, scale, pivot, total, acc, SLACK, SKIP, ISA
+    )
+    return narrow(weights, k.dtype, ISA), pivot, total, acc
