@@ -96,7 +96,7 @@ def decode_kernel(
                 "",
             )
             v = load_rows(v_ptr + offs_key * v_row + offs_d, start + offs_n, end, HEAD_DIM, True)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     elif HAS_CACHE:
         first = (i_split - 1) * SPLIT_KEYS
         end = tl.minimum(first + SPLIT_KEYS, cached)
@@ -118,7 +118,7 @@ def decode_kernel(
                 q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, 0.0, 0, ""
             )
             v = load_rows(v_ptrs, offs_n, 0, HEAD_DIM, False)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         for start in tl.range(full, end, BLOCK_N, num_stages=1):  # at most once
             place = locate(table_ptr, start, offs_n, page_size, max_pages, BLOCK_N, PAGES)
             k_ptrs = key_ptrs(
@@ -133,7 +133,7 @@ def decode_kernel(
                 q, k, start + offs_n, bound, scale, pivot, total, acc, True, PRECISION, 0.0, 0, ""
             )
             v = load_rows(v_ptrs, start + offs_n, end, HEAD_DIM, True)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     total = tl.sum(total, 1)
     stored = first_lane + tl.arange(0, BLOCK_M) <= last_lane

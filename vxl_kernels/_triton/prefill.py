@@ -28,6 +28,7 @@ from .primitives import (
     load_block,
     load_rows,
     locate,
+    narrow,
     own_offset,
     own_row,
     paged_offset,
@@ -120,16 +121,22 @@ def prefill_kernel(
             # The next block's page is looked up while this block is computed.
             place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGES)
             k = load_block(k_cache_desc, page, i_head, slot, k_ptrs, HEAD_DIM, TMA)
+            # The copy engine takes no registers: K and V are asked for at once. By threads V
+            # waits until K is used (sm_80 would spill 640 bytes).
+            if TMA:
+                v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
             weights, pivot, total, acc = score_block(
                 q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP, ISA
             )
-            v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+            if not TMA:
+                v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
+            acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
         # Blocks of EDGE_N keys meet pages of other sizes in other ways. program_id(2) is 0: see
         # the end.
         ANY: tl.constexpr = "whole" if PAGES == "whole" else "any"
+        # It runs few times: nothing is worth a register through the other loops.
         offs_e += tl.program_id(2)
-        for start in tl.range(full, cached, EDGE_N, num_stages=1):
+        for start in tl.range(full, cached, EDGE_N, num_stages=1, disable_licm=TMA):
             edge = locate(table_ptr, start, offs_e, page_size, max_pages, EDGE_N, ANY)
             k_ptrs = key_ptrs(
                 k_cache_ptr, paged_offset(edge, offs_e, kc_page, kc_slot, PAGES), offs_d
@@ -140,10 +147,22 @@ def prefill_kernel(
             k = load_rows(k_ptrs, start + offs_e, cached, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + cached
             weights, pivot, total, acc = score_block(
-                q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0, ISA
+                q,
+                k,
+                start + offs_e,
+                bound,
+                scale,
+                pivot,
+                total,
+                acc,
+                True,
+                PRECISION,
+                SLACK,
+                0,
+                ISA,
             )
             v = load_rows(v_ptrs, start + offs_e, cached, HEAD_DIM, True)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+            acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
     # Positions once more, for few of the loops' registers: see the end.
@@ -162,11 +181,14 @@ def prefill_kernel(
         k_ptrs = key_ptrs(k_ptr, own_offset(row, offs_n, k_row), offs_d)
         v_ptrs = key_ptrs(v_ptr, own_offset(row, offs_n, v_row), offs_d)
         k = load_block(k_desc, i_batch, i_head, row, k_ptrs, HEAD_DIM, TMA)
+        if TMA:
+            v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
         weights, pivot, total, acc = score_block(
             q, k, offs_n, 0, scale, pivot, total, acc, False, PRECISION, SLACK, SKIP, ISA
         )
-        v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
-        acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        if not TMA:
+            v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
+        acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
     raw_full *= BLOCK_N // EDGE_N
     vst_full *= BLOCK_N // EDGE_N
     raw_edge = tl.cdiv(raw_end, EDGE_N) - raw_full
@@ -184,7 +206,7 @@ def prefill_kernel(
             q, k, start + offs_e, bound, scale, pivot, total, acc, True, PRECISION, SLACK, 0, ISA
         )
         v = load_rows(v_ptrs, start + offs_e, end, HEAD_DIM, True)
-        acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- result: out (batch, rows, heads, head_dim), lse (batch, heads, rows), both dense --
     # Lanes and rows are worked out once more: kept from the start they would take registers

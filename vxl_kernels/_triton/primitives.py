@@ -200,13 +200,6 @@ def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA
 #            sums only (sm_100)
 # "no bf16"  no instruction rounds to bfloat16 (gfx942)
 
-_MUL_F32X2 = tl.constexpr("""{
-.reg .b64 x, y;
-mov.b64 x, {$2, $3};
-mov.b64 y, {$4, $5};
-mul.rn.f32x2 x, x, y;
-mov.b64 {$0, $1}, x;
-}""")
 _FMA_F32X2 = tl.constexpr("""{
 .reg .b64 x, y, z;
 mov.b64 x, {$2, $3};
@@ -218,26 +211,20 @@ mov.b64 {$0, $1}, x;
 
 
 @triton.jit
-def _scaled(scores, scale, pivot, ISA: tl.constexpr):
-    """scores [M, N] * scale - pivot [M]."""
-    if ISA == "f32x2":
-        factor = tl.full(scores.shape, 0.0, tl.float32) + scale
-        below = tl.broadcast_to(-pivot[:, None], scores.shape)
-        return tl.inline_asm_elementwise(
-            _FMA_F32X2, "=f,=f,f,f,f,f,f,f", [scores, factor, below],
-            dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return scores * scale - pivot[:, None]
+def _multiply_add_pairs(a, b, c):
+    """a * b + c, of tensors of one shape; a thread's numbers are even in number."""
+    return tl.inline_asm_elementwise(
+        _FMA_F32X2, "=f,=f,f,f,f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=2
+    )
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr, ISA: tl.constexpr):
     """float32 x in the type of keys.
 
-    "no bf16": the compiler's five instructions a number keep every NaN a NaN. Here it is one, and
-    half of one that joins two numbers: half a unit is added, which rounds to nearest, ties away from
-    zero. Infinities and the NaN that instructions make (0x7FC00000) stay.
+    "no bf16": the compiler's five instructions a number keep every NaN a NaN. Here it is one,
+    and half of one that joins two numbers: half a unit is added, which rounds to nearest, ties
+    away from zero. Infinities and the NaN that instructions make (0x7FC00000) stay.
     """
     if ISA == "no bf16" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True) + 0x8000
@@ -277,19 +264,15 @@ def _skipping_constraints(n):
 
 
 @triton.jit
-def _rescale(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr):
-    factor = tl.broadcast_to(shrink[:, None], acc.shape)
-    if SKIP > 0:
+def _rescale(acc, shrink, SKIP: tl.constexpr):
+    if SKIP == 0:
+        return acc * shrink[:, None]
+    else:
         return tl.inline_asm_elementwise(
-            _skipping_multiply(SKIP), _skipping_constraints(SKIP), [acc, factor],
+            _skipping_multiply(SKIP), _skipping_constraints(SKIP),
+            [acc, tl.broadcast_to(shrink[:, None], acc.shape)],
             dtype=tl.float32, is_pure=True, pack=SKIP,
         )  # fmt: skip
-    elif ISA == "f32x2":
-        return tl.inline_asm_elementwise(
-            _MUL_F32X2, "=f,=f,f,f,f,f", [acc, factor], dtype=tl.float32, is_pure=True, pack=2
-        )
-    else:
-        return acc * factor
 
 
 @triton.jit
@@ -313,12 +296,17 @@ def _softmax_step(
         new_pivot = tl.maximum(pivot, top)
     else:
         new_pivot = tl.where(top > pivot + SLACK, top, pivot)
-    weights = tl.exp2(_scaled(scores, scale, new_pivot, ISA))
+    if ISA == "f32x2":
+        factor = tl.full(scores.shape, 0.0, tl.float32) + scale
+        below = tl.broadcast_to(-new_pivot[:, None], scores.shape)
+        weights = tl.exp2(_multiply_add_pairs(scores, factor, below))
+    else:
+        weights = tl.exp2(scores * scale - new_pivot[:, None])
     shrink = tl.exp2(pivot - new_pivot)
     PARTS: tl.constexpr = total.shape[1]
     parts = weights.reshape(weights.shape[0], weights.shape[1] // PARTS, PARTS)
     total = total * shrink[:, None] + tl.sum(parts, 1)
-    return weights, new_pivot, total, _rescale(acc, shrink, SKIP, ISA)
+    return weights, new_pivot, total, _rescale(acc, shrink, SKIP)
 
 
 @triton.jit
@@ -327,12 +315,9 @@ def score_block(
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
     SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of keys, [M, N] in their type, and the rescaled state; the caller adds
-    weights x V. If MASKED, lane i sees the keys below bound[i]. SLACK, SKIP: see `_softmax_step`."""
+    """Weights of a block of keys, [M, N], and the rescaled state; the caller adds weights x V.
+    If MASKED, lane i sees the keys below bound[i]. SLACK, SKIP: see `_softmax_step`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
-    weights, pivot, total, acc = _softmax_step(
-        scores, scale, pivot, total, acc, SLACK, SKIP, ISA
-    )
-    return narrow(weights, k.dtype, ISA), pivot, total, acc
+    return _softmax_step(scores, scale, pivot, total, acc, SLACK, SKIP, ISA)
