@@ -199,9 +199,13 @@ def shipped(arch: str) -> list[Compilation]:
         (fp32, 128, split, 0, 128),
         (bf16, 128, [], 1, 128),
         (bf16, 128, [], 1, 16),
+        (bf16, 128, [], 4, 128),
+        (bf16, 128, [], 9, 128),
         (bf16, 128, [], 64, 128),
+        (bf16, 128, [], 64, 16),
         (fp16, 128, [], 1, 128),
         (fp32, 128, [], 1, 128),
+        (fp32, 128, [], 4, 128),
     ]
     entries = [entry for call in attention for entry in _attention(arch, *call)]
     backward = [
