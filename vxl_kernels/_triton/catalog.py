@@ -205,7 +205,6 @@ def shipped(arch: str) -> list[Compilation]:
         (bf16, 128, [], 64, 16),
         (fp16, 128, [], 1, 128),
         (fp32, 128, [], 1, 128),
-        (fp32, 128, [], 4, 128),
     ]
     entries = [entry for call in attention for entry in _attention(arch, *call)]
     backward = [
