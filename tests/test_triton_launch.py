@@ -175,15 +175,28 @@ def test_split_size_depends_on_rows_alone():
     assert set(sizes.values()) == {256}
 
 
+@pytest.mark.parametrize(
+    ("rows", "lanes", "split"), [(1, 16, 256), (3, 32, 256), (9, 64, 256), (18, 128, 256),
+                                 (20, 128, 512), (64, 128, 1024)]
+)  # fmt: skip
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_tiles_grow_with_the_lanes(arch, rows, lanes, split):
+    """7 heads a KV head. As many programs of 128 lanes for 8100 entries, whatever the rows are."""
+    first = plan(rows=rows, arch=arch, pages=64)[0]
+    assert (first.tile["rows"], first.constexprs["SPLIT_KEYS"]) == (lanes, split)
+    tiles, splits = -(-rows * 7 // lanes), 1 + 64 * 128 // split
+    assert first.grid == (tiles * 4 * splits, 1)
+    assert first.constexprs["TMA"] == (arch in ("cuda:90", "cuda:100"))
+
+
 # -- memory read -------------------------------------------------------------------------------
 
 
 def keys_read(planned, rows):
     """K and V rows that a launch fetches for each key and output row: its programs that walk
-    the keys (tiles x KV heads), over rows."""
+    the keys (tiles x KV heads, for decode of one split), over rows."""
     first = planned[0]
-    walks = first.grid[0] if first.name == "prefill" else first.grid[1]
-    return walks / rows
+    return first.grid[0] / first.arguments.get("splits", 1) / rows
 
 
 @pytest.mark.parametrize("rows", [1, 2])

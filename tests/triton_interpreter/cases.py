@@ -39,6 +39,7 @@ CASES = {
     "decode, parts": {"cache_lens": (130, 64), "rows": 3, "page_size": 16, "dtype": HALF},
     "decode, any pages": {"cache_lens": (130,), "rows": 2, "page_size": 17, "head_dim": 100},
     "decode, two tiles": {"cache_lens": (70,), "rows": 9, "heads": 6, "page_size": 64},
+    "sharp, decode": {"cache_lens": (130, 64), "rows": 4, "spread": 12.0, "dtype": HALF},
     "decode, large head": {"cache_lens": (70,), "rows": 1, "head_dim": 256, "dtype": HALF},
 }
 WITHOUT_CACHE = {

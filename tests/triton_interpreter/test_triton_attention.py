@@ -60,22 +60,22 @@ def test_the_cases_take_every_branch():
 
 @core
 @pytest.mark.parametrize(
-    "name", ["split, whole pages", "interleaved", "text", "one page a sequence", "split, no cache"]
-)
+    "name", ["split, whole pages", "interleaved", "text", "one page a sequence", "split, no cache",
+             "decode, whole pages", "decode, two tiles"]
+)  # fmt: skip
 @pytest.mark.usefixtures("small_tiles")
 def test_the_copy_engine_brings_the_same(name, monkeypatch):
     """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
     cache = name in CASES
     inputs = make_inputs(**CASES[name] | {"page_size": 64}) if name == "text" else call(name)
     out, lse = attend(inputs, cache)
-    launches = []
-    plan = launch._plan_prefill
+    constants, make = [], launch.Launch
     monkeypatch.setattr(configs, "has_tma", lambda arch: True)
     monkeypatch.setattr(
-        launch, "_plan_prefill", lambda *args: launches.extend(plan(*args)) or launches
+        launch, "Launch", lambda *args, **options: constants.append(args[4]) or make(*args)
     )
     tma_out, tma_lse = attend(inputs, cache)
-    assert launches[0].constexprs["TMA"]
+    assert constants[0]["TMA"]
     assert torch.equal(out, tma_out)
     assert torch.equal(lse, tma_lse)
 
@@ -87,6 +87,7 @@ def test_the_copy_engine_brings_the_same(name, monkeypatch):
     [
         {"layout": ChunkLayout(150, 8), "cache_lens": (150,)},
         {"rows": 60, "cache_lens": (200,)},
+        {"rows": 9, "cache_lens": (330,)},
         {"rows": 1, "cache_lens": (600,)},
     ],
 )
@@ -103,9 +104,11 @@ def test_shipped_tiles(shape, dtype):
     [("cuda:80", 64, 8.0, 8), ("cuda:80", 128, 8.0, 1), ("cuda:90", 128, 8.0, 8),
      ("cuda:100", 128, 0.0, 1)],
 )  # fmt: skip
+@pytest.mark.parametrize("name", ["sharp", "sharp, decode"])
 @pytest.mark.usefixtures("small_tiles")
-def test_the_softmax_of_each_architecture(arch, width, slack, parts, monkeypatch):
-    """The interpreter plans for sm_80; others keep pivots and sums in other ways."""
+def test_the_softmax_of_each_architecture(arch, width, slack, parts, name, monkeypatch):
+    """The interpreter plans for sm_80; others keep pivots and sums in other ways. Decode in tiles
+    of 64 lanes; fewer share their rows, and sums, among all warps."""
     constants, used = launch._softmax_constants, []
 
     def of_arch(_arch, config, _width, itemsize):
@@ -113,7 +116,10 @@ def test_the_softmax_of_each_architecture(arch, width, slack, parts, monkeypatch
         return used[-1]
 
     monkeypatch.setattr(launch, "_softmax_constants", of_arch)
-    inputs = call("sharp")
+    if name == "sharp, decode":
+        tile = configs.AttentionConfig(64, 32, 16, 4, 2)
+        monkeypatch.setattr(configs, "decode_config", lambda *args: tile)
+    inputs = call(name)
     with poisoned_memory():
         out, lse = attend(inputs)
     check_attention(inputs, out, lse)

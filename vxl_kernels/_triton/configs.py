@@ -269,24 +269,60 @@ def split_keys(lanes: int) -> int | None:
     the GPU by themselves. It depends on nothing else: not on batch or lengths.
 
     At 8100 cached tokens and 4 KV heads, 256 entries make 128 programs for the 132 SMs of an
-    H100, each reading 128 KiB (bf16, head_dim 128). With more rows a program does more work on
-    its keys, and its parts cost more to write and merge.
+    H100, each reading 128 KiB (bf16, head_dim 128). From 128 lanes on there is a program for each
+    128 lanes: a split grows with their number, as parts cost more to write and merge.
     """
-    if lanes <= 64:
+    if lanes <= 128:
         return 256
-    return 1024 if lanes <= 512 else None
+    return 512 if lanes <= 256 else 1024 if lanes <= 512 else None
+
+
+# Decode of 16-bit types by head_dim: more than 32 lanes, more than 64. Half the lanes with half the
+# warps are the same work for a warp. Up to head_dim 128 they are prefill's tiles with a smaller
+# EDGE_N: what a program keeps for its own rows as well would spill. 8 warps on 64 lanes repeat
+# products on sm_90, 4 on gfx942. sm_80's warps share 64 lanes, for Triton lays them along the keys
+# where a product has more columns than rows: 783 instructions per MFLOP instead of 528. Summing
+# two halves of head_dim apart avoids that (628, spills 8 bytes), not worth its code. At head_dim
+# 256 a wider block spills on sm_90 (small pages) and repeats products on gfx942.
+_DECODE_16 = {
+    "cuda:80": (
+        _table((64, (64, 128, 32, 4, 2)), (128, (64, 128, 32, 4, 2)), (256, (64, 64, 16, 8, 2))),
+        _table((64, (128, 128, 64, 8, 2)), (128, (128, 128, 16, 8, 2)), (256, (64, 64, 16, 8, 2))),
+    ),
+    "cuda:86": (
+        _table((64, (64, 128, 32, 4, 2)), (128, (64, 128, 32, 4, 2)), (256, (64, 32, 32, 8, 2))),
+        _table((64, (128, 128, 64, 8, 2)), (128, (128, 128, 16, 8, 2)), (256, (64, 32, 32, 8, 2))),
+    ),
+    "cuda:90": (
+        _table((64, (64, 128, 32, 4, 2)), (128, (64, 128, 32, 4, 2)), (256, (64, 32, 16, 4, 2))),
+        _table((64, (128, 128, 64, 8, 2)), (128, (128, 128, 32, 8, 2)), (256, (64, 32, 16, 4, 2))),
+    ),
+    "cuda:100": (
+        _table((64, (64, 128, 32, 4, 2)), (128, (64, 128, 32, 4, 2)), (256, (64, 64, 16, 8, 2))),
+        _table((64, (128, 128, 64, 8, 2)), (128, (128, 128, 32, 8, 2)), (256, (64, 64, 16, 8, 2))),
+    ),
+    "hip:gfx942": (
+        _table((64, (64, 64, 64, 2, 2)), (128, (64, 64, 32, 2, 2)), (256, (64, 16, 16, 2, 2))),
+        _table((64, (128, 64, 64, 4, 2)), (128, (128, 64, 32, 4, 2)), (256, (64, 16, 16, 2, 2))),
+    ),
+}
 
 
 def decode_config(arch: str, block_d: int, itemsize: int, lanes: int) -> AttentionConfig:
     """Decode waits for memory: the tile is what the matrix instruction needs at least, and the
-    stages keep several blocks of K and V in flight."""
-    block_m = 16 if lanes <= 16 else 32 if lanes <= 32 else 64
-    block_n = 64 if block_d * itemsize <= 256 else 32 if block_d * itemsize <= 512 else 16
-    stages = 2 if family(arch) in ("cuda:86", "hip:gfx942") or block_d * itemsize > 256 else 3
-    if family(arch) == "cuda:100" and block_m == 16:
-        stages = 2  # with 3 ptxas stops at 128 registers and spills 4
-    # 64 lanes: 8 warps repeat products on sm_90 and AMD, 4 spill on sm_90. It waits for memory.
-    return AttentionConfig(block_m, block_n, block_n, 8 if block_m == 64 else 4, stages)
+    stages keep several blocks of K and V in flight. float32 has no tile of more than 32 lanes
+    that does not spill."""
+    if lanes > 32 and itemsize == 2:
+        return _DECODE_16[family(arch)][lanes > 64][max(block_d, 64)]
+    wide = block_d * itemsize > 256
+    block_m = 16 if lanes <= 16 else 32
+    block_n = 64 if not wide else 32 if block_d * itemsize <= 512 else 16
+    stages = 2 if family(arch) in ("cuda:86", "hip:gfx942") or wide else 3
+    if block_m == 32 and itemsize == 4 and arch.startswith("hip"):  # 64 keys spill
+        block_n = min(block_n, 32)
+    elif wide and block_m == 32 and itemsize == 4:  # 4 warps spill
+        return AttentionConfig(32, block_n, 16, 8, stages)
+    return AttentionConfig(block_m, block_n, block_n, 4, stages)
 
 
 def linear_config(arch: str, itemsize: int) -> LinearConfig:

@@ -281,8 +281,13 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
     batch, rows, heads, head_dim = q.shape
     lanes = rows * (heads // k.shape[2])
     arguments, constexprs = _shared(q, k, cache, config, arch)
-    constexprs["SPLIT_KEYS"] = each
+    constexprs |= {"SPLIT_KEYS": each, "EDGE_N": config.edge_n}
+    constexprs |= _softmax_constants(arch, config, constexprs["BLOCK_D"], q.element_size())
+    if config.block_m < 64 and arch.startswith("cuda"):  # all warps share all rows
+        constexprs["PARTS"] = min(8 * config.num_warps, config.edge_n)
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
+    descriptors = _descriptors(None, None, cache[0], cache[1], constexprs, arch)
+    constexprs["TMA"] = descriptors["k_cache_desc"] is not None
     capacity = arguments["page_size"] * arguments["max_pages"]
     splits = 1 + -(-capacity // each)
     part = torch.empty((batch, splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
@@ -291,6 +296,7 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
     merge = {name: arguments[name] for name in ("cache_lens_ptr", "page_size", "max_pages")}
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "scale": scale}
     arguments |= _row_strides(q=q, k=k, v=v)
+    arguments |= {name: descriptors[name] for name in ("k_cache_desc", "v_cache_desc")}
     merge_constexprs = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
@@ -304,7 +310,7 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
         Launch(
             "decode",
             decode_kernel,
-            (splits, tiles * k.shape[2], batch),
+            (tiles * k.shape[2] * splits, batch),
             arguments | shared,
             constexprs,
             config.num_warps,
