@@ -104,7 +104,7 @@ def kv_table(heads: int, kv_heads: int, head_dim: int, tile_rows: int, element: 
 
 
 def compile_times(rows: Sequence[Measured]) -> dict[str, float]:
-    """Seconds per target, of all that is not the baseline."""
+    """Seconds of processor time per target, of all that is not the baseline."""
     seconds: dict[str, float] = {}
     for r in rows:
         if r.kernel != "plain_flash":
@@ -123,10 +123,10 @@ def _compared(r: Measured) -> bool:
     return forward and r.tile["rows"] >= _ROWS_OF_A_MATRIX_UNIT and r.dtype != "fp32"
 
 
-def violations(rows: Sequence[Measured]) -> tuple[list[str], list[str]]:
+def violations(rows: Sequence[Measured], processes: int = 1) -> tuple[list[str], list[str]]:
     """Faults (unreadable or spilled code, the wrong instruction) and goals that are not reached
-    (no repeated work, the plain kernel's share and instructions, compile time), in words. The
-    plain kernel is held to nothing."""
+    (no repeated work, the plain kernel's share and instructions, compile time with this many
+    processes), in words. The plain kernel is held to nothing."""
     found: list[str] = []
     goals: list[str] = []
     for r in rows:
@@ -162,8 +162,9 @@ def violations(rows: Sequence[Measured]) -> tuple[list[str], list[str]]:
                 f"{name}: {ours:.0f} instructions per MFLOP, the plain kernel {theirs:.0f}"
             )
     for target, seconds in compile_times(rows).items():
-        if seconds > COMPILE_SECONDS:
+        if seconds / processes > COMPILE_SECONDS:
             goals.append(
-                f"{target}: compiling took {seconds:.0f} s, the bar is {COMPILE_SECONDS:.0f}"
+                f"{target}: compiling took {seconds / processes:.0f} s with {processes} processes, "
+                f"the bar is {COMPILE_SECONDS:.0f}"
             )
     return found, goals

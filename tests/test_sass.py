@@ -276,6 +276,12 @@ def test_every_bar_bites(changes: dict[str, object], message: str) -> None:
     assert bool(goals) == any(text in message for text in ("peak", "MFLOP", "compiling", "repeat"))
 
 
+def test_compile_time_is_that_of_all_processes() -> None:
+    rows = [a_row(compile_seconds=61.0), a_row(compile_seconds=58.0)]
+    assert violations(rows, processes=2) == ([], [])
+    assert "60 s with 2 processes" in violations([a_row(compile_seconds=121.0)], processes=2)[1][0]
+
+
 def test_file_and_table(tmp_path: Path) -> None:
     rows = [a_row(), replace(a_row(), dots=0, mma_flops=None, share_of_peak=None, matrix={})]
     save_json(tmp_path / "s.json", rows)
