@@ -19,6 +19,7 @@ from vxl_kernels._triton import catalog, configs, launch
 
 BF16 = torch.bfloat16
 FOLDER = Path(vxl_kernels.__file__).parent / "_triton"
+CALLERS = ("api.py", "ops.py")
 
 
 def plan(layout=None, rows=1, batch=1, heads=28, kv_heads=4, page_size=128, pages=256, **options):
@@ -41,24 +42,37 @@ def test_plans_from_shapes_alone():
     assert [x.name for x in plan(rows=1)] == ["decode", "merge"]
 
 
+# Conversions to a number of Python on the way from a call to a launch: none is of a tensor.
+CONVERSIONS = {
+    "float(scale)",  # an argument, a number already
+    "int(n)",  # of a version
+    "int(layout.order == 'split')",
+    "int(name)",  # of an architecture
+}
+
+
 def test_no_synchronising_call_in_the_source():
     forbidden = {
         "item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select",
         "is_nonzero", "equal", "any", "all",
     }  # fmt: skip
-    allocations = set()
-    for name in ("launch.py", "launch_backward.py", "configs.py"):
-        for node in ast.walk(ast.parse((FOLDER / name).read_text())):
+    allocations, conversions = set(), set()
+    launchers = ("launch.py", "launch_backward.py", "configs.py", "__init__.py")
+    for path in (*(FOLDER / name for name in launchers), *(FOLDER.parent / n for n in CALLERS)):
+        for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             if isinstance(node.func, ast.Attribute):
-                assert node.func.attr not in forbidden, f"{name}:{node.lineno}"
+                assert node.func.attr not in forbidden, f"{path.name}:{node.lineno}"
                 if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                    allocations.add(node.func.attr)
+                    allocations |= {node.func.attr} if path.parent == FOLDER else set()
+            elif isinstance(node.func, ast.Name) and node.func.id in ("int", "float", "bool"):
+                conversions.add(ast.unparse(node))
+                assert ast.unparse(node) in CONVERSIONS, f"{path.name}:{node.lineno}"
             elif isinstance(node.func, ast.Name):
-                converts = node.func.id in ("int", "float", "bool", "print")
-                assert not (converts and name != "configs.py"), f"{name}:{node.lineno}"
+                assert node.func.id != "print", f"{path.name}:{node.lineno}"
     assert allocations == {"empty"}
+    assert conversions == CONVERSIONS
 
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(90, 8, 2)])
