@@ -250,8 +250,8 @@ def isa(arch: str) -> str:
 
 
 def prefill_options(arch: str) -> dict[str, int]:
-    """For Triton's compiler. gfx942: a tile's registers leave room for one wave a SIMD; told so, the
-    compiler reads shared memory further ahead (fp16: 312 -> 302 instructions a tile)."""
+    """For Triton's compiler. gfx942: a tile's registers leave room for one wave a SIMD; told so,
+    the compiler reads shared memory further ahead (fp16: 312 -> 302 instructions a tile)."""
     return {"waves_per_eu": 1} if family(arch) == "hip:gfx942" else {}
 
 

@@ -232,8 +232,8 @@ def _softmax_constants(arch: str, config, block_d: int, itemsize: int) -> dict[s
     skips = configs.has_warp_skip(arch)
     each = config.block_m * block_d // (32 * config.num_warps)
     skip = min(each, 64) if skips and itemsize == 2 and not interpreted() else 0
-    # Sums in parts save shuffles: worth it on sm_90 and gfx942, and on sm_80 where a tile's products
-    # are few (head_dim 64: 462 -> 454 instructions; at 128 it is 554 -> 564).
+    # Sums in parts save shuffles: worth it on sm_90 and gfx942, and on sm_80 where a tile's
+    # products are few (head_dim 64: 462 -> 454 instructions; at 128 it is 554 -> 564).
     small = block_d <= 64 and itemsize == 2
     worth = {"cuda:80": small, "cuda:86": small, "cuda:90": True, "hip:gfx942": True}
     return {
