@@ -77,7 +77,8 @@ def _dense_heads(x: torch.Tensor) -> torch.Tensor:
     """x with head_dim dense, and a row not far from the next."""
     if x.stride(-1) == 1 and x.stride(1) <= primitives.MOST_STRIDE.value:
         return x
-    return x.contiguous()
+    # `contiguous` would keep the stride of a single row, and the kernels rely on the bound
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> str:
