@@ -66,7 +66,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_triton, "_too_old", lambda device: None)
     for module in (launch, _triton.backward_kernels()):
-        monkeypatch.setattr(module, "architecture", lambda device: "cuda:90")
+        monkeypatch.setattr(module, "architecture", lambda device: "cuda:80")
     return started
 
 
