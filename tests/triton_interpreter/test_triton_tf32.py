@@ -62,7 +62,7 @@ def test_one_product_would_show(name, monkeypatch):
 @pytest.mark.parametrize("products", [3, 1])
 def test_gradients(products, monkeypatch):
     monkeypatch.setattr(configs, "backward_config", lambda *args: SMALL)
-    inputs = backward_call("split, odd pages and head")
+    inputs = backward_call("one raw token a VST")
     grads = backward(inputs)[:2]
     dots = _emulate(monkeypatch, products)
     found = backward(inputs, grads)[2]

@@ -16,7 +16,7 @@ TIMES = {GOOD: 3.0, BETTER: 2.0, WRONG: 1.0, BROKEN: 0.5}
 @pytest.fixture
 def played(monkeypatch):
     """A small call, and times by table."""
-    x = make_inputs((70,), rows=90, heads=6, kv_heads=2, page_size=64)
+    x = make_inputs((40,), rows=20, heads=2, kv_heads=1, page_size=64)
     call = dict(
         zip(
             ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens"),
