@@ -69,7 +69,7 @@ def first_pivot(
 
 
 @triton.jit
-def rescales_late(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr):  # noqa: N803
+def rescales_late(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr = ""):  # noqa: N803
     """As if a warp jumped over the rescaling while a row's pivot moves a little."""
     return tl.where(shrink[:, None] > 2.0**-9, acc, acc * shrink[:, None])
 
