@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vxl_kernels
 from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention, vst_linear
-from vxl_kernels._triton import catalog, configs, launch
+from vxl_kernels._triton import catalog, configs, launch, launch_backward
 
 BF16 = torch.bfloat16
 FOLDER = Path(vxl_kernels.__file__).parent / "_triton"
+CALLERS = ("api.py", "ops.py")
 
 
 def plan(layout=None, rows=1, batch=1, heads=28, kv_heads=4, page_size=128, pages=256, **options):
@@ -41,24 +41,37 @@ def test_plans_from_shapes_alone():
     assert [x.name for x in plan(rows=1)] == ["decode", "merge"]
 
 
+# Conversions to a number of Python on the way from a call to a launch: none is of a tensor.
+CONVERSIONS = {
+    "float(scale)",  # an argument, a number already
+    "int(n)",  # of a version
+    "int(layout.order == 'split')",
+    "int(name)",  # of an architecture
+}
+
+
 def test_no_synchronising_call_in_the_source():
     forbidden = {
         "item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select",
         "is_nonzero", "equal", "any", "all",
     }  # fmt: skip
-    allocations = set()
-    for name in ("launch.py", "launch_backward.py", "configs.py"):
-        for node in ast.walk(ast.parse((FOLDER / name).read_text())):
+    allocations, conversions = set(), set()
+    launchers = ("launch.py", "launch_backward.py", "configs.py", "__init__.py")
+    for path in (*(FOLDER / name for name in launchers), *(FOLDER.parent / n for n in CALLERS)):
+        for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             if isinstance(node.func, ast.Attribute):
-                assert node.func.attr not in forbidden, f"{name}:{node.lineno}"
+                assert node.func.attr not in forbidden, f"{path.name}:{node.lineno}"
                 if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                    allocations.add(node.func.attr)
+                    allocations |= {node.func.attr} if path.parent == FOLDER else set()
+            elif isinstance(node.func, ast.Name) and node.func.id in ("int", "float", "bool"):
+                conversions.add(ast.unparse(node))
+                assert ast.unparse(node) in CONVERSIONS, f"{path.name}:{node.lineno}"
             elif isinstance(node.func, ast.Name):
-                converts = node.func.id in ("int", "float", "bool", "print")
-                assert not (converts and name != "configs.py"), f"{name}:{node.lineno}"
+                assert node.func.id != "print", f"{path.name}:{node.lineno}"
     assert allocations == {"empty"}
+    assert conversions == CONVERSIONS
 
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(90, 8, 2)])
@@ -166,6 +179,73 @@ def test_no_length_is_compiled_in():
         assert compiled(plan(rows=1, pages=pages)) == compiled(plan(rows=1))
 
 
+def launches_of(rows, batch, heads, kv_heads, head_dim, page_size=128, pages=16):
+    """A text's attention, gradients and append."""
+    q = torch.empty(batch, rows, heads, head_dim, dtype=BF16, device="meta")
+    k = torch.empty(batch, rows, kv_heads, head_dim, dtype=BF16, device="meta")
+    cache = torch.empty(512, page_size, kv_heads, head_dim, dtype=BF16, device="meta")
+    table = torch.empty(batch, pages, dtype=torch.int32, device="meta")
+    lens = torch.empty(batch, dtype=torch.int32, device="meta")
+    lse = torch.empty(batch, heads, rows, device="meta")
+    call = (q, k, k, cache, cache, table, lens)
+    backward = launch_backward.plan_attention_backward(q, lse, *call, q, lse, [], 0.1)[0]
+    inv_freq = torch.empty(head_dim // 2, device="meta")
+    append = launch.plan_rope_append(*call, [], inv_freq, torch.empty_like(q), torch.empty_like(k))
+    return [*launch.plan_attention(*call, [], 0.1)[0], *backward, append]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "most"),
+    # most: combinations of whether 16 divides the strides of q's and of k's sequences
+    [(28, 4, 128, 1), (7, 1, 72, 2), (2, 1, 100, 3), (6, 3, 100, 3), (8, 2, 75, 3)],
+)
+def test_odd_heads_compile_a_few_times(heads, kv_heads, head_dim, most):
+    """Where heads x head_dim is no multiple of 16, rows say what divides a sequence's stride. One
+    sequence has no such stride."""
+    for batch, bound in ((1, 1), (2, most), (3, most)):
+        found = {}
+        for rows in range(1600, 1632):
+            for each in launches_of(rows, batch, heads, kv_heads, head_dim):
+                keys = found.setdefault(each.name, [])
+                key = compiled([each])[0]
+                keys += [key] if key not in keys else []
+        counts = {name: len(keys) for name, keys in found.items()}
+        assert max(counts.values()) == bound, (batch, counts)
+
+
+def test_a_table_of_one_page_is_another_compilation():
+    """Pages that no block of keys fits: one alone is never left by a block, two are. Once."""
+    one, *more = (compiled(launches_of(1600, 1, 28, 4, 128, 48, n)[:1]) for n in (1, 2, 3, 64))
+    assert all(m == more[0] for m in more)
+    assert one != more[0]
+
+
+@pytest.mark.parametrize("what", ["attention", "backward", "append"])
+def test_capacities_behind_int32_are_refused(what):
+    rows, most = 5, 2**31 - 1
+
+    def plan_with(pages, page_size):
+        q = torch.empty(1, rows, 4, 16, dtype=BF16, device="meta")
+        cache = torch.empty(2, page_size, 4, 16, dtype=BF16, device="meta")
+        table = torch.empty(1, pages, dtype=torch.int32, device="meta")
+        lens = torch.empty(1, dtype=torch.int32, device="meta")
+        lse = torch.empty(1, 4, rows, device="meta")
+        call = (q, q, q, cache, cache, table, lens)
+        if what == "attention":
+            return launch.plan_attention(*call, [], 0.1)
+        if what == "append":
+            inv_freq = torch.empty(8, device="meta")
+            return launch.plan_rope_append(*call, [], inv_freq, q, q)
+        return launch_backward.plan_attention_backward(q, lse, *call, q, lse, [], 0.1)
+
+    plan_with(most - rows, 1)
+    plan_with(1, most - rows)
+    for pages, page_size in ((most - rows + 1, 1), (2**21, 2**10), (2**22, 2**10)):
+        expected = f"block_table: got {pages} pages of {page_size} tokens, expected at most {most}"
+        with pytest.raises(ValueError, match=expected):
+            plan_with(pages, page_size)
+
+
 def test_split_size_depends_on_rows_alone():
     sizes = {
         (batch, pages): plan(rows=1, batch=batch, pages=pages)[0].constexprs["SPLIT_KEYS"]
@@ -247,31 +327,6 @@ def test_an_unknown_architecture_is_refused():
 )  # fmt: skip
 def test_families(arch, family):
     assert configs.family(arch) == family
-
-
-# -- tuning ------------------------------------------------------------------------------------
-
-
-def test_a_tuned_file_is_used_where_it_was_made(tmp_path, monkeypatch):
-    path = tmp_path / "tuned.json"
-    entry = {configs.tuning_name(128, 2): [64, 32, 32, 4, 3]}
-    path.write_text(json.dumps({"GPU A, triton 3.9.0": entry}))
-    monkeypatch.setenv("VXL_TRITON_CONFIGS", str(path))
-    for key, block_m in (("GPU A, triton 3.9.0", 64), ("GPU B, triton 3.9.0", 128)):
-        monkeypatch.setattr(configs, "tuning_key", lambda key=key: key)
-        configs._tuned.cache_clear()
-        assert plan(ChunkLayout(1440, 8))[0].tile["rows"] == block_m
-    configs._tuned.cache_clear()
-
-
-def test_the_tuner_needs_a_gpu(capsys, tmp_path):
-    from vxl_kernels._triton import tune
-
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert tune.main([str(tmp_path / "a.json")]) == 1
-    assert "no GPU" in capsys.readouterr().err
-    assert len(tune.candidates(128, 2)) > 10
 
 
 # -- reasons -----------------------------------------------------------------------------------

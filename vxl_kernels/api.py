@@ -232,15 +232,19 @@ def rope_append(
             launcher.rope_append_(q, k, v, *cache, ints, inv_freq)
             return q, k
         return launcher.rope_append(q, k, v, *cache, ints, inv_freq)
+    # Where the extension has CUDA kernels, the ops are those: a named Triton has ops of its own.
+    names = ops.LAUNCHES if backend == "triton" else {}
+    name = "rope_append_" if inplace else "rope_append_copy" if wants_grad else "rope_append"
+    op = getattr(torch.ops.vxl, names.get(name, name))
+    done = op(q, k, v, *cache, ints, inv_freq)
     if inplace:
-        torch.ops.vxl.rope_append_(q, k, v, *cache, ints, inv_freq)
         return q, k
     if wants_grad:
-        q, k, *caches = torch.ops.vxl.rope_append_copy(q, k, v, *cache, ints, inv_freq)
+        q, k, *caches = done
         k_cache.copy_(caches[0])
         v_cache.copy_(caches[1])
         return q, k
-    return torch.ops.vxl.rope_append(q, k, v, *cache, ints, inv_freq)
+    return done
 
 
 def vst_linear(

@@ -6,6 +6,8 @@ other way, which its kernel does too; `vst_linear` is made of differentiable pro
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .ops import layout_from_ints
@@ -54,14 +56,15 @@ def _save_rope(ctx, inputs, output):
     ctx.layout, ctx.v_shape, ctx.rows, ctx.page_size = layout, v.shape, k.shape[1], k_cache.shape[1]
 
 
-def _rope_backward(ctx, dq_out, dk_out, dk_cache, dv_cache):
-    """dq_out, dk_out as q and k; dk_cache, dv_cache as the caches that came out."""
+def _rope_backward(append, ctx, dq_out, dk_out, dk_cache, dv_cache):
+    """append: the op that rotates, by its name; dq_out, dk_out as q and k; dk_cache, dv_cache as
+    the caches that came out."""
     _refuse_second_derivative("rope_append")
     block_table, cache_lens, inv_freq = ctx.saved_tensors
     # What the kernel appends on this way back goes to pages that nobody reads.
     unread = torch.empty_like(dk_cache), torch.empty_like(dk_cache)
     dv = dk_out.new_zeros(ctx.v_shape)
-    dq, dk = torch.ops.vxl.rope_append(
+    dq, dk = getattr(torch.ops.vxl, append)(
         dq_out, dk_out, dv, *unread, block_table, cache_lens, ctx.layout, -inv_freq
     )
     # A kept row also got the gradient of its cache entry, rotated to another position.
@@ -81,4 +84,10 @@ def _rope_backward(ctx, dq_out, dk_out, dk_cache, dv_cache):
     return dq, dk, dv, dk_cache, dv_cache, None, None, None, None
 
 
-torch.library.register_autograd("vxl::rope_append_copy", _rope_backward, setup_context=_save_rope)
+for _copy, _append in (
+    ("rope_append_copy", "rope_append"),
+    ("rope_append_copy_launch", "rope_append_launch"),
+):
+    torch.library.register_autograd(
+        f"vxl::{_copy}", functools.partial(_rope_backward, _append), setup_context=_save_rope
+    )

@@ -60,6 +60,13 @@ SCHEMAS = {
     ),
 }
 
+# What backend="triton" takes on a GPU, where the extension's own CUDA kernels have the first name.
+LAUNCHES = {
+    name: name[:-1] + "_launch_" if name.endswith("_") else name + "_launch"
+    for name in ("rope_append", "rope_append_", "rope_append_copy")
+}
+SCHEMAS |= {launch: SCHEMAS[name] for name, launch in LAUNCHES.items()}
+
 _library = torch.library.Library("vxl", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -98,16 +105,19 @@ def _(
 
 
 @torch.library.register_fake("vxl::rope_append", lib=_library)
+@torch.library.register_fake("vxl::rope_append_launch", lib=_library)
 def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.register_fake("vxl::rope_append_copy", lib=_library)
+@torch.library.register_fake("vxl::rope_append_copy_launch", lib=_library)
 def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return tuple(x.new_empty(x.shape) for x in (q, k, k_cache, v_cache))
 
 
 @torch.library.register_fake("vxl::rope_append_", lib=_library)
+@torch.library.register_fake("vxl::rope_append_launch_", lib=_library)
 def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
     return None
 
@@ -144,7 +154,7 @@ for _name in ("copy_pages_", "gather_rows", "scatter_rows_"):
 def _one_launch_is_better(x, weight, bias, vst_weight, vst_bias, layout) -> bool:
     """On a GPU, in inference, where all tiles of both products fit the GPU at once. Two products
     are two rounds then, each as long as one tile takes; with more tiles than that, the library's
-    faster product wins. Modelled, not measured: `_triton.configs.one_wave`."""
+    faster product wins. Modelled, not measured: `_triton.one_wave`."""
     if x.device.type != "cuda" or not layout:
         return False
     tensors = (x, weight, bias, vst_weight, vst_bias)
@@ -178,13 +188,19 @@ _library.impl("vst_linear", _vst_linear, "CompositeImplicitAutograd")
 # -- rope_append that returns new caches, for gradients: the same on every device -------------
 
 
-def _rope_append_copy(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
-    caches = k_cache.clone(), v_cache.clone()
-    rotated = torch.ops.vxl.rope_append(q, k, v, *caches, block_table, cache_lens, layout, inv_freq)
-    return *rotated, *caches
+def _install_rope_copy(name: str, append: str) -> None:
+    def call(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+        caches = k_cache.clone(), v_cache.clone()
+        rotated = getattr(torch.ops.vxl, append)(
+            q, k, v, *caches, block_table, cache_lens, layout, inv_freq
+        )
+        return *rotated, *caches
+
+    _library.impl(name, call, "CompositeExplicitAutograd")
 
 
-_library.impl("rope_append_copy", _rope_append_copy, "CompositeExplicitAutograd")
+_install_rope_copy("rope_append_copy", "rope_append")
+_install_rope_copy("rope_append_copy_launch", "rope_append_launch")
 
 
 # -- the reference, where CPU or CUDA have no kernel of their own ---------------------------
@@ -273,20 +289,30 @@ def _install_reference(key: str, device: str, reason: str) -> None:
 _WRITTEN = {"rope_append": (3, 4), "rope_append_": (0, 1, 3, 4)}
 
 
-def _install_triton(name: str) -> None:
-    """The Triton kernel under the CUDA key, looked up when it is called."""
+def _launcher(name: str) -> Callable:
+    """Triton's launcher on the tensors' GPU, looked up when it is called."""
     module = _triton.backward_kernels if name.endswith("_backward") else _triton.kernels
+
+    def launch(*args):
+        with torch.cuda.device(args[0].device):
+            result = getattr(module(), name)(*args)
+        if name in _WRITTEN:
+            torch.autograd.graph.increment_version([args[i] for i in _WRITTEN[name]])
+        return result
+
+    return launch
+
+
+def _install_triton(name: str) -> None:
+    """The Triton kernel under the CUDA key; the reference where it cannot serve."""
+    launch = _launcher(name)
 
     def call(*args):
         reasons = _triton.reasons(args[0])
         if reasons:
             _warn_once("CUDA", "; ".join(reasons))
             return _REFERENCE[name](*args)
-        with torch.cuda.device(args[0].device):
-            result = getattr(module(), name)(*args)
-        if name in _WRITTEN:
-            torch.autograd.graph.increment_version([args[i] for i in _WRITTEN[name]])
-        return result
+        return launch(*args)
 
     _library.impl(name, call, "CUDA")
 
@@ -299,9 +325,7 @@ for _name in _REFERENCE:
         _install_triton(_name)
 
 
-def _triton_linear(x, *args):
-    with torch.cuda.device(x.device):
-        return _triton.kernels().vst_linear(x, *args)
-
-
-_library.impl("vst_linear_one_launch", _triton_linear, "CUDA")
+# The launches by name: whoever calls one has asked `_triton.reasons`, and nothing falls back.
+_library.impl("vst_linear_one_launch", _launcher("vst_linear"), "CUDA")
+for _name in ("rope_append", "rope_append_"):
+    _library.impl(LAUNCHES[_name], _launcher(_name), "CUDA")

@@ -17,7 +17,7 @@ import triton.language as tl
 from backward_cases import CASES as BACKWARD_CASES
 from backward_cases import SMALL, backward
 from backward_cases import call as backward_call
-from cases import CASES, attend, call
+from cases import CASES, WITHOUT_CACHE, attend, call
 
 from vxl_kernels import ChunkLayout, rope_append, vst_linear
 from vxl_kernels._triton import configs, launch, launch_backward, primitives
@@ -84,6 +84,10 @@ def main() -> None:
         # Entries of the table behind the length are as free as its memory: nothing valid.
         x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
         check_attention(x, *attend(x))
+    for name in WITHOUT_CACHE:
+        x = call(name)
+        x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
+        check_attention(x, *attend(x, cache=False))
     for name in ("split, odd pages and head", "many chunks", "text"):
         assert name in BACKWARD_CASES
         x = backward_call(name)
@@ -96,6 +100,8 @@ def main() -> None:
         inv_freq = guard(inverse_frequencies(20))
         for inplace in (False, True):
             rope_append(*x.args(), inv_freq, inplace=inplace, backend="triton")
+            no_pages = dataclasses.replace(x, block_table=guard(x.block_table[:, :0]))
+            rope_append(*no_pages.args(), inv_freq, inplace=inplace, backend="triton")
         rows = 3 if layout is None else layout.rows
         shapes = ((2, rows, 20), (18, 20), (18,), (18, 20), (18,))
         vst_linear(*(guard(torch.randn(s)) for s in shapes), layout, backend="triton")

@@ -123,7 +123,7 @@ def test_the_softmax_of_each_architecture(arch, width, slack, parts, name, monke
     with poisoned_memory():
         out, lse = attend(inputs)
     check_attention(inputs, out, lse)
-    assert (used[0]["SLACK"], used[0]["PARTS"]) == (slack, parts)
+    assert (used[0]["SLACK"], used[0]["PARTS"], used[0]["ISA"]) == (slack, parts, "")
 
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))

@@ -104,3 +104,27 @@ def test_negative_lengths_stay_inside():
     zero = inputs.clone()
     zero.cache_lens[0] = 0
     assert torch.equal(append(inputs)[0], append(zero)[0])
+
+
+@pytest.mark.parametrize("layout", [None, ChunkLayout(12, 3)])
+def test_a_table_without_pages(layout):
+    """Rows are rotated all the same, and there is nowhere to write (`guarded.py`: nor to read)."""
+    inputs = make_inputs((9, 4), layout, rows=4, page_size=4)
+    before = inputs.clone()
+    q, k = append(inputs.clone())
+    empty = dataclasses.replace(inputs, block_table=inputs.block_table[:, :0])
+    empty_q, empty_k = append(empty)
+    assert torch.equal(empty_q, q)
+    assert torch.equal(empty_k, k)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(getattr(empty, name).nan_to_num(), getattr(before, name).nan_to_num())
+
+
+def test_lengths_near_the_end_of_int32_stay_inside():
+    """A slot that wraps is negative, and no slot."""
+    inputs = make_inputs((9,), rows=4, page_size=4)
+    inputs.cache_lens[0] = 2**31 - 2
+    before = inputs.clone()
+    append(inputs)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(getattr(inputs, name).nan_to_num(), getattr(before, name).nan_to_num())

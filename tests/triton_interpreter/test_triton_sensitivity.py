@@ -48,14 +48,20 @@ def one_less_cached(cache_lens_ptr, i_batch, page_size, max_pages):
 
 
 @triton.jit
-def no_rescaling(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.constexpr):  # noqa: N803
+def no_rescaling(
+    scores, scale, pivot, total, acc,
+    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,  # noqa: N803
+):  # fmt: skip
     new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_pivot[:, None])
     return weights, new_pivot, total + tl.sum(weights, 1)[:, None] / total.shape[1], acc
 
 
 @triton.jit
-def first_pivot(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.constexpr):  # noqa: N803
+def first_pivot(
+    scores, scale, pivot, total, acc,
+    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,  # noqa: N803
+):  # fmt: skip
     """Never follows the maximum: float16's weights overflow."""
     new_pivot = tl.where(pivot == float("-inf"), tl.max(scores, 1) * scale, pivot)
     weights = tl.exp2(scores * scale - new_pivot[:, None])
@@ -63,7 +69,7 @@ def first_pivot(scores, scale, pivot, total, acc, SLACK: tl.constexpr, SKIP: tl.
 
 
 @triton.jit
-def rescales_late(acc, shrink, SKIP: tl.constexpr):  # noqa: N803
+def rescales_late(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr = ""):  # noqa: N803
     """As if a warp jumped over the rescaling while a row's pivot moves a little."""
     return tl.where(shrink[:, None] > 2.0**-9, acc, acc * shrink[:, None])
 

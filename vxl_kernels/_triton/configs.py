@@ -25,6 +25,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from .._arguments import fail
+
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
@@ -41,6 +45,7 @@ __all__ = [
     "linear_config",
     "prefill_config",
     "prefill_options",
+    "read_tuned",
     "split_keys",
     "tuning_key",
     "tuning_name",
@@ -215,23 +220,60 @@ def backward_config(arch: str, block_d: int, itemsize: int) -> BackwardConfig:
     return table[max(block_d, 64)]
 
 
-def tuning_key() -> str:
+def tuning_key(device: torch.device) -> str:
     """What a tuned entry holds for: this GPU and this Triton."""
-    import torch
     import triton
 
-    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
 
 
 def tuning_name(block_d: int, itemsize: int) -> str:
     return f"prefill head_dim {block_d}, {8 * itemsize} bit"
 
 
+_FILE = "VXL_TRITON_CONFIGS"
+_EXPECTED = (
+    "[block_m, block_n, edge_n, num_warps, num_stages]: block_m and block_n powers of two from 16 "
+    "to 128, edge_n a power of two from 16 to block_n, 4 or 8 warps, at least 1 stage"
+)
+
+
+def _usable(entry: object) -> bool:
+    """Whether `prefill_kernel` is right with these tiles. An edge_n above block_n would count keys
+    twice, and no compiler would say so."""
+    if not isinstance(entry, list) or len(entry) != 5 or {type(n) for n in entry} != {int}:
+        return False
+    block_m, block_n, edge_n, warps, stages = entry
+    tiles = all(16 <= n <= 128 and n & (n - 1) == 0 for n in (block_m, block_n, edge_n))
+    return tiles and edge_n <= block_n and warps in (4, 8) and stages >= 1
+
+
+def read_tuned(path: str | Path) -> dict[str, dict[str, list[int]]]:
+    """What `tune.py` wrote: entries by `tuning_name` by `tuning_key`.
+
+    Raises:
+        ValueError: path cannot be read, or holds anything that is not what `tune.py` writes.
+    """
+    argument = f"{_FILE} {path}"
+    try:
+        known = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        fail(argument, f"{type(error).__name__}: {error}", "a file written by tune.py")
+    if not isinstance(known, dict):
+        fail(argument, type(known).__name__, "an object of GPUs")
+    for key, entries in known.items():
+        if not isinstance(entries, dict):
+            fail(f"{argument}, {key!r}", type(entries).__name__, "an object of tiles")
+        for name, entry in entries.items():
+            if not _usable(entry):
+                fail(f"{argument}, {key!r}, {name!r}", entry, _EXPECTED)
+    return known
+
+
 @functools.cache
-def _tuned() -> dict[str, list[int]]:
-    """Entries of the file that VXL_TRITON_CONFIGS names (`tune.py` writes it); read once."""
-    path = os.environ.get("VXL_TRITON_CONFIGS")
-    return json.loads(Path(path).read_text()).get(tuning_key(), {}) if path else {}
+def _tuned(path: str, device: torch.device) -> dict[str, list[int]]:
+    """The file's entries for a device; read once."""
+    return read_tuned(path).get(tuning_key(device), {})
 
 
 def has_tma(arch: str) -> bool:
@@ -256,10 +298,15 @@ def prefill_options(arch: str) -> dict[str, int]:
     return {"waves_per_eu": 1} if family(arch) == "hip:gfx942" else {}
 
 
-def prefill_config(arch: str, block_d: int, itemsize: int) -> AttentionConfig:
-    tuned = _tuned().get(tuning_name(max(block_d, 64), itemsize))
-    if tuned is not None:
-        return AttentionConfig(*tuned)
+def prefill_config(
+    arch: str, block_d: int, itemsize: int, device: torch.device | None = None
+) -> AttentionConfig:
+    """device: whose tuned tiles go before the table's; None (also for a CPU) for none."""
+    path = os.environ.get(_FILE)
+    if path and device is not None and device.type == "cuda":
+        tuned = _tuned(path, device).get(tuning_name(max(block_d, 64), itemsize))
+        if tuned is not None:
+            return AttentionConfig(*tuned)
     table = (_PREFILL_16 if itemsize == 2 else _PREFILL_32)[family(arch)]
     return table[max(block_d, 64)]
 

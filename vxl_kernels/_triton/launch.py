@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._arguments import fail
 from . import architecture, configs, interpreted, primitives
 from .decode import decode_kernel, merge_kernel
 from .linear import linear_kernel
@@ -76,7 +77,8 @@ def _dense_heads(x: torch.Tensor) -> torch.Tensor:
     """x with head_dim dense, and a row not far from the next."""
     if x.stride(-1) == 1 and x.stride(1) <= primitives.MOST_STRIDE.value:
         return x
-    return x.contiguous()
+    # `contiguous` would keep the stride of a single row, and the kernels rely on the bound
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> str:
@@ -127,12 +129,31 @@ def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
 
 
 def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
-    """`q_batch, q_row, q_head` for q=..., and so on."""
+    """`q_batch, q_row, q_head` for q=..., and so on.
+
+    Triton compiles a stride for whether 16 divides it: the widest loads rest on that. Those of rows
+    and heads are the model's; a batch's is a multiple of its rows, so where heads x head_dim is no
+    multiple of 16, rows decide. A batch of one has no next sequence: its stride counts as 0, and
+    its calls, of whatever length, are one compilation.
+    """
     return {
-        f"{name}_{axis}": x.stride(i)
+        f"{name}_{axis}": 0 if axis == "batch" and x.shape[0] == 1 else x.stride(i)
         for name, x in tensors.items()
         for i, axis in enumerate(("batch", "row", "head"))
     }
+
+
+def _check_capacity(rows: int, k_cache, block_table) -> None:
+    """Refuses a table whose entries, and a call's rows behind them, 32 bits do not count."""
+    if k_cache is None:
+        return
+    page_size, max_pages = k_cache.shape[1], block_table.shape[1]
+    if max_pages * page_size + rows > _MOST_INT32:
+        fail(
+            "block_table",
+            f"{max_pages} pages of {page_size} tokens",
+            f"at most {_MOST_INT32} tokens, the call's {rows} rows included",
+        )
 
 
 def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
@@ -172,8 +193,8 @@ def plan_attention(
     layout: `[window, ratio, chunks, split]`, or `[]` for plain rows. arch, config: instead of
     the device's own and of the table's.
     """
-    arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
+    _check_capacity(rows, k_cache, block_table)
     # The kernels take the largest product for the largest score, so scale has to be positive.
     if scale < 0:
         q, scale = -q, -scale
@@ -190,8 +211,9 @@ def plan_attention(
     if 0 in (batch, rows):
         return [], out, lse
     block_d, itemsize = _power_of_two(head_dim), q.element_size()
+    device, arch = (None if arch else q.device), arch or architecture(q.device)
     if each is None:
-        config = config or configs.prefill_config(arch, block_d, itemsize)
+        config = config or configs.prefill_config(arch, block_d, itemsize, device)
         launches = _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config)
     else:
         config = config or configs.decode_config(arch, block_d, itemsize, rows * group)
@@ -347,6 +369,7 @@ def plan_rope_append(
     q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out, k_out
 ) -> Launch:
     batch, rows, heads, head_dim = q.shape
+    _check_capacity(rows, k_cache, block_table)
     window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
     kv_heads = k.shape[2]
     tensors = {
@@ -423,7 +446,7 @@ def plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out, arch=None) -
         "vst_weight_ptr": weight if vst_weight is None else vst_weight,
         "vst_bias_ptr": vst_bias,
         "out_ptr": out,
-        "x_batch": x.stride(0),
+        "x_batch": x.stride(0) if batch > 1 else 0,  # as `_row_strides`
         "x_row": x.stride(1),
         "batch": batch,
         "window": window,

@@ -10,6 +10,7 @@ from .launch import (
     _NEVER,
     Launch,
     _cache_arguments,
+    _check_capacity,
     _dense_heads,
     _descriptor,
     _descriptors,
@@ -37,6 +38,7 @@ def plan_attention_backward(
     """
     arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
+    _check_capacity(rows, k_cache, block_table)
     config = config or configs.backward_config(arch, _power_of_two(head_dim), q.element_size())
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)

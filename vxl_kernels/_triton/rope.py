@@ -106,10 +106,9 @@ def rope_append_kernel(
         tl.store(ptrs, first.to(q_out_ptr.dtype.element_ty), mask=inside)
         tl.store(ptrs + HEAD_DIM // 2, second.to(q_out_ptr.dtype.element_ty), mask=inside)
 
-    # K and V. A slot behind the table's end is not written: its page would be a neighbour's.
-    kept = is_kept & (slot < max_pages * page_size)
-    page = page_of(block_table_ptr + i_batch * max_pages, slot // page_size, max_pages)
-    in_page = (slot % page_size).to(tl.int64)
+    # K and V. A slot behind the table's end is not written: its page would be a neighbour's. Nor is
+    # the table looked at then: it may have no entry at all.
+    kept = is_kept & (slot >= 0) & (slot < max_pages * page_size)
     offs_h = tl.arange(0, BLOCK_KV)[:, None]
     inside = (offs_h < KV_HEADS) & in_dims
     dtype = k_out_ptr.dtype.element_ty
@@ -121,6 +120,8 @@ def rope_append_kernel(
     tl.store(ptrs, rotated.to(dtype), mask=inside)
     tl.store(ptrs + HEAD_DIM // 2, rotated_2.to(dtype), mask=inside)
     if kept:
+        page = page_of(block_table_ptr + i_batch * max_pages, slot // page_size, max_pages)
+        in_page = (slot % page_size).to(tl.int64)
         cos, sin = _cos_sin(slot, inv_freq)
         rotated, rotated_2 = _rotate(first, second, cos, sin)
         ptrs = k_cache_ptr + page * kc_page + in_page * kc_slot + offs_h * kc_head + offs_d
