@@ -45,7 +45,7 @@ gpu-static: $(STAMP)
 	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
 
 gpu-check: $(STAMP)
-	@$(BIN)/python benchmarks/gpu_check.py
+	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # Beside the environment, not in it: only the path of these two runs finds it. Its interpreter
 # takes arrays of one element for numbers, as numpy did until 2.4.

@@ -15,7 +15,7 @@ from _timing import Clock
 
 import vxl_kernels
 
-__all__ = ["Ceilings", "describe"]
+__all__ = ["Ceilings", "describe", "git_state"]
 
 _MIB = 1 << 20
 _CACHE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -38,7 +38,7 @@ def _last_level_bytes() -> int:
         return 32 * _MIB
 
 
-def _git_state() -> str:
+def git_state() -> str:
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -65,7 +65,7 @@ def describe(device: str) -> list[tuple[str, str]]:
         lines.append(("gpu", torch.cuda.get_device_name()))
     python = platform.python_version()
     versions = f"python {python}, torch {torch.__version__}, vxl {vxl_kernels.__version__}"
-    lines.append(("versions", f"{versions}, git {_git_state()}"))
+    lines.append(("versions", f"{versions}, git {git_state()}"))
     lines.append(("command", " ".join(["python", *sys.argv])))
     return lines
 

@@ -5,6 +5,9 @@ import dataclasses
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import given, settings
 from strategies import calls
 
