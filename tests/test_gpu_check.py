@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py where there is no GPU, and where one is played: what is run, kept, said."""
+"""benchmarks/gpu_check.py without a GPU, and with one that is played: what is run, kept, said."""
 
 import json
 import os
