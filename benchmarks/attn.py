@@ -339,7 +339,7 @@ COLD = {
     "cpu": "decode and rope_append start with a cold last-level cache.",
     "cuda": """\
 Every call starts with a cold L2, behind a GPU kept busy until the call is queued: ms is the GPU's
-time alone. host ms: what Python takes to queue it; outside a CUDA graph a call takes the larger.""",
+time alone. host ms: Python's, to queue it; without a CUDA graph a call takes the larger.""",
 }
 
 
