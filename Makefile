@@ -45,7 +45,7 @@ gpu-static: $(STAMP)
 	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
 
 gpu-check: $(STAMP)
-	@$(BIN)/python benchmarks/gpu_check.py
+	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # Beside the environment, not in it: only the path of these two runs finds it. Its interpreter
 # takes arrays of one element for numbers, as numpy did until 2.4.
@@ -71,12 +71,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # Dependencies in their tested versions; setuptools and the builders too, since the
-# extension is compiled against the torch of this environment.
+# extension is compiled against the torch of this environment. A torch with CUDA or ROCm requires
+# the one Triton it was made with and brings it; a CPU's brings none.
+TRITON := 3.9.0
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff accelerate av pillow transformers triton
+	  hypothesis matplotlib mypy ninja pybind11 pytest ruff accelerate av pillow transformers
+	@$(BIN)/python -c 'import torch; exit(not (torch.version.cuda or torch.version.hip))' || \
+	  $(BIN)/python -m pip install -q triton==$(TRITON)
 	@touch $@
 
 $(STAMP): $(VENV)/.installed setup.py $(SOURCES)

@@ -95,8 +95,7 @@ def sdpa_backward(x: Inputs, mask: str) -> Run:
     case, group = x.case, x.case.geometry.heads // x.case.geometry.kv_heads
     order, grad = case.sequence_rows(), _grad_out(case)
     masks = []
-    for c, rows in enumerate(order):
-        seen = case.cache_len + (c * case.layout.vsts_per_chunk if case.layout else 0)
+    for rows, seen in case.each_chunk():
         allowed = torch.ones(len(rows), seen + len(rows), dtype=torch.bool, device=grad.device)
         allowed = allowed.tril(diagonal=seen)
         if mask == "float":
@@ -140,8 +139,7 @@ def _dense(x: Inputs, dtype: torch.dtype) -> torch.Tensor:
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dk_seen, dv_seen = torch.zeros_like(k_seen), torch.zeros_like(v_seen)
     scale = 1 / math.sqrt(q.shape[3])
-    for c, rows in enumerate(case.sequence_rows()):
-        seen = case.cache_len + (c * case.layout.vsts_per_chunk if case.layout else 0)
+    for rows, seen in case.each_chunk():
         hidden = torch.ones(len(rows), seen + len(rows), device=q.device).tril(seen) == 0
         for b in range(case.batch):
             keys = torch.cat([k_seen[b, :seen], k[b, rows]])

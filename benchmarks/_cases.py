@@ -22,7 +22,7 @@ class Geometry:
     kv_heads: int = 4
     head_dim: int = 128
     window: int = 1440
-    page_size: int = 64
+    page_size: int = 64  # a GPU's: `VstCache`'s own 128, which the copy engine can follow
     caches: tuple[int, ...] = (0, 1620, 8100, 20250)
     tail_rows: int = 64
     decode_batches: tuple[int, ...] = (1, 4)
@@ -35,7 +35,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one layer. `layout=None` are ordinary tokens (tail, decode)."""
+    """One call of one layer. `layout=None` are ordinary tokens (tail, decode). A name may have a
+    variant behind its kind: "chunk_c4" is a "chunk"."""
 
     name: str
     geometry: Geometry
@@ -45,6 +46,10 @@ class Case:
     device: str
     layout: ChunkLayout | None = None
     plain_rows: int = 0
+
+    @property
+    def kind(self) -> str:
+        return "chunk" if self.name.startswith("chunk_") else self.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +63,11 @@ class Case:
     def earlier_vsts(self) -> int:
         """VSTs of this call that its last chunk sees in the cache."""
         return 0 if self.layout is None else (self.layout.chunks - 1) * self.layout.vsts_per_chunk
+
+    def each_chunk(self) -> list[tuple[torch.Tensor, int]]:
+        """Rows of each chunk in the order of the sequence, and the cache entries they see."""
+        kept = 0 if self.layout is None else self.layout.vsts_per_chunk
+        return [(rows, self.cache_len + c * kept) for c, rows in enumerate(self.sequence_rows())]
 
     @property
     def is_decode(self) -> bool:
@@ -113,6 +123,9 @@ class Case:
             return self.layout.materialize(self.cache_len, self.device)
         causal = torch.ones(self.rows, self.rows, dtype=torch.bool, device=self.device).tril()
         return torch.cat([causal.new_ones(self.rows, self.cache_len), causal], dim=1)
+
+    def with_pages(self, page_size: int) -> Case:
+        return replace(self, geometry=replace(self.geometry, page_size=page_size))
 
     def with_chunks(self, chunks: int) -> Case:
         assert self.layout is not None

@@ -12,10 +12,20 @@ from _providers import BACKWARD, PROVIDERS, ROPE_APPEND, Provider
 
 from vxl_kernels import ChunkLayout
 
-__all__ = ["MAIN_CASES", "MORE_CASES", "Entrant", "Group", "backward_chunks", "make_groups"]
+__all__ = [
+    "MAIN_CASES",
+    "MORE_CASES",
+    "Entrant",
+    "Group",
+    "backward_chunks",
+    "geometry",
+    "make_groups",
+]
 
-MAIN_CASES = ("chunk", "tail", "decode", "backward")
-MORE_CASES = ("rope_append", "threads", "chunks", "bf16")
+MAIN_CASES = ("chunk", "chunk_c4", "tail", "decode", "backward")
+MORE_CASES = ("rope_append", "threads", "chunks", "pages", "bf16")
+GPU_PAGE_SIZE = 128
+MANY_CHUNKS, MANY_CHUNKS_CACHE = 4, 2  # of chunk_c4; the third of the cache lengths
 SPEED_GUESS = 150e9  # FLOP/s of a slow provider on two cores; only shares out the budget
 
 
@@ -51,6 +61,11 @@ def backward_chunks(options: argparse.Namespace) -> int:
     return options.chunks if options.chunks > 1 else 4
 
 
+def geometry(options: argparse.Namespace) -> Geometry:
+    g = Geometry.small() if options.small else Geometry()
+    return replace(g, page_size=GPU_PAGE_SIZE) if options.device == "cuda" else g
+
+
 def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
     layout = ChunkLayout(g.window, options.alpha, options.chunks, options.order)
     common = (options.dtype, options.device)
@@ -59,6 +74,9 @@ def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
     if options.cache:
         caches = tuple(int(n) for n in options.cache.split(","))
     cases = [Case("chunk", g, cache, 1, *common, layout=layout) for cache in caches]
+    if options.device == "cuda" or "chunk_c4" in (options.case or ()):
+        four = replace(layout, chunks=MANY_CHUNKS)
+        cases.append(Case("chunk_c4", g, g.caches[MANY_CHUNKS_CACHE], 1, *common, layout=four))
     cases.append(Case("tail", g, longest, 1, *common, plain_rows=g.tail_rows))
     for batch in g.decode_batches:
         cases.append(Case("decode", g, longest, batch, *common, plain_rows=1))
@@ -76,13 +94,16 @@ def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
         chosen = [
             p
             for p in (BACKWARD if case.name == "backward" else PROVIDERS).values()
-            if case.name in p.cases and (options.device in p.devices or options.interpret)
+            if case.kind in p.cases and (options.device in p.devices or options.interpret)
             if (
                 p.name in options.provider
                 if options.provider is not None
                 else options.all or not p.only_if_asked
             )
         ]
+        if options.provider is None and options.device == "cuda":
+            # "vxl" is the same launches there
+            chosen = [p for p in chosen if p.name != "triton"]
         batch = f", batch {case.batch}" if case.batch > 1 else ""
         name = f"{case.name}, cache {case.cache_len}{batch}"
         if chosen:
@@ -106,6 +127,11 @@ def more_entrants(name: str, options: argparse.Namespace, g: Geometry) -> list[E
         if options.device != "cpu" or torch.get_num_threads() < 2:
             return []
         return [Entrant(f"vxl, {n} thread{'s'[: n - 1]}", vxl, case, n) for n in (1, 2)]
+    if name == "pages":
+        if options.device != "cuda":
+            return []
+        sizes = (16, GPU_PAGE_SIZE)
+        return [Entrant(f"vxl, pages of {n}", vxl, case.with_pages(n)) for n in sizes]
     if name == "chunks":
         four = case.with_chunks(4)
         return [Entrant("vxl, 1 chunk", vxl, case), Entrant("vxl, 4 chunks", vxl, four)]

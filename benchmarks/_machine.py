@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from _timing import Clock
 
 import vxl_kernels
 
-__all__ = ["Ceilings", "describe"]
+__all__ = ["Ceilings", "describe", "git_state"]
 
 _MIB = 1 << 20
 _CACHE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -38,7 +40,7 @@ def _last_level_bytes() -> int:
         return 32 * _MIB
 
 
-def _git_state() -> str:
+def git_state() -> str:
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -63,9 +65,12 @@ def describe(device: str) -> list[tuple[str, str]]:
     lines = [("machine", f"{_cpu_model()}, {cores}; torch {capability}, {isa}")]
     if device == "cuda":
         lines.append(("gpu", torch.cuda.get_device_name()))
-    python = platform.python_version()
-    versions = f"python {python}, torch {torch.__version__}, vxl {vxl_kernels.__version__}"
-    lines.append(("versions", f"{versions}, git {_git_state()}"))
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    if device == "cuda":  # the wheel's version of Triton, and of the peers that are there
+        for name in ("triton", "flash-attn", "flashinfer-python", "transformers"):
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions += f", {name} {importlib.metadata.version(name)}"
+    lines.append(("versions", f"{versions}, vxl {vxl_kernels.__version__}, git {git_state()}"))
     lines.append(("command", " ".join(["python", *sys.argv])))
     return lines
 
@@ -86,7 +91,7 @@ class Ceilings:
         self.buffer = torch.ones(size // 4, device=device)
         self._copy = torch.empty_like(self.buffer)
         self._clock = Clock(device, torch.empty(0, device=device))
-        self._products = _cuda_products(dtype) if device == "cuda" else _cpu_products(small)
+        self._products = _cuda_products(dtype, small) if device == "cuda" else _cpu_products(small)
 
     def read(self) -> None:
         """One more reading of every ceiling."""
@@ -170,8 +175,8 @@ def _cpu_products(small: bool) -> dict[str, tuple[int, Callable[[], object]]]:
     return products
 
 
-def _cuda_products(dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], object]]]:
-    n = 8192
+def _cuda_products(dtype: torch.dtype, small: bool) -> dict[str, tuple[int, Callable[[], object]]]:
+    n = 256 if small else 8192
     a = torch.randn(n, n, device="cuda", dtype=dtype)
     out = torch.empty_like(a)
     return {f"mm {n}": (2 * n**3, lambda: torch.mm(a, a, out=out))}

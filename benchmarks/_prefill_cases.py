@@ -41,7 +41,8 @@ def make_model(options: argparse.Namespace, layers: int) -> Any:
     )  # fmt: skip
     with torch.device("meta"):
         model = VideoXLForConditionalGeneration(config)
-    model.to_empty(device=options.device).to(options.dtype).eval().requires_grad_(False)
+    # dtype first: in float32 all of Qwen2-7B would not fit beside its own copy
+    model.to(options.dtype).to_empty(device=options.device).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):
             weight.fill_(1.0)

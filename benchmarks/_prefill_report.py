@@ -36,17 +36,17 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
         values = [p[name] for p in parts]
         rows.append([name, *(f"{x:.2f}" for x in values), f"{sum(values):.1f}",
                      f"{100 * sum(values) / whole:.0f}%"])  # fmt: skip
-    return "\n".join(
-        [
-            f"{options.layers} layers; windows in turns; columns are windows",
-            _align(header, lines, _LEFT),
-            f"vxl to published, largest relative difference: {errors} {mark}",
-            "",
-            _align(split, rows, _LEFT),
-            "",
-            _projection(result, options),
-        ]
-    )
+    text = [
+        f"{options.layers} layers; windows in turns; columns are windows",
+        _align(header, lines, _LEFT),
+        f"vxl to published, largest relative difference: {errors} {mark}",
+        "",
+        _align(split, rows, _LEFT),
+    ]
+    whole_model = options.geometry["intermediate"] == _QWEN2_7B["intermediate"]
+    if not (whole_model and options.layers == _QWEN2_7B["layers"]):
+        text += ["", _projection(result, options)]
+    return "\n".join(text)
 
 
 def _projection(result: dict[str, Any], options: argparse.Namespace) -> str:

@@ -131,8 +131,7 @@ def _sdpa(x: Inputs, mask: str, **options: bool) -> Run:
     case = x.case
     group = case.geometry.heads // case.geometry.kv_heads
     calls = []
-    for c, rows in enumerate(case.sequence_rows()):
-        seen = case.cache_len + (c * case.layout.vsts_per_chunk if case.layout else 0)
+    for rows, seen in case.each_chunk():
         q = _as_peers_like(case, x.q_rotated[:, rows])
         k = _as_peers_like(case, torch.cat([x.k_seen[:, :seen], x.k_rotated[:, rows]], 1))
         v = _as_peers_like(case, torch.cat([x.v_seen[:, :seen], x.v[:, rows]], 1))
@@ -216,8 +215,6 @@ def _flex(x: Inputs) -> Run:
 
 def _needs(module: str) -> Callable[[Case], str | None]:
     def unsupported(case: Case) -> str | None:
-        if case.earlier_vsts:
-            return "several chunks in one call"
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -39,6 +39,10 @@ class Result:
     ok: bool | None = None
     note: str = ""
     repeats: int = 0
+    host_ms: float | None = None  # on a GPU: what Python takes to queue the call
+    page_size: int | None = None
+    chunks: int | None = None
+    ours: bool = False
 
 
 @dataclass
@@ -72,7 +76,7 @@ def _align(header: Sequence[str], lines: Sequence[Sequence[str]], left: Collecti
 
 _HEADER = (
     "case", "cache", "batch", "provider", "dtype", "ms", "spread", "runs", "TFLOP/s", "GB/s",
-    "% ceiling", "speed-up", "max error", "match",
+    "% ceiling", "speed-up", "max error", "match", "host ms",
 )  # fmt: skip
 
 
@@ -99,20 +103,22 @@ def _cells(r: Result) -> list[str]:
         "-" if r.speedup is None else f"{r.speedup:.2f}x",
         _number(r.max_error, ".1e"),
         match,
+        milliseconds(r.host_ms),
     ]
 
 
 def table(results: Sequence[Result]) -> str:
     lines: list[list[str]] = []
     group = None
-    width = len(_HEADER)
+    # The last column is of a GPU's runs only.
+    width = len(_HEADER) - all(r.host_ms is None for r in results)
     for r in results:
         key = (r.case, r.cache_len, r.batch)
         if group is not None and key != group:
             lines.append([""] * width)
         group = key
-        lines.append(_cells(r))
-    return _align(_HEADER, lines, left=(0, 3, 4))
+        lines.append(_cells(r)[:width])
+    return _align(_HEADER[:width], lines, left=(0, 3, 4))
 
 
 def ratio_table(ratios: Sequence[Ratio], title: str = "also measured") -> str:
@@ -134,8 +140,9 @@ def notes(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def save_json(path: Path, results: Sequence[Result]) -> None:
-    """of_ceiling is a part of 1, ms are milliseconds, max_error absolute."""
+def save_json(path: Path, results: Sequence[Result], **run: str) -> None:
+    """A list of records. of_ceiling is a part of 1, spread of ms, ms are milliseconds, max_error
+    absolute; note says why something has no time. `run` is in every record: machine, versions."""
 
     def finite(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
@@ -153,6 +160,14 @@ def save_json(path: Path, results: Sequence[Result]) -> None:
             "speedup_vs_best_peer": finite(r.speedup),
             "max_error": finite(r.max_error),
             "ok": r.ok,
+            "gb_per_s": finite(r.gb_per_s),
+            "spread": finite(r.spread),
+            "repeats": r.repeats,
+            "host_ms": finite(r.host_ms),
+            "page_size": r.page_size,
+            "chunks": r.chunks,
+            "note": r.note,
+            **run,
         }
         for r in results
     ]
@@ -162,6 +177,7 @@ def save_json(path: Path, results: Sequence[Result]) -> None:
 # Ours strong, peers lighter; a colour and a marker each, readable without colour too.
 _STYLES = {
     "vxl": ("#c1121f", "o", "-", 2.4),
+    "triton": ("#c1121f", "h", ":", 2.4),
     "vxl+rope": ("#e07a5f", "s", "--", 2.0),
     "sdpa_bool": ("#1d5c96", "v", "-", 1.5),
     "sdpa_float": ("#4d9de0", "^", "-", 1.5),

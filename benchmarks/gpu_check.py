@@ -1,33 +1,168 @@
-"""`make gpu-check`: the tests marked gpu, then attn.py, on the GPU of this machine.
+"""What only a machine with a GPU can say: the tests marked gpu, attn.py, its gradients, and whole
+windows through Qwen2-7B's shape (prefill.py), one after the other.
 
-Writes `benchmarks/results/<gpu>-<commit>.json`, records as `attn.py --json`.
+`make gpu-check`, or straight from a checkout with any Python that has torch and triton:
+
+    python benchmarks/gpu_check.py [--tests | --attn | --backward | --prefill] [--out FILE]
+
+Nothing is installed or built for it. What cannot run here says why and stops nothing else; the
+exit status is the worst of all. Numbers go to `benchmarks/results/<gpu>-<commit>.json`, written
+after every part: `{machine, parts: {name: {command, status, seconds, note}}, attn, backward,
+prefill, parity}`, records as the scripts' own `--json`.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a checkout need not be installed
+
+import _machine  # noqa: E402
+
+from vxl_kernels import _ext  # noqa: E402
+
+# By name: collecting every test needs packages that a machine with a GPU may not have.
+TEST_FILES = ("tests/test_triton_gpu.py", "tests/test_cuda.py")
 
 
-def result_path() -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    sha = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return ROOT / "benchmarks" / "results" / f"{name}-{sha}.json"
+def needs(*modules: str) -> str:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
 
 
-def main() -> int:
+def _model_needs() -> str:
+    if _ext.extension is None:
+        return (
+            "the page cache needs the extension, which is not built here "
+            "(python setup.py build_ext --inplace; needs g++ and pybind11)"
+        )
+    return needs("transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Part:
+    """`command` without the interpreter; `missing` says why it cannot run here, or "". With `json`
+    the numbers of the command's own `--json` are kept."""
+
+    flag: str
+    command: tuple[str, ...]
+    missing: Callable[[], str]
+    json: bool = True
+
+
+# parity: float32, where vxl and the published method are held to 1e-4 of one another.
+PARTS = {
+    "tests": Part(
+        "tests",
+        ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *TEST_FILES),
+        lambda: needs("pytest"),
+        json=False,
+    ),
+    "attn": Part("attn", ("benchmarks/attn.py",), lambda: ""),
+    "backward": Part("backward", ("benchmarks/attn.py", "--backward"), lambda: ""),
+    "parity": Part(
+        "prefill",
+        ("benchmarks/prefill.py", "--case", "encode", "--dtype", "fp32", "--layers", "2",
+         "--chunks", "3"),
+        _model_needs,
+    ),
+    "prefill": Part(
+        "prefill",
+        ("benchmarks/prefill.py", "--full", "--case", "encode", "--case", "questions",
+         "--questions", "10"),
+        _model_needs,
+    ),
+}  # fmt: skip
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--tests", action="store_true", help="the tests; with others of these, those alone")
+    add("--bench", action="store_true", help="all numbers: --attn --backward --prefill")
+    add("--attn", action="store_true", help="one layer's attention and its peers")
+    add("--backward", action="store_true", help="its gradients")
+    add("--prefill", action="store_true", help="whole windows")
+    add("-k", metavar="EXPRESSION", help="of the tests those that match, as pytest's -k")
+    add("--limit", type=float, metavar="SECONDS", help="for each part; then it is ended")
+    add("--out", type=Path, metavar="DIR|FILE.json", help="default benchmarks/results")
+    options = parser.parse_args(arguments)
+    if options.bench:
+        options.attn = options.backward = options.prefill = True
+    flags = ("tests", "attn", "backward", "prefill")
+    chosen = [f for f in flags if getattr(options, f)] or flags
+    options.parts = [name for name, part in PARTS.items() if part.flag in chosen]
+    return options
+
+
+def result_path(out: Path | None) -> Path:
+    """FILE.json as given; in a folder named after the GPU and the commit."""
+    if out is not None and out.suffix == ".json":
+        return out.absolute()
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    sha = _machine.git_state().split()[0]
+    return (out or ROOT / "benchmarks" / "results").absolute() / f"{gpu}-{sha}.json"
+
+
+def run(command: list[str], limit: float | None) -> tuple[int, str]:
+    """Status and a note; output goes to the terminal."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=limit, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, f"ended after {limit:g} s"
+    if done.returncode < 0:
+        return 128 - done.returncode, f"ended by signal {-done.returncode}"
+    return done.returncode, ""
+
+
+def check(options: argparse.Namespace, path: Path) -> dict:
+    """Runs the parts; what is known so far is in the file after each."""
+    report: dict = {"machine": dict(_machine.describe("cuda")), "parts": {}}
+    for name in options.parts:
+        part = PARTS[name]
+        command, own = list(part.command), path.with_name(f"{path.stem}-{name}.json")
+        if part.json:
+            command += ["--json", str(own)]
+        elif options.k:
+            command += ["-k", options.k]
+        print(f"\n== {name}: python {' '.join(command)}", flush=True)
+        start, note = time.perf_counter(), part.missing()
+        if note:
+            status = 1 if name == "tests" else 0
+            print(f"not run: {note}", flush=True)
+        else:
+            status, note = run(command, options.limit)
+        seconds = round(time.perf_counter() - start, 1)
+        entry = {"command": command, "status": status, "seconds": seconds, "note": note}
+        report["parts"][name] = entry
+        if part.json and own.exists():  # of a part that failed, too: as far as it came
+            report[name] = json.loads(own.read_text())
+            own.unlink()
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     if not torch.cuda.is_available():
         print(
             f"gpu-check: this machine has no GPU that torch {torch.__version__} can use; nothing "
@@ -35,17 +170,18 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    path = result_path()
-    path.parent.mkdir(exist_ok=True)
-    for command in (
-        ["-m", "pytest", "-m", "gpu", "tests"],
-        ["benchmarks/attn.py", "--json", str(path)],
-    ):
-        status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
-        if status:
-            return status
-    print(f"\nwrote {path.relative_to(ROOT)}")
-    return 0
+    path = result_path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"gpu-check: results go to {path}", flush=True)
+    report = check(options, path)
+    print("\ngpu-check")
+    for name, part in report["parts"].items():
+        said = "ok" if part["status"] == 0 else f"FAILED, status {part['status']}"
+        if part["note"]:
+            said = f"{'not run' if part['status'] == 0 else said}: {part['note']}"
+        print(f"  {name:<9} {said} ({part['seconds']} s)")
+    print(f"wrote {path}")
+    return max(part["status"] for part in report["parts"].values())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ GEOMETRY = {
 }  # fmt: skip
 # Long streams through two layers would take an hour at full width.
 NARROW = {**GEOMETRY, "hidden": 448, "heads": 7, "kv_heads": 1, "intermediate": 2432}
+# All of Qwen2-7B's language model, for a GPU: 8.4 G parameters, 16 GiB in bf16.
+FULL = {**GEOMETRY, "intermediate": 18944, "vocab": 152064}
+FULL_LAYERS = 28
 SMALL = {
     "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 96, "vocab": 101, "window": 144,
 }  # fmt: skip
@@ -50,7 +53,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--case", action="append", choices=list(CASES), help="repeatable; default all")
-    add("--layers", type=int, help="default 4, for questions 2")
+    add("--layers", type=int, help="default 4, for questions 2; with --full 28")
+    add("--full", action="store_true", help="Qwen2-7B's MLP, vocabulary and layers (a GPU's size)")
     add("--chunks", type=int, default=10, help="windows of encode")
     add("--chunks-per-step", type=int, default=None, help="default by memory")
     add("--alpha", type=int, default=8, help="raw tokens per VST")
@@ -77,7 +81,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--memory-frames: got {options.memory_frames!r}, expected integers")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "fp32")]
-    options.geometry = SMALL if options.small else GEOMETRY
+    options.geometry = SMALL if options.small else FULL if options.full else GEOMETRY
+    if options.full and not options.layers:
+        options.layers = FULL_LAYERS
     options.case = options.case or list(CASES)
     return options
 

@@ -1,11 +1,15 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("default")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the GPU's tests run on machines that have only torch, triton and pytest
+    pass
+else:
+    settings.register_profile(
+        "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items):
@@ -13,5 +17,5 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="no GPU")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
             item.add_marker(skip)

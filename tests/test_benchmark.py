@@ -10,7 +10,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 KEYS = {
     "case", "provider", "dtype", "cache_len", "batch", "ms", "tflops", "of_ceiling",
-    "speedup_vs_best_peer", "max_error", "ok",
+    "speedup_vs_best_peer", "max_error", "ok", "gb_per_s", "spread", "repeats", "host_ms",
+    "page_size", "chunks", "note", "machine", "versions",
 }  # fmt: skip
 
 
@@ -31,6 +32,9 @@ def test_small_run(tmp_path, options):
     assert {r["case"] for r in ours} >= {"chunk", "tail", "decode"}
     assert all(r["ok"] and r["ms"] > 0 and r["max_error"] is not None for r in ours)
     assert {"published", "sdpa_bool"} <= {r["provider"] for r in records}
+    assert all(r["spread"] is not None and r["repeats"] >= 3 for r in ours)
+    assert all("torch" in r["versions"] for r in records)
+    assert all(r["note"] for r in records if r["ms"] is None)  # why it did not run
 
 
 def test_unknown_names_are_refused():

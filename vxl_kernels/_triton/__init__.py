@@ -62,12 +62,28 @@ def _too_old(device: torch.device) -> str | None:
     return f"the GPU is sm_{major}{minor}, older than sm_80" if major < 8 else None
 
 
+def _interpreter_breaks() -> str | None:
+    """Why the interpreter fails with this numpy, or None. Triton 3.6's takes arrays of one element
+    for numbers (3.7.1's does not)."""
+    triton, numpy = (importlib.import_module(name) for name in ("triton", "numpy"))
+    ours, theirs = (tuple(int(n) for n in m.__version__.split(".")[:2]) for m in (triton, numpy))
+    if ours >= (3, 7) or theirs < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {triton.__version__} does not work with numpy "
+        f"{numpy.__version__}: it needs numpy < 2.4, or triton >= 3.7"
+    )
+
+
 def reasons(x: torch.Tensor | None) -> list[str]:
     """Why the kernels cannot serve x (or anything here, for None). Empty: they can."""
     missing = _missing()
     if missing:
         return [missing]
     on_cpu = interpreted()
+    broken = _interpreter_breaks() if on_cpu else None
+    if broken:
+        return [broken]
     if x is None:
         if on_cpu or torch.cuda.is_available():
             return []
