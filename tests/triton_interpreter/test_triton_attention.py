@@ -102,7 +102,7 @@ def test_shipped_tiles(shape, dtype):
 @pytest.mark.parametrize(
     ("arch", "width", "slack", "parts"),
     [("cuda:80", 64, 8.0, 8), ("cuda:80", 128, 8.0, 1), ("cuda:90", 128, 8.0, 8),
-     ("cuda:100", 128, 0.0, 1)],
+     ("hip:gfx942", 128, 0.0, 8)],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["sharp", "sharp, decode"])
 @pytest.mark.usefixtures("small_tiles")
