@@ -159,7 +159,6 @@ def decode_kernel(
 
     # -- own rows --
     zero = tl.program_id(2)
-    offs_d += zero
     offs_e = zero + tl.arange(0, EDGE_N)
     i_batch, i_split, i_head, offs_lane, last_lane = _program(zero, rows, KV_HEADS, GROUP, BLOCK_M)
     bound = tl.minimum(offs_lane, last_lane) // GROUP + 1

@@ -119,7 +119,7 @@ def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.
     entry, slot, page, behind, spread = place
     if PAGES == "part":
         entry = tl.minimum(entry + spread, max_pages - spread)
-        page = tl.load((table_ptr + entry) + behind.to(tl.uint32))
+        page = tl.load(table_ptr + (entry + behind))
     else:
         slot += BY
         if PAGES == "whole":
