@@ -5,15 +5,15 @@ How they were chosen: compiled for each target and read as machine code, for no 
 and few instructions beside the matrix ones in the loop of unmasked tiles. For prefill at head_dim
 128, bf16, instructions of a warp per 128 x 128 scores and 8 warps, Triton 3.9:
 
-    sm_80   128 x 128: 555         128 x 64: 668
-    sm_90   128 x 128 by TMA: 457  128 x 64 by TMA: 622 (before: by threads 567 and 748)
-    sm_100  128 x 128 by TMA: 473  by threads: 502; 128 x 64: 724 by threads
+    sm_80   128 x 128: 547         128 x 64: 610
+    sm_90   128 x 128 by TMA: 442  128 x 64 by TMA: 620
+    sm_100  128 x 128 by TMA: 384  128 x 64 by TMA: 558
 
 4 warps spill on all of them; at head_dim 256 8 warps repeat products on sm_90 (0.83 of a plain
-kernel's share of peak, 4 warps 1.06). A wider block of keys rescales the accumulator less
+kernel's share of peak, 4 warps 1.07). A wider block of keys rescales the accumulator less
 often. EDGE_N, the block where masks are needed, is small for less masked waste and fewer
-registers. Pages of at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost 1 % more
-on sm_80, 6 % on sm_90 and a tenth on sm_100, where TMA cannot follow. Two blocks of 64, each from
+registers. Pages of at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost 2 % more
+on sm_80, a tenth on sm_90 and 15 % on sm_100, where TMA cannot follow. Two blocks of 64, each from
 a page of its own, in one step were no better (614 on sm_90).
 """
 
