@@ -33,6 +33,7 @@ from _sass_compile import Kernel, compile_kernel
 from _sass_model import Measured, measure
 from _sass_parse import ParseError
 from _sass_table import (
+    COMPILE_PROCESSES,
     LEGEND,
     RELATION,
     compile_times,
@@ -171,12 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "K and V fetched per key and output row, Qwen2-7B (28 query / 4 KV heads of 128), 16 bits,"
     )
     print(f"tiles of 128 rows, by the number of blocks in a launch:\n{kv_table(28, 4, 128, 128)}\n")
-    processes = min(options.jobs, os.cpu_count() or 1)
+    processes = min(options.jobs, COMPILE_PROCESSES)
     times = ", ".join(
         f"{name} {seconds:.0f} s ({seconds / processes:.0f} s)"
         for name, seconds in compile_times(rows).items()
     )
-    print(f"compiling what is shipped, processor time (with {processes} processes): {times or '-'}")
+    print(f"compiling what is shipped, processor time (shared by {processes}): {times or '-'}")
     print(f"this run: {time.perf_counter() - began:.0f} s with {options.jobs} processes")
     if options.json:
         save_json(options.json, rows)

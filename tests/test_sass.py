@@ -265,7 +265,7 @@ def a_row(**changes: object) -> Measured:
         ({"instructions_per_mflop": 501.0}, "501 instructions per MFLOP"),
         ({"repeated": 1.5}, "warps repeat products"),
         ({"error": "no loop"}, "no loop"),
-        ({"compile_seconds": 61.0}, "compiling took 61 s"),
+        ({"compile_seconds": 61.0}, "compiling takes 61 s"),
     ],
 )
 def test_every_bar_bites(changes: dict[str, object], message: str) -> None:
@@ -279,7 +279,7 @@ def test_every_bar_bites(changes: dict[str, object], message: str) -> None:
 def test_compile_time_is_that_of_all_processes() -> None:
     rows = [a_row(compile_seconds=61.0), a_row(compile_seconds=58.0)]
     assert violations(rows, processes=2) == ([], [])
-    assert "60 s with 2 processes" in violations([a_row(compile_seconds=121.0)], processes=2)[1][0]
+    assert "60 s, shared by 2" in violations([a_row(compile_seconds=121.0)], processes=2)[1][0]
 
 
 def test_file_and_table(tmp_path: Path) -> None:

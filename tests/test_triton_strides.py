@@ -159,6 +159,10 @@ def test_what_the_copy_engine_cannot_reach(x):
     assert launch._descriptor(x, 32) is None
 
 
+def test_the_copy_engine_has_nothing_to_do_with_no_pages():
+    assert launch._descriptor(torch.empty(0, 128, 2, 64), 32) is None
+
+
 def test_the_copy_engine_brings_all_or_none():
     layout = ChunkLayout(30, 4)
     pages, narrow = real(9, 128, 1, 64), real(2, layout.rows, 1, 40)

@@ -11,7 +11,7 @@ SPLIT, INTERLEAVED = ChunkLayout(37, 5, 2), ChunkLayout(37, 5, 2, "interleaved")
 # name: (arguments of make_inputs, whether there is a cache). Under `small_tiles`, BLOCK_N 32:
 # pages of 64 hold whole blocks, pages of 16 are parts of one, pages of 17 neither.
 CASES = {
-    "split, whole pages": {"cache_lens": (70, 0), "layout": SPLIT, "page_size": 64},
+    "split, whole pages": {"cache_lens": (150, 0), "layout": SPLIT, "page_size": 64},
     "split, parts": {"cache_lens": (33, 96), "layout": SPLIT, "page_size": 16, "dtype": HALF},
     "split, any pages": {
         "cache_lens": (50,),
@@ -36,6 +36,7 @@ CASES = {
     "sharp, float32": {"cache_lens": (90, 0), "layout": INTERLEAVED, "spread": 6.0},
     "one page a sequence": {"cache_lens": (90,), "rows": 50, "page_size": 200},
     "decode, whole pages": {"cache_lens": (300, 0, 63), "rows": 1, "heads": 14, "page_size": 64},
+    "decode, pages of half a split": {"cache_lens": (130, 64), "rows": 1, "page_size": 32},
     "decode, parts": {"cache_lens": (130, 64), "rows": 3, "page_size": 16, "dtype": HALF},
     "decode, any pages": {"cache_lens": (130,), "rows": 2, "page_size": 17, "head_dim": 100},
     "decode, two tiles": {"cache_lens": (70,), "rows": 9, "heads": 6, "page_size": 64},

@@ -19,7 +19,7 @@ import torch
 __all__ = ["architecture", "backward_kernels", "interpreted", "kernels", "one_wave", "reasons"]
 
 _OLDEST = (3, 6)
-_MOST_BATCH = 65535  # of a grid's second axis (prefill) and third (decode)
+_MOST_BATCH = 65535  # of a grid's second axis
 
 
 @functools.cache

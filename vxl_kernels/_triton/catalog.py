@@ -176,10 +176,11 @@ def _rope(dtype: torch.dtype, layout: list[int]) -> Compilation:
 
 
 def shipped(arch: str) -> list[Compilation]:
-    """Every kernel x shipped config for "cuda:80", "cuda:90", "cuda:100" or "hip:gfx942".
+    """Every kernel for "cuda:80", "cuda:90", "cuda:100" or "hip:gfx942", in the configurations
+    that Qwen2-7B takes, and main loops at other head_dims.
 
-    Qwen2-7B's geometry, with other head_dims; pages that hold whole blocks of keys, are
-    parts of one, and no cache at all. Both storage orders run the same code.
+    Pages that hold whole blocks of keys, are parts of one, and no cache at all. Both storage
+    orders run the same code. DESIGN.md tells what of the tables is not here and spills.
 
     Raises:
         ValueError: arch has no table in `configs.py`.

@@ -34,6 +34,7 @@ __all__ = [
 
 _NEVER = 1 << 30  # a ratio that no position reaches: plain rows are a chunk without VSTs
 _MOST_INT32 = 2**31 - 1
+_MOST_TOKENS = _MOST_INT32 - 2048
 # Said to the compiler because Triton 3.10 is to change its default.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -144,15 +145,16 @@ def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def _check_capacity(rows: int, k_cache, block_table) -> None:
-    """Refuses a table whose entries, and a call's rows behind them, 32 bits do not count."""
+    """Refuses a table whose entries, a call's rows behind them and the rest of a split behind
+    those, 32 bits do not count."""
     if k_cache is None:
         return
     page_size, max_pages = k_cache.shape[1], block_table.shape[1]
-    if max_pages * page_size + rows > _MOST_INT32:
+    if max_pages * page_size + rows > _MOST_TOKENS:
         fail(
             "block_table",
             f"{max_pages} pages of {page_size} tokens",
-            f"at most {_MOST_INT32} tokens, the call's {rows} rows included",
+            f"at most {_MOST_TOKENS} tokens, the call's {rows} rows included",
         )
 
 
@@ -160,6 +162,8 @@ def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
     """Blocks of `block_n` keys of x (batch or page, row, head, head_dim); None where the copy
     engine cannot reach them."""
     size, block_d = x.element_size(), x.shape[3]
+    if not x.numel():
+        return None
     aligned = x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in x.stride()[:3])
     if not aligned or block_d != _power_of_two(block_d) or min(x.stride()[:3]) <= 0:
         return None

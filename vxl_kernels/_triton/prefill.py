@@ -131,8 +131,9 @@ def prefill_kernel(
             if not TMA:
                 v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
             acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
-        # Blocks of EDGE_N keys meet pages of other sizes in other ways. They are few: nothing of
-        # theirs is worth a register through another loop. program_id(2) is 0: see the end.
+        # Blocks of EDGE_N keys meet pages of other sizes in other ways, so each key is looked up by
+        # itself ("any") unless pages are "whole"; its offset is counted as above. They are few:
+        # nothing of theirs is worth a register in another loop. program_id(2) is 0: see the end.
         ANY: tl.constexpr = "whole" if PAGES == "whole" else "any"
         offs_e += tl.program_id(2)
         for start in tl.range(full, cached, EDGE_N, num_stages=1, disable_licm=TMA):

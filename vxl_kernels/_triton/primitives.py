@@ -93,7 +93,8 @@ def locate(table_ptr, start, offs_n, page_size, max_pages, BY: tl.constexpr, PAG
     the block's spread: entries of the table behind its first [N], and in all).
 
     PAGES tells how blocks of N = BY keys, which start at multiples of N, meet pages:
-    "whole"  page_size is a multiple of N: one page a block, so these are scalars, of `start`;
+    "whole"  page_size is a multiple of N, or there is one page: one page a block, so these are
+             scalars, of `start`. (Behind the one page `advance` may count wrong: nobody looks.)
     "part"   page_size divides N: a key's slot and its place behind the block's first entry in the
              table are the same in every block, and that entry is a scalar;
     "any"    neither. Blocks may start anywhere, and the spread is of no use.

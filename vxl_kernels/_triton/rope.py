@@ -96,7 +96,7 @@ def rope_append_kernel(
     q_ptr += i_batch * q_batch + row * q_row
     q_out_ptr += i_batch * qo_batch + row * qo_row
     for start in tl.range(0, HEADS, BLOCK_H):
-        offs_h = start + tl.arange(0, BLOCK_H)[:, None]
+        offs_h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
         inside = (offs_h < HEADS) & in_dims
         ptrs = q_ptr + offs_h * q_head + offs_d
         first = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -109,7 +109,7 @@ def rope_append_kernel(
     # K and V. A slot behind the table's end is not written: its page would be a neighbour's. Nor is
     # the table looked at then: it may have no entry at all.
     kept = is_kept & (slot >= 0) & (slot < max_pages * page_size)
-    offs_h = tl.arange(0, BLOCK_KV)[:, None]
+    offs_h = tl.arange(0, BLOCK_KV).to(tl.int64)[:, None]
     inside = (offs_h < KV_HEADS) & in_dims
     dtype = k_out_ptr.dtype.element_ty
     ptrs = k_ptr + i_batch * k_batch + row * k_row + offs_h * k_head + offs_d
