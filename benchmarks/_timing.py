@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,14 +24,15 @@ class Clock:
 
     On a GPU the time is the GPU's own: it spins while the host prepares and queues the call, so
     that what Python takes is in nobody's number. It is in `host_seconds`, of the last call. Where a
-    call cannot be queued ahead, because it waits for the GPU itself, `queued_ahead` is False and
-    the time contains the host's.
+    call cannot be queued ahead, because it waits for the GPU itself or launches more than the
+    driver's queue holds, `queued_ahead` is False and the time contains the host's.
     """
 
     def __init__(self, device: str, evict: torch.Tensor) -> None:
         self._cuda = device == "cuda"
         self._evict = evict
         self._cycles = _FIRST_CYCLES
+        self._not_ahead: weakref.WeakSet[Call] = weakref.WeakSet()  # a call holds its tensors
         self.host_seconds: float | None = None
         self.queued_ahead = True
 
@@ -44,7 +46,8 @@ class Clock:
         return time.perf_counter() - start
 
     def _cuda_seconds(self, call: Call) -> float:
-        cycles = self._cycles
+        known = call in self._not_ahead  # not every length of waiting again at each repeat
+        cycles = _MOST_CYCLES if known else self._cycles
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._evict.zero_()
@@ -56,8 +59,12 @@ class Clock:
             self.queued_ahead = not start.query()  # the GPU has not even begun
             end.record()
             torch.cuda.synchronize()
-            if self.queued_ahead:
+            if self.queued_ahead and known:  # the host had been held up, once
+                self._not_ahead.discard(call)
+            elif self.queued_ahead:
                 self._cycles = cycles
+            elif cycles >= _MOST_CYCLES:
+                self._not_ahead.add(call)
             if self.queued_ahead or cycles >= _MOST_CYCLES:
                 return start.elapsed_time(end) / 1e3
             cycles *= 4

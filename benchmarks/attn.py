@@ -186,12 +186,14 @@ class Runner:
             run = entrant.provider.prepare(x)
             with threads(entrant.threads):
                 output = run.rows(run.call())
+            if x.case.device == "cuda":  # what a kernel did wrong is known only now
+                torch.cuda.synchronize()
+            verdict = answer.judge(output)
         except Exception as error:
             first_line = (str(error).strip().splitlines() or [""])[0]
             result.note = f"failed: {type(error).__name__}: {first_line[:150]}"
             result.ok = False if entrant.provider.ours else None
             return None
-        verdict = answer.judge(output)
         result.max_error, result.ok = verdict.max_error, verdict.ok
         if not verdict.ok:
             result.note = "WRONG: error beyond the tolerance, not timed"
@@ -210,7 +212,7 @@ class Runner:
                 host.append(clock.host_seconds)
                 result.host_ms = 1e3 * statistics.median(host)
                 if not clock.queued_ahead:
-                    result.note = "it waits for the GPU: the host's time is in ms"
+                    result.note = "could not be queued ahead: ms contains the host's time"
             return value
 
         return seconds

@@ -3,12 +3,17 @@ windows through Qwen2-7B's shape (prefill.py), one after the other.
 
 `make gpu-check`, or straight from a checkout with any Python that has torch and triton:
 
-    python benchmarks/gpu_check.py [--tests | --attn | --backward | --prefill] [--out FILE]
+    python benchmarks/gpu_check.py [--tests] [--attn] [--backward] [--prefill] [--bench]
+        [-k EXPRESSION] [--limit SECONDS] [--out DIR|FILE.json]
 
 Nothing is installed or built for it. What cannot run here says why and stops nothing else; the
-exit status is the worst of all. Numbers go to `benchmarks/results/<gpu>-<commit>.json`, written
-after every part: `{machine, parts: {name: {command, status, seconds, note}}, attn, backward,
-prefill, parity}`, records as the scripts' own `--json`.
+exit status is the worst of all. Without pytest the tests count as failed, status 1; prefill.py
+without the extension, transformers or safetensors counts as 0, not run.
+
+Numbers go to `benchmarks/results/<gpu>-<commit>.json`, `-dirty` where the tree is not the commit's,
+written after every part: `{machine, parts: {name: {command, status, seconds, note}}, attn,
+backward, prefill, parity}`, records as the scripts' own `--json`. Parts that an earlier run left
+there with the same GPU and versions stay until they run again.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
 import _machine  # noqa: E402
+from _report import write_json  # noqa: E402
 
 from vxl_kernels import _ext  # noqa: E402
 
@@ -115,8 +121,8 @@ def result_path(out: Path | None) -> Path:
     if out is not None and out.suffix == ".json":
         return out.absolute()
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    sha = _machine.git_state().split()[0]
-    return (out or ROOT / "benchmarks" / "results").absolute() / f"{gpu}-{sha}.json"
+    state = _machine.git_state().replace(" ", "-")
+    return (out or ROOT / "benchmarks" / "results").absolute() / f"{gpu}-{state}.json"
 
 
 def run(command: list[str], limit: float | None) -> tuple[int, str]:
@@ -134,9 +140,22 @@ def run(command: list[str], limit: float | None) -> tuple[int, str]:
     return done.returncode, ""
 
 
+def begin(path: Path) -> dict:
+    """The report of an earlier run, if it is of this GPU and these versions; else an empty one."""
+    machine = dict(_machine.describe("cuda"))
+    try:
+        known = json.loads(path.read_text())
+        same = all(known["machine"][n] == machine[n] for n in ("gpu", "versions"))
+        if same and isinstance(known["parts"], dict):
+            return {**known, "machine": machine}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of something else
+        pass
+    return {"machine": machine, "parts": {}}
+
+
 def check(options: argparse.Namespace, path: Path) -> dict:
     """Runs the parts; what is known so far is in the file after each."""
-    report: dict = {"machine": dict(_machine.describe("cuda")), "parts": {}}
+    report = begin(path)
     for name in options.parts:
         part = PARTS[name]
         command, own = list(part.command), path.with_name(f"{path.stem}-{name}.json")
@@ -145,6 +164,8 @@ def check(options: argparse.Namespace, path: Path) -> dict:
         elif options.k:
             command += ["-k", options.k]
         print(f"\n== {name}: python {' '.join(command)}", flush=True)
+        report.pop(name, None)
+        own.unlink(missing_ok=True)  # an interrupted run's
         start, note = time.perf_counter(), part.missing()
         if note:
             status = 1 if name == "tests" else 0
@@ -152,12 +173,16 @@ def check(options: argparse.Namespace, path: Path) -> dict:
         else:
             status, note = run(command, options.limit)
         seconds = round(time.perf_counter() - start, 1)
+        if part.json and own.exists():  # of a part that failed, too: as far as it came
+            try:
+                report[name] = json.loads(own.read_text())
+            except ValueError as error:
+                status = status or 1
+                note = "; ".join(filter(None, [note, f"its numbers cannot be read: {error}"]))
+            own.unlink()
         entry = {"command": command, "status": status, "seconds": seconds, "note": note}
         report["parts"][name] = entry
-        if part.json and own.exists():  # of a part that failed, too: as far as it came
-            report[name] = json.loads(own.read_text())
-            own.unlink()
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(path, report)
     return report
 
 
@@ -175,13 +200,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"gpu-check: results go to {path}", flush=True)
     report = check(options, path)
     print("\ngpu-check")
-    for name, part in report["parts"].items():
+    ran = {name: report["parts"][name] for name in options.parts}
+    for name, part in ran.items():
         said = "ok" if part["status"] == 0 else f"FAILED, status {part['status']}"
         if part["note"]:
             said = f"{'not run' if part['status'] == 0 else said}: {part['note']}"
         print(f"  {name:<9} {said} ({part['seconds']} s)")
     print(f"wrote {path}")
-    return max(part["status"] for part in report["parts"].values())
+    return max(part["status"] for part in ran.values())
 
 
 if __name__ == "__main__":

@@ -170,13 +170,21 @@ def test_the_hosts_time_is_in_nobodys_number(gpu):
 def test_a_call_that_waits_for_the_gpu_is_known(gpu):
     from _timing import Clock
 
+    calls = []
+
     def call():
+        calls.append(1)
         gpu.synchronize()
         gpu.queue(0.001)
 
     clock = Clock("cuda", torch.empty(0))
     clock.seconds(call)
     assert not clock.queued_ahead
+    first = len(calls)
+    assert first > 1
+    clock.seconds(call)
+    assert not clock.queued_ahead
+    assert len(calls) == first + 1  # it is remembered
     clock.seconds(lambda: gpu.queue(0.001))
     assert clock.queued_ahead
 
@@ -204,6 +212,28 @@ def test_only_our_wrong_results_are_failures(monkeypatch, tmp_path, name, status
     assert records[name]["ok"] is False
     assert records[name]["ms"] is None
     assert "WRONG" in records[name]["note"]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("where", ["kernel", "judge"])
+def test_an_error_that_comes_late_is_the_providers(monkeypatch, where, ours):
+    """A GPU's kernel fails after the call has returned; a result of another shape in the check."""
+    import attn
+    from _report import Result
+    from _run import Run
+
+    def fail(*args):
+        raise RuntimeError(f"in the {where}")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if where == "kernel" else lambda: None)
+    provider = SimpleNamespace(prepare=lambda x: Run(lambda: None, lambda out: out), ours=ours)
+    answer = SimpleNamespace(judge=fail)
+    x = SimpleNamespace(case=SimpleNamespace(device="cuda"))
+    result = Result("chunk", "a", "bf16", 0, 1)
+    entrant = SimpleNamespace(provider=provider, threads=None)
+    assert attn.Runner._checked(entrant, x, answer, result) is None
+    assert result.note == f"failed: RuntimeError: in the {where}"
+    assert result.ok is (False if ours else None)
 
 
 # -- all of it ---------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def parts(gpu_check, monkeypatch, tmp_path):
         "prefill": part("prefill", 0, "no extension"),
     }
     monkeypatch.setattr(gpu_check, "PARTS", found)
+    monkeypatch.setattr(gpu_check._machine, "git_state", lambda: "abc dirty")
     return found
 
 
@@ -77,8 +78,55 @@ def test_every_part_runs_and_the_worst_status_counts(gpu_check, parts, tmp_path,
 )  # fmt: skip
 def test_parts_alone(gpu_check, parts, tmp_path, options, expected):
     gpu_check.main([*options, "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("gpu-a-*.json")
+    (path,) = tmp_path.glob("gpu-a-abc-dirty.json")
     assert list(json.loads(path.read_text())["parts"]) == expected
+
+
+def test_a_later_run_adds_to_an_earlier_one(gpu_check, parts, monkeypatch, tmp_path):
+    path = tmp_path / "a.json"
+    assert gpu_check.main(["--backward", "--out", str(path)]) == 1
+    assert gpu_check.main(["--attn", "--out", str(path)]) == 0  # of what it ran
+    report = json.loads(path.read_text())
+    assert report["backward"] == [{"case": "backward"}]
+    assert report["attn"] == [{"case": "attn"}]
+    assert list(report["parts"]) == ["backward", "attn"]
+    silent = gpu_check.Part("attn", ("-c", "exit(4)"), lambda: "")
+    monkeypatch.setitem(parts, "attn", silent)
+    assert gpu_check.main(["--attn", "--out", str(path)]) == 4
+    assert "attn" not in json.loads(path.read_text())  # the numbers were the last run's
+    for gpu, state in (("GPU A", "abd"), ("GPU B", "abc dirty")):
+        gpu_check.main(["--backward", "--out", str(path)])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args, gpu=gpu: gpu)
+        monkeypatch.setattr(gpu_check._machine, "git_state", lambda state=state: state)
+        gpu_check.main(["--attn", "--out", str(path)])
+        assert list(json.loads(path.read_text())["parts"]) == ["attn"]
+
+
+def test_an_unreadable_report_is_replaced(gpu_check, parts, tmp_path):
+    for text in ("[1]", "{", '{"machine": {}}'):
+        path = tmp_path / "a.json"
+        path.write_text(text)
+        assert gpu_check.main(["--attn", "--out", str(path)]) == 0
+        assert list(json.loads(path.read_text())["parts"]) == ["attn"]
+
+
+def test_numbers_of_an_interrupted_run_are_not_reported(gpu_check, parts, monkeypatch, tmp_path):
+    monkeypatch.setitem(parts, "attn", gpu_check.Part("attn", ("-c", "exit(4)"), lambda: ""))
+    (tmp_path / "a-attn.json").write_text('[{"case": "stale"}]')
+    assert gpu_check.main(["--attn", "--out", str(tmp_path / "a.json")]) == 4
+    assert "attn" not in json.loads((tmp_path / "a.json").read_text())
+
+
+def test_half_a_file_ends_only_its_part(gpu_check, parts, monkeypatch, tmp_path):
+    half = "import sys; open(sys.argv[2], 'w').write('[{')"
+    monkeypatch.setitem(parts, "attn", gpu_check.Part("attn", ("-c", half), lambda: ""))
+    path = tmp_path / "a.json"
+    assert gpu_check.main(["--attn", "--backward", "--out", str(path)]) == 1
+    report = json.loads(path.read_text())
+    assert "cannot be read" in report["parts"]["attn"]["note"]
+    assert report["parts"]["attn"]["status"] == 1
+    assert report["backward"] == [{"case": "backward"}]
+    assert list(tmp_path.glob("a*")) == [path]
 
 
 def test_a_part_that_takes_too_long(gpu_check, parts, monkeypatch, tmp_path):

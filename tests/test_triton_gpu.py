@@ -64,12 +64,13 @@ def test_attention(shape, page_size, dtype):
     check_attention(inputs, out, lse)
 
 
+@page_sizes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 75, 100, 256])
 @pytest.mark.parametrize("rows", [1, 300])
-def test_head_dims(rows, head_dim, dtype):
-    inputs = make_inputs((500, 3), rows=rows, heads=6, kv_heads=2, head_dim=head_dim, dtype=dtype)
-    inputs = on_gpu(inputs)
+def test_head_dims(rows, head_dim, dtype, page_size):
+    shape = {"heads": 6, "kv_heads": 2, "head_dim": head_dim, "page_size": page_size}
+    inputs = on_gpu(make_inputs((500, 3), rows=rows, **shape, dtype=dtype))
     check_attention(inputs, *attend(inputs))
 
 
@@ -100,9 +101,11 @@ def test_orders_agree_and_chunks_are_equal_to_the_bit(dtype, page_size):
         assert torch.equal(out[:, rows], attend(alone)[0])
 
 
-@pytest.mark.parametrize("rows", [1, 900])
-def test_repeats_and_neighbours_change_no_bit(rows):
-    inputs = on_gpu(make_inputs((9000, 0, 2500), rows=rows, **QWEN, dtype=torch.bfloat16))
+@page_sizes
+@pytest.mark.parametrize("rows", [1, 9, 30, 64, 900])
+def test_repeats_and_neighbours_change_no_bit(rows, page_size):
+    options = {**QWEN, "page_size": page_size, "dtype": torch.bfloat16}
+    inputs = on_gpu(make_inputs((9000, 0, 2500), rows=rows, **options))
     out, _ = attend(inputs)
     for _ in range(5):
         assert torch.equal(attend(inputs)[0], out)
