@@ -50,7 +50,9 @@ def git_state() -> str:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + (" dirty" if git("status", "-s") else "")
+        # Results that gpu_check.py keeps here change no code.
+        changed = git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
