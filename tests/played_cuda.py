@@ -1,4 +1,4 @@
-"""A GPU that is played by the CPU: importing this makes torch take every "cuda" for the CPU, and
+"""A GPU that is played by the CPU: `play()` makes torch take every "cuda" for the CPU, and
 events for the host's clock. With TRITON_INTERPRET=1 the project's kernels run behind it. It shows
 that code written for a GPU runs to its end, and that its numbers are right; neither speed nor what
 real hardware does otherwise. As a plugin of pytest it serves the tests that need no memory, graphs
@@ -58,18 +58,26 @@ class Generator(torch.Generator):
 
 _PROPERTIES = SimpleNamespace(total_memory=80 << 30, multi_processor_count=132, name="played")
 
-for _name, _fake in {
-    "is_available": lambda: True,
-    "get_device_name": lambda *args: "played GPU",
-    "get_device_capability": lambda *args: (9, 0),
-    "get_device_properties": lambda *args: _PROPERTIES,
-    "synchronize": lambda *args: None,
-    "set_sync_debug_mode": lambda mode: None,
-    "_sleep": lambda cycles: None,
-    "device": _nothing,
-    "Event": Event,
-}.items():
-    setattr(torch.cuda, _name, _fake)
-torch.Generator = Generator
-torch.Tensor.cuda = lambda self, *args, **kwargs: self.clone()
-_Played().__enter__()
+
+def play() -> None:
+    """From here on. Not at import: collecting doctests imports this file."""
+    for name, fake in {
+        "is_available": lambda: True,
+        "get_device_name": lambda *args: "played GPU",
+        "get_device_capability": lambda *args: (9, 0),
+        "get_device_properties": lambda *args: _PROPERTIES,
+        "synchronize": lambda *args: None,
+        "set_sync_debug_mode": lambda mode: None,
+        "_sleep": lambda cycles: None,
+        "device": _nothing,
+        "Event": Event,
+    }.items():
+        setattr(torch.cuda, name, fake)
+    torch.Generator = Generator
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self.clone()
+    _Played().__enter__()
+
+
+def pytest_configure(config):
+    """As a plugin (`-p played_cuda`)."""
+    play()

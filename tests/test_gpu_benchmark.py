@@ -243,7 +243,7 @@ def test_attn_to_its_end(tmp_path):
     """The interpreter in the place of compiled kernels, an event's clock that is the host's."""
     pytest.importorskip("triton")
     path = tmp_path / "a.json"
-    code = "import played_cuda, sys, attn; sys.exit(attn.main(sys.argv[1:]))"
+    code = "import played_cuda, sys, attn; played_cuda.play(); sys.exit(attn.main(sys.argv[1:]))"
     done = subprocess.run(
         [
             sys.executable, "-c", code, "--small", "--case", "decode",
