@@ -328,7 +328,7 @@ def split_keys(lanes: int) -> int | None:
 # warps are the same work for a warp. Up to head_dim 128 they are prefill's tiles with a smaller
 # EDGE_N: what a program keeps for its own rows as well would spill. 8 warps on 64 lanes repeat
 # products on sm_90, 4 on gfx942. sm_80's warps share 64 lanes, for Triton lays them along the keys
-# where a product has more columns than rows: 729 instructions per MFLOP instead of 513. Summing
+# where a product has more columns than rows: 755 instructions per MFLOP instead of 513. Summing
 # two halves of head_dim apart avoids that (628, spills 8 bytes), not worth its code. At head_dim
 # 256 a wider block spills on sm_90 (small pages) and repeats products on gfx942.
 _DECODE_16 = {
