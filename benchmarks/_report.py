@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from vxl_kernels._files import write_beside
 
 __all__ = [
     "Ratio",
@@ -18,7 +19,6 @@ __all__ = [
     "save_json",
     "save_plot",
     "table",
-    "write_json",
 ]
 
 
@@ -142,16 +142,6 @@ def notes(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def write_json(path: Path, value: object) -> None:
-    """Beside its place, then renamed: a reader finds the old file or the new one, never half."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def save_json(path: Path, results: Sequence[Result], **run: str) -> None:
     """A list of records. of_ceiling is a part of 1, spread of ms, ms are milliseconds, max_error
     absolute; note says why something has no time. `run` is in every record: machine, versions."""
@@ -183,7 +173,7 @@ def save_json(path: Path, results: Sequence[Result], **run: str) -> None:
         }
         for r in results
     ]
-    write_json(path, rows)
+    write_beside(path, json.dumps(rows, indent=1) + "\n")
 
 
 # Ours strong, peers lighter; a colour and a marker each, readable without colour too.

@@ -36,9 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
 import _machine  # noqa: E402
-from _report import write_json  # noqa: E402
 
 from vxl_kernels import _ext  # noqa: E402
+from vxl_kernels._files import write_beside  # noqa: E402
 
 # By name: collecting every test needs packages that a machine with a GPU may not have.
 TEST_FILES = ("tests/test_triton_gpu.py", "tests/test_cuda.py")
@@ -182,7 +182,7 @@ def check(options: argparse.Namespace, path: Path) -> dict:
             own.unlink()
         entry = {"command": command, "status": status, "seconds": seconds, "note": note}
         report["parts"][name] = entry
-        write_json(path, report)
+        write_beside(path, json.dumps(report, indent=1) + "\n")
     return report
 
 

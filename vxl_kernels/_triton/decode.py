@@ -141,20 +141,9 @@ def decode_kernel(
             v = load_rows(v_ptrs, start + offs_e, end, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + end
             weights, pivot, total, acc = score_block(
-                q,
-                k,
-                start + offs_e,
-                bound,
-                scale,
-                pivot,
-                total,
-                acc,
-                True,
-                PRECISION,
-                SLACK,
-                0,
-                ISA,
-            )
+                q, k, start + offs_e, bound, scale, pivot, total, acc,
+                True, PRECISION, SLACK, 0, ISA,
+            )  # fmt: skip
             acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- own rows --

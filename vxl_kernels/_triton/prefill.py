@@ -147,20 +147,9 @@ def prefill_kernel(
             k = load_rows(k_ptrs, start + offs_e, cached, HEAD_DIM, True)
             bound = tl.full([BLOCK_M], 0, tl.int32) + cached
             weights, pivot, total, acc = score_block(
-                q,
-                k,
-                start + offs_e,
-                bound,
-                scale,
-                pivot,
-                total,
-                acc,
-                True,
-                PRECISION,
-                SLACK,
-                0,
-                ISA,
-            )
+                q, k, start + offs_e, bound, scale, pivot, total, acc,
+                True, PRECISION, SLACK, 0, ISA,
+            )  # fmt: skip
             v = load_rows(v_ptrs, start + offs_e, cached, HEAD_DIM, True)
             acc = tl.dot(narrow(weights, v.dtype, ISA), v, acc, input_precision=PRECISION)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from itertools import product
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .._files import write_beside
 from . import architecture, configs, launch
 
 __all__ = ["candidates", "main", "tune"]
@@ -100,16 +100,6 @@ def tune(dtype: torch.dtype, head_dim: int) -> list[int]:
     return [best.block_m, best.block_n, best.edge_n, best.num_warps, best.num_stages]
 
 
-def _write(path: Path, known: dict[str, dict[str, list[int]]]) -> None:
-    """Beside its place, then renamed: a reader finds the old file or the new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(known, indent=1) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _widths(parser: argparse.ArgumentParser, head_dims: list[int]) -> dict[int, int]:
     """By the width that a tile is kept for (64, 128 or 256), the head_dim that it is timed at."""
     widths: dict[int, int] = {}
@@ -144,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{configs.tuning_key(device)} ({architecture(device)})")
     for (width, head_dim), dtype in product(widths.items(), (torch.bfloat16, torch.float32)):
         entry[configs.tuning_name(width, dtype.itemsize)] = tune(dtype, head_dim)
-        _write(options.file, known)
+        write_beside(options.file, json.dumps(known, indent=1) + "\n")
     return 0
 
 
