@@ -7,6 +7,7 @@ have, after which everything is what a GPU would see, but for gloo.
 import sys
 
 import accelerate.state
+import torch
 from accelerate.utils import DistributedType
 
 _init = accelerate.state.AcceleratorState.__init__
@@ -37,4 +38,6 @@ if __name__ == "__main__":
         return seen(model, keep)
 
     training._sharded.gather_weights = watched
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    assert not torch.distributed.is_initialized(), "the processes' group is still open"
+    sys.exit(status)

@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
         options.config, options.stage, on_bad_sample=options.on_bad_sample
     )
     VideoXLProcessor.read_config(options.model)  # says what is wrong in one line
+    import torch
     from transformers.utils import logging
 
     from .training import train
@@ -73,6 +74,9 @@ def run(options: argparse.Namespace) -> None:
         options.model, options.data, options.output, settings,
         root=options.root, resume=options.resume, say=say,
     )  # fmt: skip
+    # With the group's threads alive a process may abort at its exit.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if not first:
         return
     if options.json:
