@@ -58,7 +58,7 @@ def vxl_backward(x: Inputs) -> Run:
     grad = _grad_out(case)
 
     def forward(q, k, v, k_cache, v_cache):
-        table = paged.block_table, paged.cache_lens
+        table = paged.block_table, paged.cache_seqlens
         return vxl_kernels.vst_attention(q, k, v, k_cache, v_cache, *table, layout), grad
 
     return _run([x.q_rotated, x.k_rotated, x.v, paged.k, paged.v], forward, _paged_part(x, paged))
@@ -78,7 +78,15 @@ def triton_backward(x: Inputs) -> Run:
     """The launches alone, without autograd; under the interpreter too."""
     case = x.case
     paged, grad = x.pages(x.k_seen, x.v_seen), _grad_out(case)
-    tensors = x.q_rotated, x.k_rotated, x.v, paged.k, paged.v, paged.block_table, paged.cache_lens
+    tensors = (
+        x.q_rotated,
+        x.k_rotated,
+        x.v,
+        paged.k,
+        paged.v,
+        paged.block_table,
+        paged.cache_seqlens,
+    )
     how = ops.layout_to_ints(case.layout), case.geometry.head_dim**-0.5
     out, lse = _triton.kernels().vst_attention(*tensors, *how)
     grads = grad, torch.zeros_like(lse)

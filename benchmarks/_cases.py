@@ -139,10 +139,10 @@ class Paged:
     k: torch.Tensor
     v: torch.Tensor
     block_table: torch.Tensor
-    cache_lens: torch.Tensor
+    cache_seqlens: torch.Tensor
 
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.k, self.v, self.block_table, self.cache_lens
+        return self.k, self.v, self.block_table, self.cache_seqlens
 
 
 class Inputs:
@@ -198,7 +198,7 @@ class Inputs:
 
     def pages(self, k: torch.Tensor, v: torch.Tensor, room: int = 0) -> Paged:
         """K and V `(batch, tokens, kv_heads, head_dim)` in shuffled pages, with room for
-        `room` tokens more. `cache_lens` is the case's."""
+        `room` tokens more. `cache_seqlens` is the case's."""
         batch, tokens, kv_heads, head_dim = k.shape
         size = self.case.geometry.page_size
         pages = max(1, -(-(tokens + room) // size))

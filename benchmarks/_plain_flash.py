@@ -69,9 +69,22 @@ def _load(
 
 @triton.jit
 def _tiles(
-    acc, l_i, m_i, q, k_source, v_source, qk_scale, start, stop, o_rows, n_rows,
-    BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    acc,
+    l_i,
+    m_i,
+    q,
+    k_source,
+    v_source,
+    qk_scale,
+    start,
+    stop,
+    o_rows,
+    n_rows,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
     for first in tl.range(start, stop, BN):
         k = _load(k_source, first, n_rows, BN, D, MASKED, TMA)  # [BN, D]
         s = tl.dot(q, k.T)  # [BM, BN]
@@ -92,9 +105,17 @@ def _tiles(
 
 @triton.jit
 def plain_flash_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, scale, n_rows,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    scale,
+    n_rows,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    TMA: tl.constexpr,
+):
     # the last tiles have the most keys and go first
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1).to(tl.int64)
@@ -117,13 +138,39 @@ def plain_flash_kernel(
     qk_scale = scale * 1.4426950408889634
     # BM is a multiple of BN: the tiles before the diagonal are full
     acc, l_i, m_i = _tiles(
-        acc, l_i, m_i, q, k_source, v_source, qk_scale,
-        0, i_m * BM, o_rows, n_rows, BN, D, False, TMA,
-    )  # fmt: skip
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_source,
+        v_source,
+        qk_scale,
+        0,
+        i_m * BM,
+        o_rows,
+        n_rows,
+        BN,
+        D,
+        False,
+        TMA,
+    )
     acc, l_i, m_i = _tiles(
-        acc, l_i, m_i, q, k_source, v_source, qk_scale,
-        i_m * BM, tl.minimum((i_m + 1) * BM, n_rows), o_rows, n_rows, BN, D, True, TMA,
-    )  # fmt: skip
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_source,
+        v_source,
+        qk_scale,
+        i_m * BM,
+        tl.minimum((i_m + 1) * BM, n_rows),
+        o_rows,
+        n_rows,
+        BN,
+        D,
+        True,
+        TMA,
+    )
     # program_id(2) is 0, but no compiler knows: addresses are worked out anew instead of being
     # kept in registers through both loops
     o_rows += tl.program_id(2)
@@ -152,9 +199,17 @@ def plain_flash(
     q, k, v = (t.contiguous() for t in (q, k, v))
     out = torch.empty_like(q)
     plain_flash_kernel[(triton.cdiv(n_rows, rows), batch * heads)](
-        q, k, v, out, head_dim**-0.5 if scale is None else scale, n_rows,
-        BM=rows, BN=keys, D=head_dim, TMA=tma,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        head_dim**-0.5 if scale is None else scale,
+        n_rows,
+        BM=rows,
+        BN=keys,
+        D=head_dim,
+        TMA=tma,
+    )
     return out
 
 
@@ -168,7 +223,10 @@ def _compilation(
         config=f"{rows}x{keys} w{warps} s{stages}" + (" tma" if tma else ""),
         fn=plain_flash_kernel,
         signature={
-            **pointers, "scale": "fp32", "n_rows": "i32", **dict.fromkeys(constexprs, "constexpr"),
+            **pointers,
+            "scale": "fp32",
+            "n_rows": "i32",
+            **dict.fromkeys(constexprs, "constexpr"),
         },
         constexprs=constexprs,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(4)},
@@ -177,7 +235,7 @@ def _compilation(
         tile={"rows": rows, "keys": keys, "head_dim": head_dim, "group": 1},
         head_dim=head_dim,
         dtype=dtype,
-    )  # fmt: skip
+    )
 
 
 def sweep(arch: str, *, head_dim: int = 128, dtype: str = "bf16") -> list[Compilation]:
@@ -187,13 +245,17 @@ def sweep(arch: str, *, head_dim: int = 128, dtype: str = "bf16") -> list[Compil
     # (rows, keys, warps, stages)
     shapes = {
         "cuda:80": [
-            (128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3),
+            (128, 32, 4, 3),
+            (128, 32, 8, 3),
+            (128, 64, 8, 3),
+            (128, 64, 8, 2),
+            (64, 64, 4, 3),
             (128, 128, 8, 2),
         ],
         "cuda:90": [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2)],
         "cuda:100": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)],
         "hip:gfx942": [(128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 2, 1), (128, 64, 4, 2)],
-    }  # fmt: skip
+    }
     if arch not in shapes:
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(shapes)}")
     chosen = shapes[arch]

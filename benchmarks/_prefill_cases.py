@@ -34,11 +34,18 @@ def make_model(options: argparse.Namespace, layers: int) -> Any:
     torch.manual_seed(0)
     g = options.geometry
     config = VideoXLConfig(
-        hidden_size=g["hidden"], intermediate_size=g["intermediate"], num_hidden_layers=layers,
-        num_attention_heads=g["heads"], num_key_value_heads=g["kv_heads"], vocab_size=g["vocab"],
-        beacon_window=g["window"], beacon_ratio=options.alpha, eos_token_id=None,
-        rope_theta=1e6, head_dim=g["hidden"] // g["heads"],
-    )  # fmt: skip
+        hidden_size=g["hidden"],
+        intermediate_size=g["intermediate"],
+        num_hidden_layers=layers,
+        num_attention_heads=g["heads"],
+        num_key_value_heads=g["kv_heads"],
+        vocab_size=g["vocab"],
+        beacon_window=g["window"],
+        beacon_ratio=options.alpha,
+        eos_token_id=None,
+        rope_theta=1e6,
+        head_dim=g["hidden"] // g["heads"],
+    )
     with torch.device("meta"):
         model = VideoXLForConditionalGeneration(config)
     # dtype first: in float32 all of Qwen2-7B would not fit beside its own copy
@@ -163,9 +170,9 @@ def _memory(model: Any, prompt: Tensor) -> Any:
 
 
 def _append(model: Any, memory: Any, window: Tensor, shortcut: bool) -> None:
-    model.settings.last_layer_shortcut = shortcut
+    model.settings.skip_last_layer_outputs = shortcut
     memory.append(visual_features=window)
-    model.settings.last_layer_shortcut = True
+    model.settings.skip_last_layer_outputs = True
 
 
 # -- questions ----------------------------------------------------------------------------
@@ -272,18 +279,28 @@ def pipeline(options: argparse.Namespace) -> dict[str, float]:
 
     from vxl_model.vision import VisionTower, project_and_pool
 
-    shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096,
-                             "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
-                             "patch_size": 14}  # fmt: skip
+    shape: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
     if options.small:
-        shape |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-                  "num_attention_heads": 2}  # fmt: skip
+        shape |= {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        }
     tower = VisionTower(CLIPVisionConfig(**shape)).to(options.device, options.dtype).eval()
     hidden = options.geometry["hidden"]
     projector = torch.nn.Sequential(
-        torch.nn.Linear(shape["hidden_size"], hidden), torch.nn.GELU(),
+        torch.nn.Linear(shape["hidden_size"], hidden),
+        torch.nn.GELU(),
         torch.nn.Linear(hidden, hidden),
-    ).to(options.device, options.dtype)  # fmt: skip
+    ).to(options.device, options.dtype)
     frames = options.vision_frames
     pixels = torch.randn(frames, 3, 336, 336, device=options.device, dtype=options.dtype)
     seconds: dict[str, float] = {}

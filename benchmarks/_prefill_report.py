@@ -25,8 +25,15 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
     lines = []
     for name, values in seconds.items():
         ratio = values[-1] / values[0]
-        lines.append([name, *(f"{x:.2f}" for x in values), f"{sum(values):.1f}", f"{ratio:.2f}",
-                      f"{total / sum(values):.2f}x"])  # fmt: skip
+        lines.append(
+            [
+                name,
+                *(f"{x:.2f}" for x in values),
+                f"{sum(values):.1f}",
+                f"{ratio:.2f}",
+                f"{total / sum(values):.2f}x",
+            ]
+        )
     errors = ", ".join(f"{name} {value:.1e}" for name, value in result["errors"].items())
     mark = "✓" if result["match"] else "✗"
     split = ["vxl's parts", *(str(i + 1) for i in chunks), "all", "share"]
@@ -34,8 +41,14 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
     rows = []
     for name in (*PARTS, "norms, residuals"):
         values = [p[name] for p in parts]
-        rows.append([name, *(f"{x:.2f}" for x in values), f"{sum(values):.1f}",
-                     f"{100 * sum(values) / whole:.0f}%"])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(f"{x:.2f}" for x in values),
+                f"{sum(values):.1f}",
+                f"{100 * sum(values) / whole:.0f}%",
+            ]
+        )
     text = [
         f"{options.layers} layers; windows in turns; columns are windows",
         _align(header, lines, _LEFT),
@@ -97,10 +110,15 @@ def pipeline_text(result: dict[str, Any], options: argparse.Namespace) -> str:
 def memory_text(result: dict[str, Any], options: argparse.Namespace) -> str:
     header = ["peak memory", "tokens", "MiB above the model", "kept K and V, MiB", "of allowed"]
     lines = [
-        [f"{r['frames']} frames", f"{r['frames'] * TOKENS_PER_FRAME:,}", f"{r['peak_mib']:.1f}",
-         f"{r['kept_mib']:.1f}", f"{r['of_allowed']:.2f}"]
+        [
+            f"{r['frames']} frames",
+            f"{r['frames'] * TOKENS_PER_FRAME:,}",
+            f"{r['peak_mib']:.1f}",
+            f"{r['kept_mib']:.1f}",
+            f"{r['of_allowed']:.2f}",
+        ]
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
     return (
         _align(header, lines, _LEFT)
         + "\nallowed: the first stream's peak and what more K and V are kept"

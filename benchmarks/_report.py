@@ -77,9 +77,22 @@ def _align(header: Sequence[str], lines: Sequence[Sequence[str]], left: Collecti
 
 
 _HEADER = (
-    "case", "cache", "batch", "provider", "dtype", "ms", "spread", "runs", "TFLOP/s", "GB/s",
-    "% ceiling", "speed-up", "max error", "match", "host ms",
-)  # fmt: skip
+    "case",
+    "cache",
+    "batch",
+    "provider",
+    "dtype",
+    "ms",
+    "spread",
+    "runs",
+    "TFLOP/s",
+    "GB/s",
+    "% ceiling",
+    "speed-up",
+    "max error",
+    "match",
+    "host ms",
+)
 
 
 def milliseconds(ms: float | None) -> str:

@@ -126,9 +126,17 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
         )
         stack = _amd_number(text, "private_segment_fixed_size")
         return Compiled(
-            read_amdgcn(text, name), text, "", built.metadata.num_warps,
-            _amd_number(text, "vgpr_count"), max(spills, stack), shared, 0, dots, seconds,
-        )  # fmt: skip
+            read_amdgcn(text, name),
+            text,
+            "",
+            built.metadata.num_warps,
+            _amd_number(text, "vgpr_count"),
+            max(spills, stack),
+            shared,
+            0,
+            dots,
+            seconds,
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(built.asm["cubin"])
@@ -137,11 +145,20 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
         ).stdout
         usage = subprocess.run(
             [_tool("cuobjdump"), "--dump-resource-usage", str(path)],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     registers, stack = read_resources(usage)
     return Compiled(
-        read_sass(text, name), text, built.asm["ptx"], built.metadata.num_warps,
-        registers, stack, shared, int(getattr(built.metadata, "tmem_size", 0) or 0),
-        dots, seconds,
-    )  # fmt: skip
+        read_sass(text, name),
+        text,
+        built.asm["ptx"],
+        built.metadata.num_warps,
+        registers,
+        stack,
+        shared,
+        int(getattr(built.metadata, "tmem_size", 0) or 0),
+        dots,
+        seconds,
+    )

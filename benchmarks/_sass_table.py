@@ -31,10 +31,30 @@ COMPILE_PROCESSES = 2  # at most: the bar is one for two cores
 _COMPARED = ("sm_80", "sm_90")
 
 _HEADER = (
-    "kernel", "config", "regs", "spill", "shared", "CTAs", "matrix", "kFLOP", "MUFU", "math",
-    "bulk", "async", "plain", "bar", "instr/MFLOP", "matrix cyc", "issue", "MUFU cyc", "memory",
-    "bound", "share", "overlap", "baseline",
-)  # fmt: skip
+    "kernel",
+    "config",
+    "regs",
+    "spill",
+    "shared",
+    "CTAs",
+    "matrix",
+    "kFLOP",
+    "MUFU",
+    "math",
+    "bulk",
+    "async",
+    "plain",
+    "bar",
+    "instr/MFLOP",
+    "matrix cyc",
+    "issue",
+    "MUFU cyc",
+    "memory",
+    "bound",
+    "share",
+    "overlap",
+    "baseline",
+)
 
 
 def _cells(r: Measured) -> list[str]:

@@ -96,8 +96,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if options.provider not in (None, ["triton"]) or options.device == "cuda":
             parser.error("--interpret: serves --provider triton on a CPU only")
         if options.dtype == "bf16":
-            parser.error("--interpret: got --dtype bf16, expected fp32 or fp16 (the interpreter's "
-                         "products of bf16 are wrong)")  # fmt: skip
+            parser.error(
+                "--interpret: got --dtype bf16, expected fp32 or fp16 (the interpreter's "
+                "products of bf16 are wrong)"
+            )
         options.provider, options.device, options.small = ["triton"], "cpu", True
         options.case = options.case or list(MAIN_CASES)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,11 +147,15 @@ class Runner:
         for i, entrant in enumerate(group.entrants):
             case, provider = entrant.case, entrant.provider
             result = Result(
-                case.name, entrant.label, case.dtype_name, case.cache_len, case.batch,
+                case.name,
+                entrant.label,
+                case.dtype_name,
+                case.cache_len,
+                case.batch,
                 page_size=case.geometry.page_size,
                 chunks=case.layout.chunks if case.layout else None,
                 ours=provider.ours,
-            )  # fmt: skip
+            )
             results.append(result)
             reason = provider.unsupported(case)
             if reason:

@@ -304,7 +304,7 @@ def step(b: Bench) -> list[Ratio]:
     for count in (1, 4):
         cache = b.cache(1, (b.tokens + 4096) * count)
         batch = cache.batch([b.video(cache) for _ in range(count)], max_tokens=b.tokens + 4096)
-        lens = batch.cache_lens.clone()
+        lens = batch.cache_seqlens.clone()
 
         def managed(batch: CacheBatch = batch) -> None:
             if int(batch._lengths[0]) >= b.tokens + 4000:

@@ -81,17 +81,34 @@ PARTS = {
     "backward": Part("backward", ("benchmarks/attn.py", "--backward"), lambda: ""),
     "parity": Part(
         "prefill",
-        ("benchmarks/prefill.py", "--case", "encode", "--dtype", "fp32", "--layers", "2",
-         "--chunks", "3"),
+        (
+            "benchmarks/prefill.py",
+            "--case",
+            "encode",
+            "--dtype",
+            "fp32",
+            "--layers",
+            "2",
+            "--chunks",
+            "3",
+        ),
         _model_needs,
     ),
     "prefill": Part(
         "prefill",
-        ("benchmarks/prefill.py", "--full", "--case", "encode", "--case", "questions",
-         "--questions", "10"),
+        (
+            "benchmarks/prefill.py",
+            "--full",
+            "--case",
+            "encode",
+            "--case",
+            "questions",
+            "--questions",
+            "10",
+        ),
         _model_needs,
     ),
-}  # fmt: skip
+}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -131,8 +148,11 @@ def run(command: list[str], limit: float | None) -> tuple[int, str]:
     try:
         done = subprocess.run(
             [sys.executable, *command],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=limit, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=limit,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return 124, f"ended after {limit:g} s"
     if done.returncode < 0:

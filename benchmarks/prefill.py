@@ -34,17 +34,26 @@ TEXTS = {
 # The MLP is cut to an eighth of Qwen2-7B's and the vocabulary to 4096, so that a few layers fit
 # and attention weighs more than it does in full: an honest comparison is projected below.
 GEOMETRY = {
-    "hidden": 3584, "heads": 28, "kv_heads": 4, "intermediate": 2368, "vocab": 4096,
+    "hidden": 3584,
+    "heads": 28,
+    "kv_heads": 4,
+    "intermediate": 2368,
+    "vocab": 4096,
     "window": 1440,
-}  # fmt: skip
+}
 # Long streams through two layers would take an hour at full width.
 NARROW = {**GEOMETRY, "hidden": 448, "heads": 7, "kv_heads": 1, "intermediate": 2432}
 # All of Qwen2-7B's language model, for a GPU: 8.4 G parameters, 16 GiB in bf16.
 FULL = {**GEOMETRY, "intermediate": 18944, "vocab": 152064}
 FULL_LAYERS = 28
 SMALL = {
-    "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 96, "vocab": 101, "window": 144,
-}  # fmt: skip
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate": 96,
+    "vocab": 101,
+    "window": 144,
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,8 +79,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE.png", help="draw encode (needs matplotlib)")
     add("--peak-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for name in ("layers", "chunks", "chunks_per_step", "alpha", "frames", "questions", "threads",
-                 "vision_frames"):  # fmt: skip
+    for name in (
+        "layers",
+        "chunks",
+        "chunks_per_step",
+        "alpha",
+        "frames",
+        "questions",
+        "threads",
+        "vision_frames",
+    ):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
@@ -99,10 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     g = options.geometry
     for name, text in [
         *_machine.describe(options.device),
-        ("shape", f"{g['heads']} query / {g['kv_heads']} KV heads of {g['hidden'] // g['heads']}, "
-                  f"hidden {g['hidden']}, MLP {g['intermediate']}, vocabulary {g['vocab']}; "
-                  f"window {g['window']}, alpha {options.alpha}; {options.dtype}"),
-    ]:  # fmt: skip
+        (
+            "shape",
+            f"{g['heads']} query / {g['kv_heads']} KV heads of {g['hidden'] // g['heads']}, "
+            f"hidden {g['hidden']}, MLP {g['intermediate']}, vocabulary {g['vocab']}; "
+            f"window {g['window']}, alpha {options.alpha}; {options.dtype}",
+        ),
+    ]:
         print(f"{name:<9} {text}", flush=True)
     results: dict[str, Any] = {}
     layers = options.layers

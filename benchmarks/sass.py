@@ -64,9 +64,17 @@ def run(job: Job) -> Measured:
     source, arch, index, head_dim, dtype = job
     kernel = kernels(source, arch, head_dim, dtype)[index]
     failed = Measured(
-        kernel.kernel, kernel.config, LIMITS[arch].name, 0, 0, 0, 0,
-        tile=dict(kernel.tile), head_dim=kernel.head_dim, dtype=kernel.dtype,
-    )  # fmt: skip
+        kernel.kernel,
+        kernel.config,
+        LIMITS[arch].name,
+        0,
+        0,
+        0,
+        0,
+        tile=dict(kernel.tile),
+        head_dim=kernel.head_dim,
+        dtype=kernel.dtype,
+    )
     try:
         compiled = compile_kernel(kernel, arch)
     except Exception as error:  # whatever Triton, LLVM or ptxas throw

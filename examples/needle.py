@@ -226,9 +226,13 @@ def found(
             shown = make_video(frames, needles, generator)
             memory = model.watch(visual_features=shown, ratio=ratio)
             said = model.generate(
-                asked, memory=memory, max_new_tokens=3, eos_token_id=stop, pad_token_id=stop,
+                asked,
+                memory=memory,
+                max_new_tokens=3,
+                eos_token_id=stop,
+                pad_token_id=stop,
                 attention_mask=torch.ones_like(asked),
-            )[:, asked.shape[1] :]  # fmt: skip
+            )[:, asked.shape[1] :]
             guess = model(half, memory=memory).logits[:, -1, animals].argmax(-1)
             for depth, needle, stranger in zip(depths, needles, strangers, strict=True):
                 cell = (video, depth)
@@ -254,8 +258,10 @@ def search(
     """
     chance = 1 / len(ANIMALS)
     say(f"\naccuracy over {videos * DEPTHS} questions for each length, chance {chance:.2f}")
-    say(f"{'frames':>7}{'tokens':>8}{'x trained':>10}{'ratio':>6}{'kept':>7}"
-        f"{'found':>9}{'worst depth':>13}{'no VSTs':>9}{'other video':>13}")  # fmt: skip
+    say(
+        f"{'frames':>7}{'tokens':>8}{'x trained':>10}{'ratio':>6}{'kept':>7}"
+        f"{'found':>9}{'worst depth':>13}{'no VSTs':>9}{'other video':>13}"
+    )
     result: dict[str, Any] = {}
     for ratio in ratios:
         rows: dict[str, list[Any]] = {"depths": []}
@@ -268,9 +274,11 @@ def search(
             for name, rate in rates.items():
                 rows.setdefault(name, []).append(rate)
             tokens = frames * FRAME_TOKENS
-            say(f"{frames:7}{tokens:8}{frames / TRAINED_FRAMES:10.1f}{ratio:6}{tokens // ratio:7}"
+            say(
+                f"{frames:7}{tokens:8}{frames / TRAINED_FRAMES:10.1f}{ratio:6}{tokens // ratio:7}"
                 f"{rates['video']:9.4f}{depths.min().item():13.3f}{rates['no VSTs']:9.3f}"
-                f"{rates['other video']:13.3f}")  # fmt: skip
+                f"{rates['other video']:13.3f}"
+            )
         result[str(ratio)] = rows
     return result
 

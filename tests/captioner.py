@@ -36,24 +36,43 @@ def save_llava(folder, template=TEMPLATE):
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>",
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<eos>",
         additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    )
     edge = {"height": 32, "width": 32}
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=edge)
     LlavaProcessor(
-        pictures, tokenizer, patch_size=16, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    ).save_pretrained(folder)  # fmt: skip
+        pictures,
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, image_size=32, patch_size=16),
-        text_config=Qwen2Config(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64,
-                    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                    initializer_range=0.5),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            initializer_range=0.5,
+        ),
         image_token_id=vocabulary["<image>"],
-    )  # fmt: skip
+    )
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():  # so that pictures matter, as they would not with small random weights
         for parameter in model.model.multi_modal_projector.parameters():
@@ -70,8 +89,9 @@ class Reader:
 
     def __init__(self, says=None, identity="reader 1"):
         self.identity = identity
-        self.says = says or (lambda numbers: "scene " + " ".join(WORDS[n % len(WORDS)] for n in
-                                                                 numbers))  # fmt: skip
+        self.says = says or (
+            lambda numbers: "scene " + " ".join(WORDS[n % len(WORDS)] for n in numbers)
+        )
         self.seen = []
 
     def caption(self, pictures):

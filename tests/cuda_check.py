@@ -27,9 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("rope", "pages")
 ARCHITECTURES = (80, 90, 100)
 FLAGS = [
-    "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
+    "-O3",
+    "-std=c++17",
+    "-Werror",
+    "all-warnings",
+    "-Xcompiler=-Wall,-Wextra,-Werror",
     "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
-]  # fmt: skip
+]
 MOST_REGISTERS = 128  # two blocks of 256 threads to a multiprocessor
 FORBIDDEN = re.compile(
     r"\b(cuda(Device|Stream|Event)Synchronize|cudaMemcpy\w*|cudaMalloc\w*|cudaFree\w*|"
@@ -122,11 +126,14 @@ def compile_one(
     )
     return [
         Kernel(
-            readable(symbol), int(registers), int(stack), int(stores) + int(loads),
+            readable(symbol),
+            int(registers),
+            int(stack),
+            int(stores) + int(loads),
             sass.get(symbol, {}),
         )
         for symbol, stack, stores, loads, registers in re.findall(pattern, done.stderr, re.S)
-    ]  # fmt: skip
+    ]
 
 
 def complaints(kernel: Kernel, sm: int, has_sass: bool) -> list[str]:

@@ -30,12 +30,17 @@ def load_golden(name):
         case = json.loads(file.metadata()["case"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     config = VideoXLConfig(
-        hidden_size=case["hidden"], intermediate_size=case["intermediate"],
-        num_hidden_layers=case["layers"], num_attention_heads=case["heads"],
-        num_key_value_heads=case["kv_heads"], vocab_size=case["vocab"],
-        rms_norm_eps=case["rms_norm_eps"], rope_theta=case["rope_theta"],
-        beacon_window=case["window"], beacon_ratio=case["ratio"],
-    )  # fmt: skip
+        hidden_size=case["hidden"],
+        intermediate_size=case["intermediate"],
+        num_hidden_layers=case["layers"],
+        num_attention_heads=case["heads"],
+        num_key_value_heads=case["kv_heads"],
+        vocab_size=case["vocab"],
+        rms_norm_eps=case["rms_norm_eps"],
+        rope_theta=case["rope_theta"],
+        beacon_window=case["window"],
+        beacon_ratio=case["ratio"],
+    )
     model = VideoXLForConditionalGeneration(config).eval()
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
     model.load_state_dict(weights, strict=True)

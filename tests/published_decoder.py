@@ -17,7 +17,7 @@ class Decoder:
         shape = (case["layers"], 1, capacity, case["kv_heads"], case["head_dim"])
         self.k_cache, self.v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
         self.block_table = torch.zeros(1, 1, dtype=torch.int32)
-        self.cache_lens = torch.zeros(1, dtype=torch.int32)
+        self.cache_seqlens = torch.zeros(1, dtype=torch.int32)
         self.inv_freq = inverse_frequencies(case["head_dim"], case["rope_theta"])
 
     def norm(self, x, name):
@@ -37,7 +37,7 @@ class Decoder:
             attn = f"{layer}.self_attn"
             x = self.norm(hidden, f"{layer}.input_layernorm.weight")
             q, k, v = (self.project(x, n, attn, layout) for n in ("q_proj", "k_proj", "v_proj"))
-            cache = (self.k_cache[i], self.v_cache[i], self.block_table, self.cache_lens)
+            cache = (self.k_cache[i], self.v_cache[i], self.block_table, self.cache_seqlens)
             q, k = rope_append(q, k, v, *cache, layout, self.inv_freq, backend=self.backend)
             out = vst_attention(q, k, v, *cache, layout, backend=self.backend).flatten(2)
             hidden = hidden + out @ self.weights[f"{attn}.o_proj.weight"].T
@@ -47,7 +47,7 @@ class Decoder:
             )
             hidden = hidden + (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
         kept = hidden.shape[1] if layout is None else layout.chunks * layout.vsts_per_chunk
-        self.cache_lens += kept
+        self.cache_seqlens += kept
         return hidden
 
     def embed(self, ids):

@@ -14,7 +14,7 @@ def step_gradients(
     """Of q, k, v and both caches, for a loss that reads the result and the caches."""
     leaves = [t.nan_to_num().requires_grad_() for t in inputs.args()[:5]]
     caches = [leaf.clone() for leaf in leaves[3:]]
-    rest = *caches, inputs.block_table, inputs.cache_lens, inputs.layout
+    rest = *caches, inputs.block_table, inputs.cache_seqlens, inputs.layout
     q, k = rope_append(*leaves[:3], *rest, inv_freq, backend=backend)
     out = vst_attention(q, k, leaves[2], *rest, backend=backend)
     loss = out.sin().sum() + sum(c.cos().sum() for c in caches)

@@ -26,7 +26,7 @@ def calls(draw, dtypes=DTYPES, even_head_dim: bool = False) -> Inputs:
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     head_dims = [16, 32, 40, 64, 100, 128] if even_head_dim else [16, 17, 32, 40, 75, 100, 128]
     return make_inputs(
-        cache_lens=draw(st.lists(st.integers(0, 300), min_size=1, max_size=3)),
+        cache_seqlens=draw(st.lists(st.integers(0, 300), min_size=1, max_size=3)),
         layout=layout,
         rows=draw(st.sampled_from([1, 1, 2, 5, 33, 70])),
         heads=kv_heads * draw(st.sampled_from([1, 2, 7])),

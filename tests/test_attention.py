@@ -18,7 +18,9 @@ def attend(inputs, **options):
 
 def sequence(inputs, b):
     """The call with sequence b alone."""
-    take = {n: getattr(inputs, n)[b : b + 1] for n in ("q", "k", "v", "block_table", "cache_lens")}
+    take = {
+        n: getattr(inputs, n)[b : b + 1] for n in ("q", "k", "v", "block_table", "cache_seqlens")
+    }
     return dataclasses.replace(inputs, **take)
 
 
@@ -39,7 +41,7 @@ def dense_softmax(inputs):
     x = inputs.to(torch.float64)
     rows, heads, head_dim = x.q.shape[1:]
     group = heads // x.k.shape[2]
-    length = int(x.cache_lens[0])
+    length = int(x.cache_seqlens[0])
     if x.layout is None:
         mask = torch.ones(rows, length + rows, dtype=torch.bool).tril(length)
     else:
@@ -93,7 +95,7 @@ def test_chunks_at_once_equal_one_after_the_other(dtype):
         alone = dataclasses.replace(
             inputs,
             layout=one,
-            cache_lens=inputs.cache_lens + c * one.vsts_per_chunk,
+            cache_seqlens=inputs.cache_seqlens + c * one.vsts_per_chunk,
             **{n: getattr(inputs, n)[:, rows] for n in ("q", "k", "v")},
         )
         alone_out, alone_lse = attend(alone)

@@ -84,16 +84,17 @@ def test_threads_and_neighbours_change_no_bit():
         assert torch.equal(a, b)
     for b in range(3):
         take = {n: getattr(inputs, n)[b : b + 1] for n in ("q", "k", "v", "block_table")}
-        one = dataclasses.replace(inputs, **take, cache_lens=inputs.cache_lens[b : b + 1])
+        one = dataclasses.replace(inputs, **take, cache_seqlens=inputs.cache_seqlens[b : b + 1])
         leaves = [x.detach().clone().requires_grad_() for x in one.args()[:5]]
         out, lse = vst_attention(*leaves, *one.args()[5:], return_lse=True)
         alone = torch.autograd.grad((out, lse), leaves, (grad_out[b : b + 1], grad_lse[b : b + 1]))
         for i in range(3):
             assert torch.equal(grads[i][b : b + 1], alone[i])
     swapped = dataclasses.replace(
-        inputs, **{n: getattr(inputs, n).flip(0) for n in ("q", "k", "v", "block_table")},
-        cache_lens=inputs.cache_lens.flip(0),
-    )  # fmt: skip
+        inputs,
+        **{n: getattr(inputs, n).flip(0) for n in ("q", "k", "v", "block_table")},
+        cache_seqlens=inputs.cache_seqlens.flip(0),
+    )
     leaves = [x.detach().clone().requires_grad_() for x in swapped.args()[:5]]
     out, lse = vst_attention(*leaves, *swapped.args()[5:], return_lse=True)
     turned = torch.autograd.grad((out, lse), leaves, (grad_out.flip(0), grad_lse.flip(0)))
@@ -113,8 +114,8 @@ def test_sequences_that_share_pages_add_up():
 
 
 WRONG = {
-    "one cache entry too few": lambda x: {"cache_lens": x.cache_lens - 1},
-    "one cache entry too many": lambda x: {"cache_lens": x.cache_lens + 1},
+    "one cache entry too few": lambda x: {"cache_seqlens": x.cache_seqlens - 1},
+    "one cache entry too many": lambda x: {"cache_seqlens": x.cache_seqlens + 1},
     "another ratio": lambda x: {"layout": ChunkLayout(99, 11, 2)},
     "the other order": lambda x: {"layout": ChunkLayout(96, 8, 2, "interleaved")},
     "the neighbour's pages": lambda x: {"block_table": x.block_table.flip(0)},
@@ -181,7 +182,7 @@ def test_a_step_with_gradients_compiles():
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         leaves = [x.nan_to_num().requires_grad_() for x in inputs.args()[:5]]
         grads.append(
-            torch.autograd.grad(function(*leaves, inputs.block_table, inputs.cache_lens), leaves)
+            torch.autograd.grad(function(*leaves, inputs.block_table, inputs.cache_seqlens), leaves)
         )
     for eager, compiled in zip(*grads, strict=True):
         torch.testing.assert_close(eager, compiled)

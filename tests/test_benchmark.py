@@ -9,17 +9,37 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 KEYS = {
-    "case", "provider", "dtype", "cache_len", "batch", "ms", "tflops", "of_ceiling",
-    "speedup_vs_best_peer", "max_error", "ok", "gb_per_s", "spread", "repeats", "host_ms",
-    "page_size", "chunks", "note", "machine", "versions",
-}  # fmt: skip
+    "case",
+    "provider",
+    "dtype",
+    "cache_len",
+    "batch",
+    "ms",
+    "tflops",
+    "of_ceiling",
+    "speedup_vs_best_peer",
+    "max_error",
+    "ok",
+    "gb_per_s",
+    "spread",
+    "repeats",
+    "host_ms",
+    "page_size",
+    "chunks",
+    "note",
+    "machine",
+    "versions",
+}
 
 
 def bench(*options, script="attn.py"):
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--small", *options],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16", "--order", "interleaved"]])

@@ -28,7 +28,7 @@ def write(cache: VstCache, seq: int, tokens: list[int]) -> None:
     """Appends rows that hold their token's number, K and layers told apart by sign and scale."""
     batch = cache.batch(seq)
     batch.reserve(len(tokens))
-    start = int(batch.cache_lens[0])
+    start = int(batch.cache_seqlens[0])
     for i in range(cache.num_layers):
         k, v, table, _ = batch.layer(i)
         for j, token in enumerate(tokens):
@@ -154,13 +154,13 @@ def test_a_batch_is_what_the_operators_take():
     for seq, n in zip(seqs, (0, 5, 9), strict=True):
         write(cache, seq, list(range(n)))
     batch = cache.batch(seqs)
-    assert batch.cache_lens.tolist() == [0, 5, 9]
-    assert batch.block_table.dtype == batch.cache_lens.dtype == torch.int32
+    assert batch.cache_seqlens.tolist() == [0, 5, 9]
+    assert batch.block_table.dtype == batch.cache_seqlens.dtype == torch.int32
     k_cache, v_cache, table, lens = batch.layer(1)
     assert k_cache.data_ptr() == cache.k_cache[1].data_ptr()
     assert v_cache.data_ptr() == cache.v_cache[1].data_ptr()
     assert table is batch.block_table
-    assert lens is batch.cache_lens
+    assert lens is batch.cache_seqlens
     q = torch.randn(3, 1, 4, HEAD_DIM)
     k, v = torch.randn(2, 3, 1, KV_HEADS, HEAD_DIM)
     together = vst_attention(q, k, v, *batch.layer(1))
@@ -173,12 +173,12 @@ def test_a_batch_is_what_the_operators_take():
 def test_addresses_stay_when_max_tokens_is_given():
     cache = small_cache()
     batch = cache.batch([cache.new(), cache.new()], max_tokens=32)
-    addresses = batch.block_table.data_ptr(), batch.cache_lens.data_ptr()
+    addresses = batch.block_table.data_ptr(), batch.cache_seqlens.data_ptr()
     for _ in range(8):
         batch.reserve(4)
         batch.commit(4)
-        assert (batch.block_table.data_ptr(), batch.cache_lens.data_ptr()) == addresses
-    assert batch.cache_lens.tolist() == [32, 32]
+        assert (batch.block_table.data_ptr(), batch.cache_seqlens.data_ptr()) == addresses
+    assert batch.cache_seqlens.tolist() == [32, 32]
     with pytest.raises(ValueError, match=r"33 tokens, expected at most 32 \(max_tokens\)"):
         batch.reserve(1)
     assert [cache.length(s) for s in batch.seqs] == [32, 32]
@@ -202,7 +202,7 @@ def test_a_batch_notices_what_happens_through_the_cache():
     child = cache.fork(seq)  # the last page is shared now, so the next step copies it
     cache.truncate(seq, 9)
     batch.reserve(1)
-    assert batch.cache_lens.tolist() == [9]
+    assert batch.cache_seqlens.tolist() == [9]
     assert batch.block_table[0, 2] != cache.batch(child).block_table[0, 2]
     batch.commit(1)
     assert read(cache, child) == list(range(10))
@@ -218,7 +218,7 @@ def test_a_failed_reserve_of_a_batch_changes_nothing():
         batch.reserve(8)
     assert (caught.value.pages_needed, caught.value.pages_free) == (4, 2)
     assert cache.free_pages == 2
-    assert batch.cache_lens.tolist() == [4, 4]
+    assert batch.cache_seqlens.tolist() == [4, 4]
 
 
 # -- many questions over one video -----------------------------------------------------------
@@ -285,9 +285,19 @@ def test_64_questions_take_one_video_and_64_tails():
 @pytest.mark.parametrize(("frames", "tail", "questions"), [(0, 5, 1), (7, 9, 3), (20, 4, 2)])
 def test_memory_for_is_what_a_run_takes(prompt, frames, tail, questions):
     plan = VstCache.memory_for(
-        frames, 4, prompt=prompt, tail=tail, questions=questions, window=24, tokens_per_frame=6,
-        num_layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, page_size=4, dtype=torch.float32,
-    )  # fmt: skip
+        frames,
+        4,
+        prompt=prompt,
+        tail=tail,
+        questions=questions,
+        window=24,
+        tokens_per_frame=6,
+        num_layers=LAYERS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        page_size=4,
+        dtype=torch.float32,
+    )
     cache = small_cache(num_pages=plan.pages)
     assert cache.bytes == plan.bytes
     video = cache.new()

@@ -50,19 +50,35 @@ def save_blip(folder):
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+        tokenizer_object=inner,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
         sep_token="[SEP]",
-    )  # fmt: skip
+    )
     edge = {"height": 32, "width": 32}
     BlipProcessor(BlipImageProcessorPil(size=edge), tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "initializer_range": 0.5}  # fmt: skip
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.5,
+    }
     config = BlipConfig(
-        text_config={**small, "vocab_size": len(vocabulary), "encoder_hidden_size": 32,
-                     "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0},
-        vision_config={**small, "image_size": 32, "patch_size": 16}, projection_dim=16,
-    )  # fmt: skip
+        text_config={
+            **small,
+            "vocab_size": len(vocabulary),
+            "encoder_hidden_size": 32,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "sep_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
     BlipForConditionalGeneration(config).eval().save_pretrained(folder)
 
 
@@ -141,9 +157,11 @@ def test_identity(place, tmp_path):
     plain = identity()
     assert identity() == plain == identity(device="cpu")
     others = {
-        identity(prompt=PROMPT), identity(max_new_tokens=9), identity(dtype=torch.bfloat16),
+        identity(prompt=PROMPT),
+        identity(max_new_tokens=9),
+        identity(dtype=torch.bfloat16),
         TransformersCaptioner(str(place / "chat")).identity,
-    }  # fmt: skip
+    }
     (folder / "model.safetensors").touch()
     others.add(identity())
     assert len(others - {plain}) == 5

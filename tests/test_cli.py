@@ -72,10 +72,14 @@ def expected_answer(place, memory_of):
 def test_ask(run, place):
     code, out, err = run(*ASK, "--video", "clip.mp4", QUESTION)
     assert (code, err) == (0, "")
-    want = expected_answer(place, lambda model, processor: model.watch(
-        pixel_values=list(processor.video_pixels(place / "clip.mp4")),
-        input_ids=processor.prompt_ids(), ratio=4,
-    ))  # fmt: skip
+    want = expected_answer(
+        place,
+        lambda model, processor: model.watch(
+            pixel_values=list(processor.video_pixels(place / "clip.mp4")),
+            input_ids=processor.prompt_ids(),
+            ratio=4,
+        ),
+    )
     assert out.strip() == want
 
 
@@ -103,8 +107,18 @@ def test_ask_json_and_memory(run):
     )
     assert (code, err) == (0, "")
     assert "6 frames, 864 visual tokens" in out
-    code, out, err = run("ask", "--model", "model", "--memory", "m.vxl", "--max-new-tokens", 6,
-                         "--json", QUESTION, "And then?")  # fmt: skip
+    code, out, err = run(
+        "ask",
+        "--model",
+        "model",
+        "--memory",
+        "m.vxl",
+        "--max-new-tokens",
+        6,
+        "--json",
+        QUESTION,
+        "And then?",
+    )
     assert (code, err) == (0, "")
     again = [json.loads(line)["answer"] for line in out.splitlines()]
     assert again == [first["answer"], second["answer"]]
@@ -126,10 +140,15 @@ def test_images(run, place):
     assert (code, err) == (0, "")
     one = json.loads(out)
     assert one["frames"] == 2  # tiles; the whole picture is not used
-    want = expected_answer(place, lambda model, processor: model.watch(
-        pixel_values=processor.image_to_pixels(place / "one.png"), image_sizes=(200, 120),
-        input_ids=processor.prompt_ids(), ratio=4,
-    ))  # fmt: skip
+    want = expected_answer(
+        place,
+        lambda model, processor: model.watch(
+            pixel_values=processor.image_to_pixels(place / "one.png"),
+            image_sizes=(200, 120),
+            input_ids=processor.prompt_ids(),
+            ratio=4,
+        ),
+    )
     assert one["answer"] == want
     code, out, _ = run(*ASK, "--image", "one.png", "--image", "two.png", "--json", QUESTION)
     assert code == 0
@@ -138,8 +157,18 @@ def test_images(run, place):
 
 def test_chat(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\nx<|im_end|>\nAnd then?\n"))
-    code, out, err = run("chat", "--model", "model", "--video", "clip.mp4", "--max-new-tokens", 6,
-                         "--ratio", 4, "--json")  # fmt: skip
+    code, out, err = run(
+        "chat",
+        "--model",
+        "model",
+        "--video",
+        "clip.mp4",
+        "--max-new-tokens",
+        6,
+        "--ratio",
+        4,
+        "--json",
+    )
     assert code == 0
     assert [json.loads(line)["question"] for line in out.splitlines()] == [QUESTION, "And then?"]
     assert err == "vxl_model: question: holds the control token '<|im_end|>'\n"
@@ -195,14 +224,43 @@ def hostile(place):
 
 
 HOSTILE = [
-    "no command", "unknown command", "no source", "two sources", "no question", "empty question",
-    "control token", "no model", "missing model", "folder without a model", "model is a file",
-    "missing video", "empty video", "broken video", "sound", "folder as video", "missing image",
-    "video as image", "frames of an image", "no frames", "frames no number", "fps 0", "ratio 0",
-    "ratio of words", "ratio beyond the window", "device", "device that is not there", "dtype",
-    "missing memory", "text as memory", "ratio of a memory", "save nowhere", "save to a folder",
-    "plan without frames", "plan beyond the window", "plan of nothing",
-]  # fmt: skip
+    "no command",
+    "unknown command",
+    "no source",
+    "two sources",
+    "no question",
+    "empty question",
+    "control token",
+    "no model",
+    "missing model",
+    "folder without a model",
+    "model is a file",
+    "missing video",
+    "empty video",
+    "broken video",
+    "sound",
+    "folder as video",
+    "missing image",
+    "video as image",
+    "frames of an image",
+    "no frames",
+    "frames no number",
+    "fps 0",
+    "ratio 0",
+    "ratio of words",
+    "ratio beyond the window",
+    "device",
+    "device that is not there",
+    "dtype",
+    "missing memory",
+    "text as memory",
+    "ratio of a memory",
+    "save nowhere",
+    "save to a folder",
+    "plan without frames",
+    "plan beyond the window",
+    "plan of nothing",
+]
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -238,8 +296,13 @@ def test_model_without_tokenizer(run):
 
 
 def test_damage_is_a_warning(run, place):
-    data = write_clip(place / "whole.mp4", count=100, gop=10, size=(256, 256),
-                      container_options={"movflags": "faststart"}).read_bytes()  # fmt: skip
+    data = write_clip(
+        place / "whole.mp4",
+        count=100,
+        gop=10,
+        size=(256, 256),
+        container_options={"movflags": "faststart"},
+    ).read_bytes()
     begin = data.index(b"mdat")
     (place / "cut.mp4").write_bytes(data[: begin + (len(data) - begin) // 2])
     code, out, err = run(*ASK, "--video", "cut.mp4", "--json", QUESTION)

@@ -16,7 +16,7 @@ from vxl_kernels.__main__ import report
 from vxl_kernels.testing import inverse_frequencies, make_inputs
 
 needs_cuda = pytest.mark.skipif(not _ext.has_cuda, reason="the extension is built without CUDA")
-TENSORS = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens")
+TENSORS = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
 
 
 def on_gpu(inputs):
@@ -141,7 +141,7 @@ def test_nothing_waits_for_the_gpu():
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("name", ["v_cache", "block_table", "cache_lens", "inv_freq", "copies"])
+@pytest.mark.parametrize("name", ["v_cache", "block_table", "cache_seqlens", "inv_freq", "copies"])
 def test_tensors_of_another_device_are_refused(name):
     gpu, inv_freq = on_gpu(make_inputs((5,), rows=3)), inverse_frequencies(16).cuda()
     op, args = torch.ops.vxl.rope_append, [*gpu.args()[:7], [], inv_freq]
@@ -149,7 +149,7 @@ def test_tensors_of_another_device_are_refused(name):
         copies = torch.zeros(1, 3, dtype=torch.int32)
         op, args = torch.ops.vxl.copy_pages_, [gpu.k_cache[None], gpu.v_cache[None], copies]
     else:
-        at = {"v_cache": 4, "block_table": 5, "cache_lens": 6, "inv_freq": 8}[name]
+        at = {"v_cache": 4, "block_table": 5, "cache_seqlens": 6, "inv_freq": 8}[name]
         args[at] = args[at].cpu()
     with pytest.raises(ValueError, match=rf"{name}: got .*cpu.*expected"):
         op(*args)

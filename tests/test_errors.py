@@ -45,21 +45,26 @@ SHAPES = [
     ({"k_cache": lambda x: x.k_cache.half()}, "k_cache: got torch.float16, expected torch.float32"),
     ({"k_cache": lambda x: x.k_cache[:, :, :1]}, "k_cache: got shape (8, 4, 1, 16), expected (pag"),
     ({"k_cache": lambda x: x.k_cache[:, :0]}, "k_cache: got page_size 0, expected at least 1"),
-    ({"k_cache": lambda x: x.k_cache.mT.contiguous().mT},
-     "k_cache: got head_dim stride 2, expected 1"),
+    (
+        {"k_cache": lambda x: x.k_cache.mT.contiguous().mT},
+        "k_cache: got head_dim stride 2, expected 1",
+    ),
     ({"v_cache": lambda x: x.v_cache[1:]}, "v_cache: got shape (7, 4, 2, 16), expected (8, 4, 2"),
     ({"block_table": lambda x: x.block_table.long()}, "block_table: got torch.int64, expected tor"),
     ({"block_table": lambda x: x.block_table[0]}, "block_table: got shape (3,), expected 2 dimen"),
     ({"block_table": lambda x: x.block_table[:1]}, "block_table: got shape (1, 3), expected (bat"),
-    ({"cache_lens": lambda x: x.cache_lens.long()}, "cache_lens: got torch.int64, expected torch"),
-    ({"cache_lens": lambda x: x.cache_lens[:1]}, "cache_lens: got shape (1,), expected (batch,)"),
+    (
+        {"cache_seqlens": lambda x: x.cache_seqlens.long()},
+        "cache_seqlens: got torch.int64, expected",
+    ),
+    ({"cache_seqlens": lambda x: x.cache_seqlens[:1]}, "cache_seqlens: got shape (1,), expected ("),
     ({"layout": lambda x: ChunkLayout(5, 2)}, "q: got 3 rows, expected 7 rows by ChunkLayout("),
     ({"layout": lambda x: 8}, "layout: got int, expected a ChunkLayout or None"),
-]  # fmt: skip
+]
 
 PAGING = [
-    ({"cache_lens": lens(5, -1)}, "cache_lens: got -1 at sequence 1, expected at least 0"),
-    ({"cache_lens": lens(5, 14)}, "block_table: got 3 pages of 4 tokens, expected room for "),
+    ({"cache_seqlens": lens(5, -1)}, "cache_seqlens: got -1 at sequence 1, expected at least 0"),
+    ({"cache_seqlens": lens(5, 14)}, "block_table: got 3 pages of 4 tokens, expected room for "),
     ({"block_table": entry(1, 0, 8)}, "block_table: got page 8 at sequence 1, expected 0 to 7"),
     ({"block_table": entry(0, 1, -1)}, "block_table: got page -1 at sequence 0, expected 0 to 7"),
 ]
@@ -83,7 +88,7 @@ def test_refused_before_anything_is_written(changes, message, backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_unused_table_entries_may_hold_anything(backend):
-    call = inputs(block_table=entry(0, 2, -7), cache_lens=lens(5, 9))  # 5 + 3 tokens: 2 pages
+    call = inputs(block_table=entry(0, 2, -7), cache_seqlens=lens(5, 9))  # 5 + 3 tokens: 2 pages
     rope_append(*call.args(), inverse_frequencies(16), backend=backend)
     assert vst_attention(*call.args(), backend=backend).isfinite().all()
 
@@ -142,9 +147,13 @@ def test_named_backends_never_fall_back(backend, dtype, words):
 
 LAYOUT = ChunkLayout(4, 2)
 LINEAR = {
-    "x": torch.ones(1, 6, 3), "weight": torch.ones(5, 3), "bias": torch.ones(5),
-    "vst_weight": torch.ones(5, 3), "vst_bias": torch.ones(5), "layout": LAYOUT,
-}  # fmt: skip
+    "x": torch.ones(1, 6, 3),
+    "weight": torch.ones(5, 3),
+    "bias": torch.ones(5),
+    "vst_weight": torch.ones(5, 3),
+    "vst_bias": torch.ones(5),
+    "layout": LAYOUT,
+}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +208,7 @@ def test_operators_called_by_name_check_too():
         (x.q, x.k[:, :1], x.v[:, :1], cache),
         (x.q, x.k.half(), x.v, cache),
         (x.q, x.k, x.v, (x.k_cache[:, :0], x.v_cache[:, :0], *cache[2:])),
-        (x.q, x.k, x.v, (*cache[:2], x.block_table[:1], x.cache_lens)),
+        (x.q, x.k, x.v, (*cache[:2], x.block_table[:1], x.cache_seqlens)),
         (x.q, x.k, x.v, (x.k_cache, None, None, None)),
     ):
         with pytest.raises(ValueError, match="expected"):

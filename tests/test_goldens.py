@@ -56,17 +56,19 @@ def test_golden(path, chunks, order, backend):
     ratios = window_ratios(case)
     assert case["beacon_sizes"] == [
         0,
-        *[min(case["window"], case["num_image_tokens"] - i * case["window"]) // r
-          for i, r in enumerate(ratios)],
+        *[
+            min(case["window"], case["num_image_tokens"] - i * case["window"]) // r
+            for i, r in enumerate(ratios)
+        ],
         0,
-    ]  # fmt: skip
+    ]
     model = Decoder(case, weights, capacity=600, backend=backend)
     model.run(model.embed(tensors["pre_ids"]))
     model.watch(tensors["image_features"], ratios, chunks, order)
     logits = model.logits(tensors["post_ids"])
     assert relative(logits, tensors["logits"]) < TOLERANCE
 
-    kept = torch.arange(int(model.cache_lens))
+    kept = torch.arange(int(model.cache_seqlens))
     for layer in range(case["layers"]):
         for name, cache in (("key", model.k_cache), ("value", model.v_cache)):
             # The published cache keeps K unrotated; ours holds it at its final position.

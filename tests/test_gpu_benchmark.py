@@ -246,17 +246,32 @@ def test_attn_to_its_end(tmp_path):
     code = "import played_cuda, sys, attn; played_cuda.play(); sys.exit(attn.main(sys.argv[1:]))"
     done = subprocess.run(
         [
-            sys.executable, "-c", code, "--small", "--case", "decode",
-            "--dtype", "fp32", "--repeats", "1", "--json", str(path),
+            sys.executable,
+            "-c",
+            code,
+            "--small",
+            "--case",
+            "decode",
+            "--dtype",
+            "fp32",
+            "--repeats",
+            "1",
+            "--json",
+            str(path),
         ],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
         env={
-            **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(
                 map(str, (BENCHMARKS, BENCHMARKS.parent, Path(__file__).parent))
             ),
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads(path.read_text())
     ours = [r for r in records if r["provider"].startswith("vxl")]

@@ -59,8 +59,11 @@ def test_every_part_runs_and_the_worst_status_counts(gpu_check, parts, tmp_path,
     assert gpu_check.main(["--out", str(path)]) == 3
     report = json.loads(path.read_text())
     assert {n: p["status"] for n, p in report["parts"].items()} == {
-        "tests": 3, "attn": 0, "backward": 1, "prefill": 0,
-    }  # fmt: skip
+        "tests": 3,
+        "attn": 0,
+        "backward": 1,
+        "prefill": 0,
+    }
     assert report["attn"] == [{"case": "attn"}]
     assert report["backward"] == [{"case": "backward"}]  # it failed, its numbers are kept
     assert report["parts"]["prefill"]["note"] == "no extension"
@@ -73,9 +76,12 @@ def test_every_part_runs_and_the_worst_status_counts(gpu_check, parts, tmp_path,
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [(["--tests"], ["tests"]), (["--bench"], ["attn", "backward", "prefill"]),
-     (["--attn", "--tests"], ["tests", "attn"])],
-)  # fmt: skip
+    [
+        (["--tests"], ["tests"]),
+        (["--bench"], ["attn", "backward", "prefill"]),
+        (["--attn", "--tests"], ["tests", "attn"]),
+    ],
+)
 def test_parts_alone(gpu_check, parts, tmp_path, options, expected):
     gpu_check.main([*options, "--out", str(tmp_path)])
     (path,) = tmp_path.glob("gpu-a-abc-dirty.json")
@@ -150,8 +156,12 @@ def test_straight_from_a_checkout(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr
     assert "this machine has no GPU" in done.stderr
 
@@ -177,11 +187,16 @@ def test_the_tests_collect_with_torch_triton_and_pytest_alone(gpu_check, tmp_pat
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
     done = subprocess.run(
         [sys.executable, *gpu_check.PARTS["tests"].command],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env={
-            **os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" in done.stdout or torch.cuda.is_available()
     assert "error" not in done.stdout

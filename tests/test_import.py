@@ -70,11 +70,23 @@ def test_every_instruction_set_passes(isa):
         pytest.skip("this machine has one instruction set")
     assert run(ask, VXL_CPU_ISA=isa).stdout.strip() == isa
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_attention.py",
-         "tests/test_rope.py", "tests/test_goldens.py"],
-        capture_output=True, text=True, timeout=900, check=False,
-        cwd=Path(__file__).parents[1], env={**os.environ, "VXL_CPU_ISA": isa},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "tests/test_attention.py",
+            "tests/test_rope.py",
+            "tests/test_goldens.py",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "VXL_CPU_ISA": isa},
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -25,8 +25,11 @@ def test_a_torch_with_cuda_keeps_its_own_triton(tmp_path, cuda):
     python.chmod(0o755)
     done = subprocess.run(
         ["make", f"VENV={tmp_path / 'venv'}", f"{tmp_path / 'venv'}/.installed"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     installs = [line.split() for line in log.read_text().splitlines() if " install " in line]
     assert "torch" in installs[0]

@@ -131,10 +131,16 @@ def check_vst_start(model):
 def qwen2(**options):
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=7, initializer_range=0.3,
+        vocab_size=101,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=7,
+        initializer_range=0.3,
         **options,
-    )  # fmt: skip
+    )
     model = Qwen2ForCausalLM(config).eval()
     for name, bias in model.named_parameters():
         if name.endswith("bias"):
@@ -181,7 +187,7 @@ def test_apply_vst_to_qwen2(tied):
     check_text(model, twin)
     assert not any(p.is_meta for p in model.parameters())
     memory = model.watch(input_ids=[1, 2], visual_features=torch.randn(100, 64))
-    assert memory.beacon_sizes == [[0, 12, 12, 1]]
+    assert memory.vst_counts == [[0, 12, 12, 1]]
     with pytest.raises(ValueError, match="Qwen2ForCausalLM"):
         apply_vst_to_qwen2(model)
 

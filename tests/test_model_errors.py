@@ -61,13 +61,15 @@ FORWARD = {
     "none divides": ("ratio", (IDS,), {"visual_features": X[:, :5], "ratio": [2, 3]}),
     "too few ratios": ("ratio", (IDS,), {"visual_features": X, "ratio": WindowRatios([4])}),
     "mask of other shape": (
-        "attention_mask", (IDS,), {"visual_features": X, "attention_mask": torch.ones(1, 2)}
+        "attention_mask",
+        (IDS,),
+        {"visual_features": X, "attention_mask": torch.ones(1, 2)},
     ),
     "mask with a hole": ("attention_mask", (ids(1, 2, 3),), {"attention_mask": ids(1, 0, 1)}),
     "mask of nothing": ("attention_mask", (ids(1, 2),), {"attention_mask": ids(0, 0)}),
     "labels of other shape": ("labels", (IDS,), {"visual_features": X, "labels": IDS[:, 1:]}),
     "label too large": ("labels", (IDS,), {"visual_features": X, "labels": ids(-100, -100, 101)}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORWARD)
@@ -199,4 +201,4 @@ def test_an_image_alone_is_used(tiny):
     """The small whole picture is dropped only when there are tiles."""
     pixels = tiny_expected()["image_pixel_values"][:1]
     out = tiny(IDS, pixel_values=pixels, image_sizes=[(300, 300)])
-    assert out.memory.beacon_sizes == [[0, 36, 0]]
+    assert out.memory.vst_counts == [[0, 36, 0]]

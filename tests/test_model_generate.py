@@ -41,23 +41,32 @@ def test_batch_gives_the_same_bits_as_alone(model, videos):
     ids, mask = ids_of(*TAILS)
     together = model(ids, visual_features=videos, attention_mask=mask)
     generated = model.generate(
-        ids, visual_features=videos, attention_mask=mask, max_new_tokens=6, do_sample=False,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids,
+        visual_features=videos,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     for i, tail in enumerate(TAILS):
         one = ids_of(tail)[0]
         alone = model(one, visual_features=[videos[i]])
         assert torch.equal(together.logits[i, -len(tail) :], alone.logits[0])
-        assert together.memory.beacon_sizes[i] == alone.memory.beacon_sizes[0]
+        assert together.memory.vst_counts[i] == alone.memory.vst_counts[0]
         for layer in range(model.config.num_hidden_layers):
             for a, b in zip(
                 together.memory.keys_values(layer, i), alone.memory.keys_values(layer), strict=True
             ):
                 assert torch.equal(a, b)
         single = model.generate(
-            one, visual_features=[videos[i]], max_new_tokens=6, do_sample=False,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            one,
+            visual_features=[videos[i]],
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         assert torch.equal(generated.sequences[i, ids.shape[1] :], single.sequences[0, -6:])
         for a, b in zip(generated.logits, single.logits, strict=True):
             assert torch.equal(a[i], b[0])
@@ -68,11 +77,11 @@ def test_one_product_for_the_batch_is_close(model, videos):
     options = {"visual_features": videos, "attention_mask": mask, "do_sample": False}
     options |= {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4}
     exact = torch.stack(model.generate(ids, **options).logits)
-    model.settings.same_bits_in_batch = False
+    model.settings.batch_invariant = False
     try:
         fast = torch.stack(model.generate(ids, **options).logits)
     finally:
-        model.settings.same_bits_in_batch = True
+        model.settings.batch_invariant = True
     assert torch.allclose(exact, fast, rtol=1e-4, atol=1e-5)
 
 
@@ -94,9 +103,16 @@ def test_beams_match_a_search_over_everything(model, videos):
     ids, _ = ids_of([9, 10])
     features = videos[:1]
     beams = model.generate(
-        ids, visual_features=features, max_new_tokens=2, num_beams=8, do_sample=False,
-        eos_token_id=None, length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
+        ids,
+        visual_features=features,
+        max_new_tokens=2,
+        num_beams=8,
+        do_sample=False,
+        eos_token_id=None,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     memory = model(ids, visual_features=features).memory
     first = model(ids, visual_features=features).logits[0, -1].log_softmax(-1)
     best = (-float("inf"), None)
@@ -120,9 +136,14 @@ def test_beams_encode_the_video_once(model, videos, monkeypatch):
     monkeypatch.setattr(type(model.model), "forward", counted)
     ids, mask = ids_of(*TAILS[:2])
     out = model.generate(
-        ids, visual_features=videos[:2], attention_mask=mask, max_new_tokens=5, num_beams=3,
-        num_return_sequences=3, do_sample=False,
-    )  # fmt: skip
+        ids,
+        visual_features=videos[:2],
+        attention_mask=mask,
+        max_new_tokens=5,
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+    )
     assert out.shape[0] == 6
     windows = sum(-(-n // 48) for n in LENGTHS[:2])
     assert sum(layout.chunks for layout in calls if layout is not None) == windows
@@ -143,9 +164,13 @@ def test_sampling_is_seeded(model, videos):
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         out = model.generate(
-            ids, visual_features=videos[:1], max_new_tokens=12, do_sample=True, temperature=5.0,
+            ids,
+            visual_features=videos[:1],
+            max_new_tokens=12,
+            do_sample=True,
+            temperature=5.0,
             top_k=0,
-        )  # fmt: skip
+        )
         draws.append(out.tolist())
     assert draws[0] == draws[1] != draws[2]
 
@@ -153,9 +178,13 @@ def test_sampling_is_seeded(model, videos):
 def test_processors_do_not_trip_over_the_placeholder(model, videos):
     ids, _ = ids_of([9, 10])
     out = model.generate(
-        ids, visual_features=videos[:1], max_new_tokens=6, do_sample=False,
-        repetition_penalty=1.5, no_repeat_ngram_size=2,
-    )  # fmt: skip
+        ids,
+        visual_features=videos[:1],
+        max_new_tokens=6,
+        do_sample=False,
+        repetition_penalty=1.5,
+        no_repeat_ngram_size=2,
+    )
     new = out[0, ids.shape[1] :].tolist()
     assert len(set(itertools.pairwise(new))) == len(new) - 1
     assert out[0, : ids.shape[1]].tolist() == ids[0].tolist()
@@ -185,9 +214,13 @@ def test_streamer_and_stopping_criteria(model, videos):
     streamer = Collect()
     criteria = StoppingCriteriaList([StopAt(ids.shape[1] + 4), MaxTimeCriteria(60)])
     out = model.generate(
-        ids, visual_features=videos[:1], max_new_tokens=50, do_sample=False, streamer=streamer,
+        ids,
+        visual_features=videos[:1],
+        max_new_tokens=50,
+        do_sample=False,
+        streamer=streamer,
         stopping_criteria=criteria,
-    )  # fmt: skip
+    )
     assert out.shape[1] == ids.shape[1] + 4
     assert streamer.seen == [i for i in out[0].tolist() if i != -200]
     assert streamer.ended
@@ -201,9 +234,12 @@ def test_text_streamer_decodes_no_placeholder(model, videos, capsys):
 
     ids, _ = ids_of([9, 10])
     model.generate(
-        ids, visual_features=videos[:1], max_new_tokens=3, do_sample=False,
+        ids,
+        visual_features=videos[:1],
+        max_new_tokens=3,
+        do_sample=False,
         streamer=TextStreamer(Tokenizer()),
-    )  # fmt: skip
+    )
     assert "9 10" in capsys.readouterr().out
 
 
@@ -234,7 +270,7 @@ def test_ratios(model, videos):
 
     def sizes(ratio):
         memory = model(ids, visual_features=videos[2:3], ratio=ratio).memory
-        return memory.beacon_sizes[0][1:-1]
+        return memory.vst_counts[0][1:-1]
 
     assert sizes(8) == [6, 6, 6, 6, 1]
     assert sizes(WindowRatios([2, 4, 8, 16, 8])) == [24, 12, 6, 3, 1]
@@ -252,8 +288,8 @@ def test_ratios(model, videos):
 def test_published_draw():
     case, tensors, model = load_golden("mixed_steprandom_w48")
     out = model(input_ids(tensors), visual_features=tensors["image_features"][None])
-    assert out.memory.beacon_sizes == [case["beacon_sizes"]]
+    assert out.memory.vst_counts == [case["beacon_sizes"]]
     mixed = model(
         torch.cat([input_ids(tensors)] * 2), visual_features=[tensors["image_features"]] * 2
     )
-    assert mixed.memory.beacon_sizes == [case["beacon_sizes"]] * 2
+    assert mixed.memory.vst_counts == [case["beacon_sizes"]] * 2

@@ -28,7 +28,7 @@ def watch(model, features, **options):
 
 def same_memory(a, b, exactly=True):
     assert a.kept_tokens == b.kept_tokens
-    assert a.beacon_sizes == b.beacon_sizes
+    assert a.vst_counts == b.vst_counts
     for layer in range(a.model.config.num_hidden_layers):
         for x, y in zip(a.keys_values(layer), b.keys_values(layer), strict=True):
             assert torch.equal(x, y) if exactly else relative(x, y) < 1e-6
@@ -79,7 +79,7 @@ def test_forward_goes_on_from_a_memory(model, features):
     second = model(TAIL[None, 2:], memory=first.memory)
     assert relative(second.logits[0, -1], whole.logits[0, -1]) < 1e-5
     assert first.memory.kept_tokens == [memory.kept_tokens[0] + 2]  # is not changed by second
-    assert second.memory.beacon_sizes[0][-2:] == [0, 0]
+    assert second.memory.vst_counts[0][-2:] == [0, 0]
 
 
 @pytest.mark.parametrize("pieces", [[205], [1] * 205, [48, 48, 109], [100, 0, 105], [47, 2, 156]])

@@ -20,15 +20,30 @@ def free_port():
 
 
 def test_two_processes_are_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
-               str(ROOT / "tests" / "tensor_parallel_worker.py"),
-               str(TINY), str(TINY / "expected.safetensors"), str(tmp_path / "out")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(free_port()),
+        str(ROOT / "tests" / "tensor_parallel_worker.py"),
+        str(TINY),
+        str(TINY / "expected.safetensors"),
+        str(tmp_path / "out"),
+    ]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_file(tmp_path / f"out.{rank}.safetensors") for rank in range(2)]
     assert [int(r["kv_heads"]) for r in ranks] == [1, 1]

@@ -47,16 +47,20 @@ def check_golden(golden, chunks, order, backend):
     features = tensors["image_features"][None]
     out = model(input_ids(tensors), visual_features=features)
     assert relative(out.logits[0], tensors["logits"]) < TOLERANCE
-    assert out.memory.beacon_sizes == [case["beacon_sizes"]]
+    assert out.memory.vst_counts == [case["beacon_sizes"]]
     for layer in range(case["layers"]):
         for got, name in zip(out.memory.keys_values(layer), ("key", "value"), strict=True):
             assert relative(got, kept_of_golden(case, tensors, layer, name)) < TOLERANCE
 
     steps = len(tensors["generated_ids"])
     generated = model.generate(
-        input_ids(tensors), visual_features=features, max_new_tokens=steps + 1, do_sample=False,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        input_ids(tensors),
+        visual_features=features,
+        max_new_tokens=steps + 1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     new = generated.sequences[0, input_ids(tensors).shape[1] :]
     assert new[:steps].tolist() == tensors["generated_ids"].tolist()
     after = torch.cat(generated.logits)[1:]  # after feeding each generated id
@@ -74,7 +78,7 @@ def test_shortcut_changes_nothing(name):
     _, tensors, model = load_golden(name)
     features = tensors["image_features"][None]
     with_it = model(input_ids(tensors), visual_features=features).logits
-    model.settings.last_layer_shortcut = False
+    model.settings.skip_last_layer_outputs = False
     without = model(input_ids(tensors), visual_features=features).logits
     assert relative(with_it, without) < 1e-6
 
@@ -121,7 +125,7 @@ class TestTinyCheckpoint:
         ids = input_ids(expected)
         out = model(ids, pixel_values=expected["pixel_values"])
         assert relative(out.logits[0], expected["video_logits"]) < TOLERANCE
-        assert out.memory.beacon_sizes == [[0, 72, 72, 36, 0]]
+        assert out.memory.vst_counts == [[0, 72, 72, 36, 0]]
         new = model.generate(
             ids, pixel_values=expected["pixel_values"], max_new_tokens=8, do_sample=False
         )
@@ -133,7 +137,7 @@ class TestTinyCheckpoint:
         pixels = expected["image_pixel_values"]
         out = model(input_ids(expected), pixel_values=pixels, image_sizes=[(390, 220)])
         assert relative(out.logits[0], expected["image_logits"]) < TOLERANCE
-        assert out.memory.beacon_sizes == [[0, 72, 0]]
+        assert out.memory.vst_counts == [[0, 72, 0]]
         features = torch.cat(list(model.encode_pixels(pixels[1:])))
         assert relative(features, expected["image_features"]) < TOLERANCE
 

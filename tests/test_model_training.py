@@ -68,7 +68,7 @@ def test_training_equals_inference(model, features):
                 strict=True,
             )
             assert all(relative(a, b) < 1e-5 for a, b in pairs)
-    assert trained.memory.beacon_sizes == plain.memory.beacon_sizes
+    assert trained.memory.vst_counts == plain.memory.vst_counts
     more = torch.tensor([[20], [21]])
     a, b = (model(more, memory=x.memory).logits for x in (trained, plain))
     assert relative(a, b) < 1e-5
@@ -99,7 +99,7 @@ def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
     monkeypatch.setattr(train_pass, "alike", noted)
     with torch.no_grad():  # there a row has the bits that it has alone
         model(ids, visual_features=videos, labels=ids)
-        model.settings.same_bits_in_batch = False
+        model.settings.batch_invariant = False
         model(ids, visual_features=videos, labels=ids)
     assert groups[1:] == [[[0], [1], [2]], [[0, 1], [2]]]
     (together, grads), (alone, wanted) = results
@@ -160,8 +160,16 @@ def causal_logits(model, embeds):
     """Qwen2 itself on the same weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_parameters")  # fmt: skip
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_parameters",
+    )
     plain = Qwen2ForCausalLM(Qwen2Config(**{n: getattr(model.config, n) for n in names})).eval()
     weights = {k: v for k, v in model.state_dict().items() if "beacon" not in k}
     plain.load_state_dict(weights)
@@ -197,10 +205,15 @@ def test_loss_only_and_parts_of_a_batch(model, features):
     parts = []
     for i in range(2):
         keep = MASK[i].bool()
-        parts.append(model(
-            IDS[i : i + 1, keep], visual_features=[features[i]], labels=LABELS[i : i + 1, keep],
-            loss_only=True, num_items_in_batch=torch.tensor(6),
-        ).loss)  # fmt: skip
+        parts.append(
+            model(
+                IDS[i : i + 1, keep],
+                visual_features=[features[i]],
+                labels=LABELS[i : i + 1, keep],
+                loss_only=True,
+                num_items_in_batch=torch.tensor(6),
+            ).loss
+        )
     # 6, 9 and 11 of the first row (its first token has no predictor), 6, 12 and 13 of the second.
     assert float(sum(parts).detach()) == pytest.approx(float(both.loss.detach()), rel=1e-5)
     with pytest.raises(ValueError, match="loss_only: got True without labels"):
@@ -233,13 +246,15 @@ def test_ratios_for_each_row(model, features):
         both = model(
             IDS, visual_features=features, labels=LABELS, attention_mask=MASK, ratio=ratios
         )
-        assert both.memory.beacon_sizes == [[0, 24, 6, 3, 0], [0, 12, 6, 0]]
+        assert both.memory.vst_counts == [[0, 24, 6, 3, 0], [0, 12, 6, 0]]
         for i in range(2):
             keep = MASK[i].bool()
             one = model(
-                IDS[i : i + 1, keep], visual_features=[features[i]],
-                labels=LABELS[i : i + 1, keep], ratio=ratios[i],
-            )  # fmt: skip
+                IDS[i : i + 1, keep],
+                visual_features=[features[i]],
+                labels=LABELS[i : i + 1, keep],
+                ratio=ratios[i],
+            )
             rows = keep.nonzero().flatten()
             assert relative(both.logits[i, rows[rows > 3] - 4], one.logits[0]) < 1e-5
     with pytest.raises(ValueError, match="ratio: got 1 WindowRatios, expected 2"):

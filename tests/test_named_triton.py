@@ -131,7 +131,7 @@ def test_gradients_through_the_named_launch(layout, monkeypatch):
         for backend in ("cpu", "triton"):
             leaves = [x.detach().clone().requires_grad_() for x in inputs.args()[:5]]
             caches = [x.clone() for x in leaves[3:]]
-            rest = (inputs.block_table, inputs.cache_lens, layout, inverse_frequencies(16))
+            rest = (inputs.block_table, inputs.cache_seqlens, layout, inverse_frequencies(16))
             q, k = rope_append(*leaves[:3], *caches, *rest, backend=backend)
             sum(x.square().sum() for x in (q, k, *caches)).backward()
             grads.append([x.grad for x in leaves])

@@ -20,16 +20,16 @@ def test_schemas_are_pinned():
     """Other stacks call these by name: a change here is a breaking change."""
     assert str(torch.ops.vxl.vst_attention.default._schema) == (
         "vxl::vst_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
-        "Tensor? block_table, Tensor? cache_lens, int[] layout, float scale) -> (Tensor, Tensor)"
+        "Tensor? block_table, Tensor? cache_seqlens, int[] layout, float scale) -> (Tensor, Tensor)"
     )
     assert str(torch.ops.vxl.rope_append.default._schema) == (
         "vxl::rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) "
+        "Tensor block_table, Tensor cache_seqlens, int[] layout, Tensor inv_freq) "
         "-> (Tensor, Tensor)"
     )
     assert str(torch.ops.vxl.rope_append_.default._schema) == (
         "vxl::rope_append_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
-        "Tensor(d!) v_cache, Tensor block_table, Tensor cache_lens, int[] layout, "
+        "Tensor(d!) v_cache, Tensor block_table, Tensor cache_seqlens, int[] layout, "
         "Tensor inv_freq) -> ()"
     )
     assert str(torch.ops.vxl.vst_linear.default._schema) == (
@@ -102,7 +102,7 @@ def test_gradients_of_the_reference(layout):
     leaves = [x.detach().requires_grad_() for x in inputs.args()[:5]]
 
     def attend(*tensors):
-        rest = inputs.block_table, inputs.cache_lens, layout
+        rest = inputs.block_table, inputs.cache_seqlens, layout
         return vst_attention(*tensors, *rest, return_lse=True, backend="reference")
 
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
@@ -115,7 +115,7 @@ def test_gradients_of_the_kernel(layout):
     grads = {}
     for backend in ("cpu", "reference"):
         leaves = [x.detach().clone().requires_grad_() for x in inputs.args()[:5]]
-        rest = inputs.block_table, inputs.cache_lens, layout
+        rest = inputs.block_table, inputs.cache_seqlens, layout
         out, lse = vst_attention(*leaves, *rest, return_lse=True, backend=backend)
         (out.square().sum() + lse.sin().sum()).backward()
         grads[backend] = [x.grad for x in leaves]

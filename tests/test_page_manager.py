@@ -156,8 +156,11 @@ def test_exhaustion_says_how_much_is_missing():
     b = m.fork(a)
     before = snapshot(m, [a, b])
     # b: its copy of page 1, then rows 8 to 15 in two pages; the pool has two.
-    with pytest.raises(PoolExhausted, match="rows: got 10, which takes 3 pages, expected at most 2"
-                       r" \(free of 4\)") as raised:  # fmt: skip
+    with pytest.raises(
+        PoolExhausted,
+        match="rows: got 10, which takes 3 pages, expected at most 2"
+        r" \(free of 4\)",
+    ) as raised:
         m.reserve(b, 10)
     assert (raised.value.pages_needed, raised.value.pages_free) == (3, 2)
     assert isinstance(raised.value, MemoryError)

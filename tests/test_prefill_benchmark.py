@@ -13,17 +13,37 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "prefill.py"
 def bench(*options):
     return subprocess.run(
         [sys.executable, str(SCRIPT), "--small", *options],
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # nothing in it is large enough for two
-    )  # fmt: skip
+    )
 
 
 def test_small_run(tmp_path):
     done = bench(
-        "--case", "encode", "--case", "questions", "--case", "pipeline", "--chunks", "3",
-        "--questions", "3", "--frames", "6", "--vision-frames", "1", "--alpha", "4",
-        "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png"),
-    )  # fmt: skip
+        "--case",
+        "encode",
+        "--case",
+        "questions",
+        "--case",
+        "pipeline",
+        "--chunks",
+        "3",
+        "--questions",
+        "3",
+        "--frames",
+        "6",
+        "--vision-frames",
+        "1",
+        "--alpha",
+        "4",
+        "--json",
+        str(tmp_path / "a.json"),
+        "--plot",
+        str(tmp_path / "a.png"),
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "a.json").read_text())
     encode = results["encode"]

@@ -90,7 +90,7 @@ def test_angles_far_out(position):
         k_cache=torch.zeros(1, 2**20, 1, 128),
         v_cache=torch.zeros(1, 2**20, 1, 128),
         block_table=torch.zeros(1, 1, dtype=torch.int32),
-        cache_lens=torch.tensor([position], dtype=torch.int32),
+        cache_seqlens=torch.tensor([position], dtype=torch.int32),
     )
     inputs.q[:] = 0
     inputs.q[..., :64] = 1
@@ -121,9 +121,11 @@ def test_rotating_once_equals_rotating_everything():
         keys = torch.cat([keys, own]).repeat_interleave(2, 1)
         values = torch.cat([kept_v, v[chunk]]).repeat_interleave(2, 1)
         theirs = torch.nn.functional.scaled_dot_product_attention(
-            queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1),
+            queries.transpose(0, 1),
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
             attn_mask=layout.materialize(length),
-        ).transpose(0, 1)  # fmt: skip
+        ).transpose(0, 1)
         torch.testing.assert_close(ours[0], theirs, rtol=1e-5, atol=1e-5)
         kept_k = torch.cat([kept_k, k[chunk, vsts]])
         kept_v = torch.cat([kept_v, v[chunk, vsts]])
@@ -137,7 +139,7 @@ def test_gradients_flow_through_the_reference():
 
     def step(q, k, v):
         caches = cache[0].clone(), cache[1].clone()
-        rest = (*caches, inputs.block_table, inputs.cache_lens, inputs.layout)
+        rest = (*caches, inputs.block_table, inputs.cache_seqlens, inputs.layout)
         q, k = rope_append(q, k, v, *rest, inv_freq, backend="reference")
         return vst_attention(q, k, v, *rest, backend="reference")
 

@@ -21,9 +21,21 @@ from _sass_parse import Instruction, ParseError, read_amdgcn, read_sass
 from _sass_table import save_json, table, violations
 
 KEYS = [
-    "kernel", "config", "target", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm",
-    "mma_flops", "mma_cycles", "issue_cycles", "mufu_cycles", "bound", "share_of_peak", "baseline",
-]  # fmt: skip
+    "kernel",
+    "config",
+    "target",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "ctas_per_sm",
+    "mma_flops",
+    "mma_cycles",
+    "issue_cycles",
+    "mufu_cycles",
+    "bound",
+    "share_of_peak",
+    "baseline",
+]
 
 
 def sass(*lines: str) -> str:
@@ -39,16 +51,23 @@ TILE = {"rows": 64, "keys": 32, "head_dim": 16}
 FULL = [".L_x_1:", "@!PT LDS RZ, [RZ]", *QK_AND_PV, *["MUFU.EX2 R1, R1"] * 16, "BAR.SYNC 0x0"]
 MASKED = [".L_x_3:", *QK_AND_PV, *["ISETP.GE.AND P0, PT, R1, R2, PT", "FSEL R1, R1, R2, P0"] * 16]
 KERNEL = sass(
-    "MOV R1, R2", *FULL, "@P1 BRA `(.L_x_1)", *MASKED, "@!P2 BRA `(.L_x_3)", "EXIT",
-    ".L_x_9:", "BRA `(.L_x_9)",
-)  # fmt: skip
+    "MOV R1, R2",
+    *FULL,
+    "@P1 BRA `(.L_x_1)",
+    *MASKED,
+    "@!P2 BRA `(.L_x_3)",
+    "EXIT",
+    ".L_x_9:",
+    "BRA `(.L_x_9)",
+)
 
 
 def test_loops_are_found_and_the_unmasked_one_is_chosen() -> None:
     function = read_sass(KERNEL)
     assert [function.blocks[loop.header].labels for loop in function.loops()] == [
-        [".L_x_1"], [".L_x_3"],
-    ]  # fmt: skip
+        [".L_x_1"],
+        [".L_x_3"],
+    ]
     # .L_x_9, which nvdisasm prints behind the last instruction, is never reached
     (loop,) = full_tile_loops(function, TILE, warp=32, warps=4)
     assert function.blocks[loop.loop.header].labels == [".L_x_1"]
@@ -61,12 +80,21 @@ def test_loops_are_found_and_the_unmasked_one_is_chosen() -> None:
 def test_a_loop_in_a_loop_is_the_one_that_counts_and_waiting_is_left_out() -> None:
     function = read_sass(
         sass(
-            ".L_out:", "MOV R1, R2", ".L_in:", *QK_AND_PV, "@P3 BRA `(.L_wait)", ".L_ready:",
-            "@P1 BRA `(.L_in)", "BRA.U UP0, `(.L_out)", "EXIT",
-            ".L_wait:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR4], R0", "@P3 BRA `(.L_wait)",
+            ".L_out:",
+            "MOV R1, R2",
+            ".L_in:",
+            *QK_AND_PV,
+            "@P3 BRA `(.L_wait)",
+            ".L_ready:",
+            "@P1 BRA `(.L_in)",
+            "BRA.U UP0, `(.L_out)",
+            "EXIT",
+            ".L_wait:",
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR4], R0",
+            "@P3 BRA `(.L_wait)",
             "BRA `(.L_ready)",
         )
-    )  # fmt: skip
+    )
     (loop,) = full_tile_loops(function, TILE, warp=32, warps=4)
     assert function.blocks[loop.loop.header].labels == [".L_in"]
     assert loop.counts.classes["barrier"] == 0
@@ -159,15 +187,30 @@ def test_the_shape_of_tcgen05_is_read_from_its_descriptor() -> None:
 @pytest.mark.parametrize(
     ("opcode", "name"),
     [
-        ("FFMA", "fma"), ("IMAD.X", "fma"), ("FMNMX", "alu"), ("F2FP.BF16.F32.PACK_AB", "alu"),
-        ("MUFU.EX2", "mufu"), ("LDGSTS.E.BYPASS.128", "async load"), ("UTMALDG.4D", "bulk load"),
-        ("LDG.E", "plain load"), ("LDL.LU", "local"), ("STL.64", "local"), ("UIADD3", "uniform"),
-        ("LDSM.16.M88.4", "shared"), ("BAR.SYNC", "barrier"), ("v_exp_f32_e32", "mufu"),
-        ("v_pk_mul_f32", "fma"), ("v_max3_f32", "alu"), ("ds_read_b128", "shared"),
-        ("s_barrier", "barrier"), ("global_load_dwordx4", "plain load"), ("s_add_i32", "uniform"),
-        ("scratch_load_dword", "local"), ("NEWTHING.X", "unclassified"),
+        ("FFMA", "fma"),
+        ("IMAD.X", "fma"),
+        ("FMNMX", "alu"),
+        ("F2FP.BF16.F32.PACK_AB", "alu"),
+        ("MUFU.EX2", "mufu"),
+        ("LDGSTS.E.BYPASS.128", "async load"),
+        ("UTMALDG.4D", "bulk load"),
+        ("LDG.E", "plain load"),
+        ("LDL.LU", "local"),
+        ("STL.64", "local"),
+        ("UIADD3", "uniform"),
+        ("LDSM.16.M88.4", "shared"),
+        ("BAR.SYNC", "barrier"),
+        ("v_exp_f32_e32", "mufu"),
+        ("v_pk_mul_f32", "fma"),
+        ("v_max3_f32", "alu"),
+        ("ds_read_b128", "shared"),
+        ("s_barrier", "barrier"),
+        ("global_load_dwordx4", "plain load"),
+        ("s_add_i32", "uniform"),
+        ("scratch_load_dword", "local"),
+        ("NEWTHING.X", "unclassified"),
     ],
-)  # fmt: skip
+)
 def test_classes(opcode: str, name: str) -> None:
     assert classify(Instruction(opcode)) == name
 
@@ -201,15 +244,27 @@ def test_cycles_of_a_tile_by_hand() -> None:
     # twice the tiles in an iteration: half the cycles each
     assert cycles(counts, LIMITS["cuda:90"], warps=8, tiles=2).mufu == time.mufu / 2
     # half the FMA units: now they decide
-    assert cycles(counts, LIMITS["cuda:80"].__class__(**{
-        **LIMITS["cuda:90"].__dict__, "fma": 32}), warps=8).issue == 200 * 32 * 8 / 32  # fmt: skip
+    assert (
+        cycles(
+            counts,
+            LIMITS["cuda:80"].__class__(**{**LIMITS["cuda:90"].__dict__, "fma": 32}),
+            warps=8,
+        ).issue
+        == 200 * 32 * 8 / 32
+    )
 
 
 def test_a_branch_around_the_rescaling_is_seen() -> None:
     text = sass(
-        ".L_a:", *QK_AND_PV, "@!P4 BRA `(.L_kept)", *["FMUL R1, R1, R2"] * 32, ".L_kept:",
-        "MUFU.EX2 R1, R1", "@P0 BRA `(.L_a)", "EXIT",
-    )  # fmt: skip
+        ".L_a:",
+        *QK_AND_PV,
+        "@!P4 BRA `(.L_kept)",
+        *["FMUL R1, R1, R2"] * 32,
+        ".L_kept:",
+        "MUFU.EX2 R1, R1",
+        "@P0 BRA `(.L_a)",
+        "EXIT",
+    )
     (loop,) = full_tile_loops(read_sass(text), TILE, warp=32, warps=4)
     assert loop.counts.classes["fma"] == 32
     assert loop.counts.without(loop.skipped).classes["fma"] == 0
@@ -247,11 +302,30 @@ def test_keys_and_values_fetched() -> None:
 
 def a_row(**changes: object) -> Measured:
     row = Measured(
-        "prefill", "c", "sm_90", 200, 0, 1000, 1, 2**22, 1024.0, 900.0, 544.0, "matrix", 0.5, 1.0,
-        share_rescaling=0.5, instructions_per_mflop=500.0, matrix={"HGMMA": 16}, dots=2,
-        tile={"rows": 128, "keys": 64, "head_dim": 128}, dtype="bf16", tiles_per_iteration=1,
-        baseline_share=0.5, baseline_instructions_per_mflop=500.0,
-    )  # fmt: skip
+        "prefill",
+        "c",
+        "sm_90",
+        200,
+        0,
+        1000,
+        1,
+        2**22,
+        1024.0,
+        900.0,
+        544.0,
+        "matrix",
+        0.5,
+        1.0,
+        share_rescaling=0.5,
+        instructions_per_mflop=500.0,
+        matrix={"HGMMA": 16},
+        dots=2,
+        tile={"rows": 128, "keys": 64, "head_dim": 128},
+        dtype="bf16",
+        tiles_per_iteration=1,
+        baseline_share=0.5,
+        baseline_instructions_per_mflop=500.0,
+    )
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
@@ -310,8 +384,10 @@ def test_amd_text() -> None:
     function = read_amdgcn(AMD)
     (loop,) = function.loops()
     assert [i.opcode for i in function.instructions(loop.blocks)] == [
-        "v_mfma_f32_32x32x8_bf16", "v_exp_f32_e32", "s_cbranch_scc1",
-    ]  # fmt: skip
+        "v_mfma_f32_32x32x8_bf16",
+        "v_exp_f32_e32",
+        "s_cbranch_scc1",
+    ]
     assert len(function.instructions()) == 5
 
 

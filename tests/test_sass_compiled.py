@@ -38,9 +38,15 @@ def _greedy(x_ptr, out_ptr, N: tl.constexpr):  # noqa: N803
 def test_a_spilling_kernel_is_flagged() -> None:
     n = 32 * 128
     toy = Compilation(
-        "toy", "spills", _greedy,
-        {"x_ptr": "*fp32", "out_ptr": "*fp32", "N": "constexpr"}, {"N": n}, {}, 1, 1,
-    )  # fmt: skip
+        "toy",
+        "spills",
+        _greedy,
+        {"x_ptr": "*fp32", "out_ptr": "*fp32", "N": "constexpr"},
+        {"N": n},
+        {},
+        1,
+        1,
+    )
     compiled = compile_kernel(toy, "cuda:80")
     assert compiled.spill_bytes > 0
     row = measure(toy, "cuda:80", compiled)

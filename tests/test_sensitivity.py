@@ -33,8 +33,8 @@ def wrong_page(x):
 
 
 WRONG = {
-    "one cache entry too few": lambda x: {"cache_lens": x.cache_lens - 1},
-    "one cache entry too many": lambda x: {"cache_lens": x.cache_lens + 1},
+    "one cache entry too few": lambda x: {"cache_seqlens": x.cache_seqlens - 1},
+    "one cache entry too many": lambda x: {"cache_seqlens": x.cache_seqlens + 1},
     "another ratio": lambda x: {"layout": ChunkLayout(99, 11, 2)},
     "the other order": lambda x: {"layout": dataclasses.replace(LAYOUT, order="interleaved")},
     "one chunk": lambda x: {"layout": ChunkLayout(192, 8)},
@@ -65,7 +65,7 @@ def test_one_mask_bit_is_noticed(row):
     """One key more for a single row: hide the others' difference, keep that row's."""
     inputs = right(torch.float32)
     out = vst_attention(*inputs.args())
-    more = dataclasses.replace(inputs, cache_lens=inputs.cache_lens + 1)
+    more = dataclasses.replace(inputs, cache_seqlens=inputs.cache_seqlens + 1)
     out[0, row] = vst_attention(*more.args())[0, row]
     with pytest.raises(AssertionError, match="output error"):
         check_attention(inputs, out)
@@ -74,7 +74,7 @@ def test_one_mask_bit_is_noticed(row):
 def test_a_position_off_by_one_is_noticed():
     """Scores depend on position differences alone: the memory must move against the rows."""
     inputs, inv_freq = right(torch.float32), inverse_frequencies(64)
-    shifted = dataclasses.replace(inputs.clone(), cache_lens=inputs.cache_lens + 1)
+    shifted = dataclasses.replace(inputs.clone(), cache_seqlens=inputs.cache_seqlens + 1)
     q, k = rope_append(*inputs.clone().args(), inv_freq)
     q_off, k_off = rope_append(*shifted.args(), inv_freq)
     check = dataclasses.replace(inputs, q=q, k=k)

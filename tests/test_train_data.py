@@ -109,8 +109,11 @@ def test_marker_in_a_later_turn(place, parts):
 
 
 def test_system_turn_and_other_names(place, parts):
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-             {"role": "assistant", "content": "Yes"}]  # fmt: skip
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes"},
+    ]
     text, learned = split(parts[0], *conversation_ids(one(place, parts, turns), parts[0].tokenizer))
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<")
     assert learned == "Yes<|im_end|>"
@@ -127,42 +130,69 @@ def bad_records(place):
     good = talk("<image>", "A")
     return [
         ({"id": 1, "image": "none.png", "conversations": good}, "missing file", "none.png"),
-        ({"id": 2, "image": ["one.png", "gone.png"], "conversations": good}, "missing file",
-         "gone.png"),
+        (
+            {"id": 2, "image": ["one.png", "gone.png"], "conversations": good},
+            "missing file",
+            "gone.png",
+        ),
         ({"id": 3, "video": "none.mp4", "conversations": good}, "missing file", "none.mp4"),
         ({"id": 4, "video": "broken.mp4", "conversations": good}, "undecodable video", "broken"),
         ({"id": 5, "video": "empty.mp4", "conversations": good}, "undecodable video", "empty"),
         ({"id": 6, "image": "broken.png", "conversations": good}, "unreadable image", "broken"),
         ({"id": 7, "conversations": talk("Hi", " ")}, "empty answer", "gpt"),
-        ({"id": 8, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt"}]},
-         "empty answer", "gpt"),
+        (
+            {"id": 8, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt"}]},
+            "empty answer",
+            "gpt",
+        ),
         ({"id": 9, "conversations": talk("Hi", "A<|im_end|>")}, "control token", "<|im_end|>"),
         ({"id": 10, "conversations": talk("Hi")}, "bad sample", "in turns"),
         ({"id": 11, "conversations": talk("Hi", "A", "And?")}, "bad sample", "in turns"),
         ({"id": 12, "conversations": []}, "bad sample", "conversations"),
         ({"id": 13}, "bad sample", "conversations"),
         ({"id": 14, "conversations": talk("<image>", "A")}, "bad sample", "marker"),
-        ({"id": 15, "image": "one.png", "video": "clip.mp4", "conversations": good}, "bad sample",
-         "one of them"),
+        (
+            {"id": 15, "image": "one.png", "video": "clip.mp4", "conversations": good},
+            "bad sample",
+            "one of them",
+        ),
         ({"id": 16, "image": 5, "conversations": good}, "bad sample", "a path"),
         ({"id": 17, "conversations": ["Hi"]}, "bad sample", "the turn"),
         ({"id": 18, "conversations": [{"from": "cat", "value": "miau"}]}, "bad sample", "cat"),
         ({"id": 19, "conversations": talk("Hi \ud800", "A")}, "bad sample", r"\ud800"),
         ({"id": 20, "conversations": talk("Hi", "\udc80")}, "bad sample", r"\udc80"),
-        ({"id": 21, "video": "clip.mp4", "duration": float("inf"), "conversations": good},
-         "bad sample", "duration: got inf"),
-        ({"id": 22, "image": "one.png", "width": float("inf"), "height": 3, "conversations": good},
-         "bad sample", "width: got inf"),
-        ({"id": 23, "image": "one.png", "width": 0.5, "height": 3, "conversations": good},
-         "bad sample", "width: got 0.5"),
-        ({"id": 24, "image": "one.png", "height": 10**400, "conversations": good}, "bad sample",
-         "height: got 1000"),
+        (
+            {"id": 21, "video": "clip.mp4", "duration": float("inf"), "conversations": good},
+            "bad sample",
+            "duration: got inf",
+        ),
+        (
+            {
+                "id": 22,
+                "image": "one.png",
+                "width": float("inf"),
+                "height": 3,
+                "conversations": good,
+            },
+            "bad sample",
+            "width: got inf",
+        ),
+        (
+            {"id": 23, "image": "one.png", "width": 0.5, "height": 3, "conversations": good},
+            "bad sample",
+            "width: got 0.5",
+        ),
+        (
+            {"id": 24, "image": "one.png", "height": 10**400, "conversations": good},
+            "bad sample",
+            "height: got 1000",
+        ),
         ({"id": 25, "image": "\ud800.png", "conversations": good}, "bad sample", "image: got"),
         ({"id": 26, "image": "a\0b.png", "conversations": good}, "bad sample", "image: got"),
         ([1, 2], "bad sample", "list"),
         ("words", "bad sample", "str"),
         (None, "bad sample", "NoneType"),
-    ]  # fmt: skip
+    ]
 
 
 def test_bad_samples_are_counted_and_the_others_kept(place, parts):
@@ -187,8 +217,9 @@ def test_broken_lines(place, parts):
     found, bad = read(place, text, parts, "x.jsonl")
     assert [x.id for x in found] == ["v0", "i0", "t0"]
     assert [(x.kind, x.id) for x in bad] == [
-        ("broken line", "x.jsonl:2"), ("broken line", "x.jsonl:5")
-    ]  # fmt: skip
+        ("broken line", "x.jsonl:2"),
+        ("broken line", "x.jsonl:5"),
+    ]
 
 
 def test_broken_file(place, parts):

@@ -30,15 +30,41 @@ def launch(place, *more):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-               str(CONFIGS / "fsdp.yaml"), "--num_processes", "2", "--mixed_precision", "no",
-               "--main_process_port", str(port), str(ROOT / "tests" / "fsdp_worker.py"),
-               "train", "--stage", "finetune", "--model", "model", "--data", "data.json",
-               "--config", "two.json", "--output", "two", *more]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "fsdp.yaml"),
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        str(port),
+        str(ROOT / "tests" / "fsdp_worker.py"),
+        "train",
+        "--stage",
+        "finetune",
+        "--model",
+        "model",
+        "--data",
+        "data.json",
+        "--config",
+        "two.json",
+        "--output",
+        "two",
+        *more,
+    ]
     done = subprocess.run(
-        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=120,
+        command,
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -49,9 +75,16 @@ def test_two_processes_are_one(tmp_path):
     turns that into a part of its step where a gradient is near 0, and never moves a weight by more
     than the learning rate."""
     place = make_place(tmp_path)
-    two = {**QUICK, "per_device_train_batch_size": 1, "max_steps": STEPS, "save_strategy": "steps",
-           "save_steps": 2, "learning_rate": RATE, "train_vision_tower": True,
-           "gradient_checkpointing": True}  # fmt: skip
+    two = {
+        **QUICK,
+        "per_device_train_batch_size": 1,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": RATE,
+        "train_vision_tower": True,
+        "gradient_checkpointing": True,
+    }
     (place / "two.json").write_text(json.dumps(two))
     one = settings(**{**two, "per_device_train_batch_size": 2, "save_strategy": "no"})
     train(place / "model", [place / "data.json"], place / "one", one)

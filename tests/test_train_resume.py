@@ -46,25 +46,52 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = make_place(tmp_path_factory.mktemp("resume"))
-    config = {**QUICK, "max_steps": STEPS, "max_text_tokens": 2000, "save_strategy": "steps",
-              "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 1}  # fmt: skip
+    config = {
+        **QUICK,
+        "max_steps": STEPS,
+        "max_text_tokens": 2000,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "dataloader_num_workers": 1,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     # Bad data on the way does not change what follows.
     lines = [json.dumps(x) for x in json.loads((folder / "data.json").read_text())]
-    long = {"id": "long", "conversations": [{"from": "human", "value": "Hi " * 4000},
-                                            {"from": "gpt", "value": "A"}]}  # fmt: skip
+    long = {
+        "id": "long",
+        "conversations": [{"from": "human", "value": "Hi " * 4000}, {"from": "gpt", "value": "A"}],
+    }
     (folder / "data.jsonl").write_text("\n".join([*lines, "{broken", json.dumps(long)]))
     return folder
 
 
 def start(place, output, *more, program=("-m", "vxl_model")):
-    command = [sys.executable, *program, "train", "--stage", "finetune", "--model", "model",
-               "--data", "data.jsonl", "--config", "config.json", "--output", output,
-               *more]  # fmt: skip
+    command = [
+        sys.executable,
+        *program,
+        "train",
+        "--stage",
+        "finetune",
+        "--model",
+        "model",
+        "--data",
+        "data.jsonl",
+        "--config",
+        "config.json",
+        "--output",
+        output,
+        *more,
+    ]
     return subprocess.Popen(
-        command, cwd=place, env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command,
+        cwd=place,
+        env=environment(),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process):

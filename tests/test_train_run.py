@@ -56,8 +56,9 @@ def test_align_moves_the_projector_alone(go, tmp_path):
     report, _, weights = go(
         "align", save_strategy="steps", save_steps=1, max_steps=6, save_total_limit=2
     )
-    assert changed(weights) == {f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in
-                                ("weight", "bias")}  # fmt: skip
+    assert changed(weights) == {
+        f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")
+    }
     assert report.learning == 32 * 64 + 64 + 64 * 64 + 64
     assert report.samples == {"image": 3, "images": 3, "video": 3, "text": 3}
     output = tmp_path / "out0"
@@ -131,9 +132,13 @@ def test_it_learns(go, place, stage):
     """One sample by heart, ratios drawn anew every time."""
     (place / "one.json").write_text(json.dumps([samples()[1]]))
     _, losses, _ = go(
-        stage, "one.json", max_steps=-1, num_train_epochs=10, learning_rate=2e-2,
+        stage,
+        "one.json",
+        max_steps=-1,
+        num_train_epochs=10,
+        learning_rate=2e-2,
         per_device_train_batch_size=1,
-    )  # fmt: skip
+    )
     assert losses[-1] < (0.9 if stage == "align" else 0.5) * losses[0]
 
 
@@ -144,8 +149,9 @@ def test_finetune_moves_everything_but_the_tower(go, tmp_path):
     assert not any("vision_tower" in name for name in names)
     learn = {name for name in weights if "vision_tower" not in name}
     # Queries of the last layer's VSTs: nobody reads what they find.
-    assert learn - names == {f"model.layers.1.self_attn.beacon_q_proj.{k}" for k in
-                             ("weight", "bias")}  # fmt: skip
+    assert learn - names == {
+        f"model.layers.1.self_attn.beacon_q_proj.{k}" for k in ("weight", "bias")
+    }
     # The result is a checkpoint in the published layout, tokenizer and all.
     published = json.loads((CHECKPOINT / "config.json").read_text())
     written = json.loads((tmp_path / "out0" / "model" / "config.json").read_text())
@@ -169,9 +175,11 @@ def test_learning_rates(place, tmp_path):
     from vxl_model.training import VideoXLTrainer
 
     chosen = settings(
-        train_vision_tower=True, vision_learning_rate=1e-4, projector_learning_rate=2e-4,
+        train_vision_tower=True,
+        vision_learning_rate=1e-4,
+        projector_learning_rate=2e-4,
         weight_decay=0.1,
-    )  # fmt: skip
+    )
     model = VideoXLForConditionalGeneration.from_pretrained(place / "model")
     choose_parameters(model, chosen)
     made = type("Data", (), {"samples": []})()
@@ -319,8 +327,18 @@ def command(place, capsys, monkeypatch):
 def test_command(command, place, capsys):
     quick = {"use_cpu": True, "max_steps": 2, "dataloader_num_workers": 0}
     (place / "quick.json").write_text(json.dumps(quick))
-    run = ("--stage", "finetune", "--model", "model", "--data", "data.json", "--config",
-           "quick.json", "--output", "run")  # fmt: skip
+    run = (
+        "--stage",
+        "finetune",
+        "--model",
+        "model",
+        "--data",
+        "data.json",
+        "--config",
+        "quick.json",
+        "--output",
+        "run",
+    )
     code, out, err = command(*run)
     assert code == 0
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -388,10 +406,26 @@ def hostile(place):
 
 
 HOSTILE = [
-    "stage", "no data", "data is a folder", "broken data", "empty data", "no config",
-    "list as config", "broken config", "typo", "fixed key", "our value", "their value", "ratios",
-    "ratio", "tower", "no model", "no tokenizer", "no root", "output is a file",
-]  # fmt: skip
+    "stage",
+    "no data",
+    "data is a folder",
+    "broken data",
+    "empty data",
+    "no config",
+    "list as config",
+    "broken config",
+    "typo",
+    "fixed key",
+    "our value",
+    "their value",
+    "ratios",
+    "ratio",
+    "tower",
+    "no model",
+    "no tokenizer",
+    "no root",
+    "output is a file",
+]
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

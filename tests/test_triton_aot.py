@@ -99,12 +99,15 @@ def test_machine_code(arch, tmp_path):
 
 SMALL = {  # compute capability: what is compiled for it
     86: (
-        "prefill bf16 d128", "decode bf16 d128", "backward_q bf16 d128", "backward_own bf16 d128",
+        "prefill bf16 d128",
+        "decode bf16 d128",
+        "backward_q bf16 d128",
+        "backward_own bf16 d128",
         "backward_cache bf16 d128",
     ),
     89: ("decode bf16 d128",),
     120: ("prefill bf16 d128",),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("capability", "name"), [(c, n) for c in SMALL for n in SMALL[c]])

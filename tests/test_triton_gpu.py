@@ -31,7 +31,7 @@ pytestmark = [
 # On sm_90 and newer the copy engine brings pages of 128, and threads those of 64.
 page_sizes = pytest.mark.parametrize("page_size", [64, 128])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TENSORS = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens")
+TENSORS = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
 QWEN = {"heads": 28, "kv_heads": 4, "head_dim": 128}
 
 
@@ -44,13 +44,13 @@ def attend(inputs, **options):
 
 
 SHAPES = [
-    {"cache_lens": (0, 1000), "layout": ChunkLayout(1440, 8)},
-    {"cache_lens": (333,), "layout": ChunkLayout(1440, 16, 3)},
-    {"cache_lens": (100,), "layout": ChunkLayout(1001, 2, 1, "interleaved")},
-    {"cache_lens": (2000, 7), "rows": 700},
-    {"cache_lens": (2000, 7), "rows": 40},
-    {"cache_lens": (5000, 0, 64), "rows": 1},
-    {"cache_lens": (5000,), "rows": 5},
+    {"cache_seqlens": (0, 1000), "layout": ChunkLayout(1440, 8)},
+    {"cache_seqlens": (333,), "layout": ChunkLayout(1440, 16, 3)},
+    {"cache_seqlens": (100,), "layout": ChunkLayout(1001, 2, 1, "interleaved")},
+    {"cache_seqlens": (2000, 7), "rows": 700},
+    {"cache_seqlens": (2000, 7), "rows": 40},
+    {"cache_seqlens": (5000, 0, 64), "rows": 1},
+    {"cache_seqlens": (5000,), "rows": 5},
 ]
 
 
@@ -95,7 +95,7 @@ def test_orders_agree_and_chunks_are_equal_to_the_bit(dtype, page_size):
         alone = dataclasses.replace(
             split,
             layout=one,
-            cache_lens=split.cache_lens + c * one.vsts_per_chunk,
+            cache_seqlens=split.cache_seqlens + c * one.vsts_per_chunk,
             **{n: getattr(split, n)[:, rows] for n in ("q", "k", "v")},
         )
         assert torch.equal(out[:, rows], attend(alone)[0])
@@ -109,7 +109,7 @@ def test_repeats_and_neighbours_change_no_bit(rows, page_size):
     out, _ = attend(inputs)
     for _ in range(5):
         assert torch.equal(attend(inputs)[0], out)
-    take = ("q", "k", "v", "block_table", "cache_lens")
+    take = ("q", "k", "v", "block_table", "cache_seqlens")
     for b in range(3):
         alone = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
         assert torch.equal(attend(alone)[0], out[b : b + 1])
@@ -121,9 +121,9 @@ def far_away(inputs, pages):
     pad = table[:, -1:].expand(-1, pages)
     rows = [torch.cat([pad[0], table[0]])]
     rows += [torch.cat([own, more]) for own, more in zip(table[1:], pad[1:], strict=True)]
-    lens = inputs.cache_lens.clone()
+    lens = inputs.cache_seqlens.clone()
     lens[0] += pages * page_size
-    return dataclasses.replace(inputs, block_table=torch.stack(rows), cache_lens=lens)
+    return dataclasses.replace(inputs, block_table=torch.stack(rows), cache_seqlens=lens)
 
 
 def launched(*args):
@@ -200,7 +200,7 @@ def step_arguments(layout, cache_len, page_size):
     torch.manual_seed(1)
     hidden = torch.randn(1, x.q.shape[1], 256, device="cuda").to(STEP_DTYPE)
     weights = torch.randn(2, 28 * 128, 256, device="cuda").to(STEP_DTYPE) / 16
-    cache = (x.k_cache.nan_to_num_(), x.v_cache.nan_to_num_(), x.block_table, x.cache_lens)
+    cache = (x.k_cache.nan_to_num_(), x.v_cache.nan_to_num_(), x.block_table, x.cache_seqlens)
     return hidden, weights, x.k, x.v, *cache, layout, inverse_frequencies(128).cuda()
 
 
@@ -280,10 +280,10 @@ def test_offsets_beyond_32_bits(page_size):
 
 
 GRADIENT_SHAPES = [
-    {"cache_lens": (14,), "layout": ChunkLayout(720, 8, 4), "page_size": 512},
-    {"cache_lens": (100, 9), "layout": ChunkLayout(301, 4, 2), "page_size": 48},
-    {"cache_lens": (100,), "layout": ChunkLayout(500, 2, 2, "interleaved"), "page_size": 1024},
-    {"cache_lens": (700, 0), "rows": 200, "page_size": 64},
+    {"cache_seqlens": (14,), "layout": ChunkLayout(720, 8, 4), "page_size": 512},
+    {"cache_seqlens": (100, 9), "layout": ChunkLayout(301, 4, 2), "page_size": 48},
+    {"cache_seqlens": (100,), "layout": ChunkLayout(500, 2, 2, "interleaved"), "page_size": 1024},
+    {"cache_seqlens": (700, 0), "rows": 200, "page_size": 64},
 ]
 
 

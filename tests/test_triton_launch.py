@@ -52,9 +52,19 @@ CONVERSIONS = {
 
 def test_no_synchronising_call_in_the_source():
     forbidden = {
-        "item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select",
-        "is_nonzero", "equal", "any", "all",
-    }  # fmt: skip
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "synchronize",
+        "unique",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "any",
+        "all",
+    }
     allocations, conversions = set(), set()
     launchers = ("launch.py", "launch_backward.py", "configs.py", "__init__.py")
     for path in (*(FOLDER / name for name in launchers), *(FOLDER.parent / n for n in CALLERS)):
@@ -256,9 +266,9 @@ def test_split_size_depends_on_rows_alone():
 
 
 @pytest.mark.parametrize(
-    ("rows", "lanes", "split"), [(1, 16, 256), (3, 32, 256), (9, 64, 256), (18, 128, 256),
-                                 (20, 128, 512), (64, 128, 1024)]
-)  # fmt: skip
+    ("rows", "lanes", "split"),
+    [(1, 16, 256), (3, 32, 256), (9, 64, 256), (18, 128, 256), (20, 128, 512), (64, 128, 1024)],
+)
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_tiles_grow_with_the_lanes(arch, rows, lanes, split):
     """7 heads a KV head. As many programs of 128 lanes for 8100 entries, whatever the rows are."""
@@ -322,9 +332,15 @@ def test_an_unknown_architecture_is_refused():
 
 @pytest.mark.parametrize(
     ("arch", "family"),
-    [("cuda:80", "cuda:80"), ("cuda:89", "cuda:86"), ("cuda:90", "cuda:90"),
-     ("cuda:103", "cuda:100"), ("cuda:120", "cuda:86"), ("hip:gfx950", "hip:gfx942")],
-)  # fmt: skip
+    [
+        ("cuda:80", "cuda:80"),
+        ("cuda:89", "cuda:86"),
+        ("cuda:90", "cuda:90"),
+        ("cuda:103", "cuda:100"),
+        ("cuda:120", "cuda:86"),
+        ("hip:gfx950", "hip:gfx942"),
+    ],
+)
 def test_families(arch, family):
     assert configs.family(arch) == family
 

@@ -138,18 +138,20 @@ def captions(*texts, damaged=()):
 
 
 def test_clues_can_be_told_apart():
-    clues, dropped = pick_clues(captions(
-        "A red fox sleeps under the old bridge.",
-        "a red fox  SLEEPS under an old bridge",  # the same again: one clue over both clips
-        "",
-        "Two women carry a ladder through the rain.",
-        "The.",
-        "A boat burns.",
-        "A dog in a yellow coat barks at a tram.",
-        "A boat burns!",  # back again, after something else: nobody can say when it is
-        "A green kettle whistles on a stove.",
-        damaged=(8,),
-    ))  # fmt: skip
+    clues, dropped = pick_clues(
+        captions(
+            "A red fox sleeps under the old bridge.",
+            "a red fox  SLEEPS under an old bridge",  # the same again: one clue over both clips
+            "",
+            "Two women carry a ladder through the rain.",
+            "The.",
+            "A boat burns.",
+            "A dog in a yellow coat barks at a tram.",
+            "A boat burns!",  # back again, after something else: nobody can say when it is
+            "A green kettle whistles on a stove.",
+            damaged=(8,),
+        )
+    )
     assert [(clue.text, clue.start, clue.end, clue.clips) for clue in clues] == [
         ("A red fox sleeps under the old bridge", 0.0, 28.0, (0, 1)),
         ("Two women carry a ladder through the rain", 42.0, 56.0, (3,)),
@@ -196,8 +198,11 @@ def check_sample(sample):
     start = {clue["text"]: clue["start"] for clue in clues}
     assert len(start) == len({*start.values()}) == len(clues) >= 2
     _, head, *rest = human["value"].split("\n")
-    entries = dict(re.match(r"(\(\d+\)|[A-Z]\.|-) (.*)", line).groups()[::-1] for line in rest
-                   if re.match(r"\(\d+\)|[A-Z]\.|- ", line))  # fmt: skip
+    entries = dict(
+        re.match(r"(\(\d+\)|[A-Z]\.|-) (.*)", line).groups()[::-1]
+        for line in rest
+        if re.match(r"\(\d+\)|[A-Z]\.|- ", line)
+    )
     answer = gpt["value"]
     by_time = sorted((text for text in entries if text in start), key=start.__getitem__)
     if form == "next":
@@ -243,11 +248,15 @@ def test_questions(count):
         forms |= {question.form for question in questions}
         for q in questions:
             assert {clue.text for clue in q.clues} <= {clue.text for clue in clues}
-            check_sample({
-                "conversations": [{"from": "human", "value": f"<video>\n{q.question}"},
-                                  {"from": "gpt", "value": q.answer}],
-                "vico": {"form": q.form, "clues": [vars(clue) for clue in q.clues]},
-            })  # fmt: skip
+            check_sample(
+                {
+                    "conversations": [
+                        {"from": "human", "value": f"<video>\n{q.question}"},
+                        {"from": "gpt", "value": q.answer},
+                    ],
+                    "vico": {"form": q.form, "clues": [vars(clue) for clue in q.clues]},
+                }
+            )
     assert forms == {form for form, it in FORMS.items() if it.least <= count}
 
 
@@ -290,8 +299,9 @@ def test_samples_of_a_folder(folder, tmp_path):
             clip = Clip(0, clue["start"], clue["end"])
             assert numbers == [n % len(WORDS) for n in numbers_of(clip, 4)]
     assert [sample["video"] for sample in samples[::6]] == [
-        str(folder / "a.mp4"), str(folder / "b.mkv"),
-    ]  # fmt: skip
+        str(folder / "a.mp4"),
+        str(folder / "b.mkv"),
+    ]
 
 
 def test_video_is_named_from_the_output(folder, tmp_path):
@@ -413,8 +423,11 @@ def test_killed_run_goes_on(folder, tmp_path):
     make_vico([folder], Reader(), tmp_path / "whole.jsonl")
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {
-        "out.jsonl", "out.jsonl.captions", "whole.jsonl", "whole.jsonl.captions",
-    }  # fmt: skip
+        "out.jsonl",
+        "out.jsonl.captions",
+        "whole.jsonl",
+        "whole.jsonl.captions",
+    }
 
 
 def test_one_run_at_a_time(folder, tmp_path):
@@ -496,9 +509,14 @@ def test_stop_at_a_bad_video(mixed, tmp_path):
 def test_nothing_to_write(folder, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    for says, why in ((lambda n: "the same words again", "8 repeated"), (lambda n: "", "9 empty"),
-                      (lambda n: ("up and down" if n[0] // 28 % 2 else "left or right") + " twice",
-                       "2 recurring")):  # fmt: skip
+    for says, why in (
+        (lambda n: "the same words again", "8 repeated"),
+        (lambda n: "", "9 empty"),
+        (
+            lambda n: ("up and down" if n[0] // 28 % 2 else "left or right") + " twice",
+            "2 recurring",
+        ),
+    ):
         said = []
         captioner = Reader(says, identity=why)
         with pytest.raises(ValueError, match=r"videos: none of 1 gave a sample .*not written"):
@@ -509,8 +527,14 @@ def test_nothing_to_write(folder, tmp_path):
 
 def test_damaged_clips_are_not_captioned(tmp_path):
     """Another clip's pictures would stand for theirs."""
-    path = write_clip(tmp_path / "x.mp4", count=250, fps=2, gop=8, size=(128, 128),
-                      container_options={"movflags": "faststart"})  # fmt: skip
+    path = write_clip(
+        tmp_path / "x.mp4",
+        count=250,
+        fps=2,
+        gop=8,
+        size=(128, 128),
+        container_options={"movflags": "faststart"},
+    )
     data = bytearray(path.read_bytes())
     middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
     length = len(data) // 6
@@ -520,8 +544,9 @@ def test_damaged_clips_are_not_captioned(tmp_path):
     summary = make_vico([path], reader, tmp_path / "out.jsonl")
     assert 0 < summary.dropped["damaged"] < CLIPS
     assert len(reader.seen) == summary.clips - summary.dropped["damaged"]
-    captioned = [json.loads(line) for line in (tmp_path / "out.jsonl.captions").read_text()
-                 .splitlines()[1:]]  # fmt: skip
+    captioned = [
+        json.loads(line) for line in (tmp_path / "out.jsonl.captions").read_text().splitlines()[1:]
+    ]
     clips = cut(_decoders.open_decoder(path, "pyav"), 14.0)
     seen = iter(reader.seen)
     for entry in captioned:
@@ -566,8 +591,10 @@ def test_find_videos(folder, tmp_path):
         (tmp_path / name).write_bytes(b"x")
     found = find_videos([tmp_path / "deep" / "b.webm", tmp_path, f"{tmp_path}/deep/../z.MP4"])
     assert [file.relative_to(tmp_path).as_posix() for file in found] == [
-        "deep/b.webm", "deep/er/c.mov", "z.MP4",
-    ]  # fmt: skip
+        "deep/b.webm",
+        "deep/er/c.mov",
+        "z.MP4",
+    ]
     for paths in ([], [tmp_path / "none"], [tmp_path / "deep" / "none.mp4"]):
         with pytest.raises(ValueError, match="videos: "):
             find_videos(paths)
@@ -591,8 +618,15 @@ def test_json_with_dropped_captions(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vico, "TransformersCaptioner", lambda *args, **options: reader)
     parser = argparse.ArgumentParser()
     vico.add_arguments(parser, int)
-    options = ["--videos", str(folder / "a.mp4"), "--captioner", "any", "--json",
-               "--output", str(tmp_path / "out.jsonl")]  # fmt: skip
+    options = [
+        "--videos",
+        str(folder / "a.mp4"),
+        "--captioner",
+        "any",
+        "--json",
+        "--output",
+        str(tmp_path / "out.jsonl"),
+    ]
     vico.command(parser.parse_args(options), torch.device("cpu"), torch.float32)
     summary = json.loads(capsys.readouterr().out)
     assert sum(summary["dropped"].values()) == 1

@@ -126,7 +126,7 @@ FORMATS = {
     "planar.mkv": {"codec": "ffv1", "pix_fmt": "yuv444p"},
     "odd.mkv": {"size": (71, 67), "codec": "ffv1", "pix_fmt": "bgr0"},
     "sound.mp4": {"audio": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -387,8 +387,13 @@ def test_wrong_arguments(clip, options, words):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_truncated_behind_the_index(tmp_path, backend):
     """What is there is read, and what is missing is said."""
-    whole = write_clip(tmp_path / "w.mp4", count=100, gop=10, size=(256, 256),
-                       container_options={"movflags": "faststart"})  # fmt: skip
+    whole = write_clip(
+        tmp_path / "w.mp4",
+        count=100,
+        gop=10,
+        size=(256, 256),
+        container_options={"movflags": "faststart"},
+    )
     cut = tmp_path / "cut.mp4"
     data = whole.read_bytes()
     begin = data.index(b"mdat")
@@ -419,8 +424,14 @@ def test_truncated_streams(tmp_path, backend, name):
 def test_damage_in_the_middle(tmp_path, name):
     """Every sample is delivered; where nothing can be decoded the frame before stands."""
     clusters = {"cluster_time_limit": "1000"} if name == "x.mkv" else {}
-    path = write_clip(tmp_path / name, count=100, gop=10, size=(128, 128), options={"bf": "0"},
-                      container_options=clusters)  # fmt: skip
+    path = write_clip(
+        tmp_path / name,
+        count=100,
+        gop=10,
+        size=(128, 128),
+        options={"bf": "0"},
+        container_options=clusters,
+    )
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle - 1500 : middle + 1500] = bytes(3000)

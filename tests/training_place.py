@@ -16,9 +16,16 @@ from vxl_model.training import visual_shape
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = Path(__file__).with_name("goldens") / "checkpoint_tiny"
-QUICK = {"use_cpu": True, "dataloader_num_workers": 0, "learning_rate": 1e-3, "warmup_steps": 0,
-         "max_steps": 3, "per_device_train_batch_size": 2, "gradient_checkpointing": False,
-         "save_strategy": "no"}  # fmt: skip
+QUICK = {
+    "use_cpu": True,
+    "dataloader_num_workers": 0,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+}
 
 
 def talk(*turns):

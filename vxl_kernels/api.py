@@ -1,7 +1,7 @@
 """The public operators. All tensors are `(batch, rows, heads, head_dim)`.
 
 The cache is paged as in FlashAttention and FlashInfer: `k_cache, v_cache (pages, page_size,
-kv_heads, head_dim)`, `block_table (batch, max_pages)` int32, `cache_lens (batch,)` int32 =
+kv_heads, head_dim)`, `block_table (batch, max_pages)` int32, `cache_seqlens (batch,)` int32 =
 tokens kept before the call. A plain contiguous cache is one page a sequence. K in the cache
 is stored rotated at its final position and never touched again.
 
@@ -78,7 +78,7 @@ def vst_attention(
     k_cache: torch.Tensor | None = ...,
     v_cache: torch.Tensor | None = ...,
     block_table: torch.Tensor | None = ...,
-    cache_lens: torch.Tensor | None = ...,
+    cache_seqlens: torch.Tensor | None = ...,
     layout: ChunkLayout | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
@@ -92,7 +92,7 @@ def vst_attention(
     k_cache: torch.Tensor | None = ...,
     v_cache: torch.Tensor | None = ...,
     block_table: torch.Tensor | None = ...,
-    cache_lens: torch.Tensor | None = ...,
+    cache_seqlens: torch.Tensor | None = ...,
     layout: ChunkLayout | None = ...,
     scale: float | None = ...,
     *,
@@ -106,7 +106,7 @@ def vst_attention(
     k_cache=None,
     v_cache=None,
     block_table=None,
-    cache_lens=None,
+    cache_seqlens=None,
     layout=None,
     scale=None,
     return_lse=False,
@@ -114,7 +114,7 @@ def vst_attention(
 ):
     """Attention of the rows of a call over `[cache | own chunk]`.
 
-    Rows of chunk c see the first `cache_lens + c * layout.vsts_per_chunk` cache entries and,
+    Rows of chunk c see the first `cache_seqlens + c * layout.vsts_per_chunk` cache entries and,
     in their own chunk, the rows at or before their position. With `layout=None`: causal over
     `[cache | rows]`; one row a sequence is decode. The call's own rows are read from k and v,
     not from the cache, whether or not `rope_append` has put them there.
@@ -129,7 +129,7 @@ def vst_attention(
         k, v: `(batch, rows, kv_heads, head_dim)`, k rotated; heads a multiple of kv_heads.
         k_cache, v_cache: `(pages, page_size, kv_heads, head_dim)`; None (all four) for no cache.
         block_table: int32 `(batch, max_pages)`, page indices of each sequence.
-        cache_lens: int32 `(batch,)`, tokens kept before this call.
+        cache_seqlens: int32 `(batch,)`, tokens kept before this call.
         layout: what the rows are.
         scale: of the scores before the softmax; default `head_dim ** -0.5`.
         return_lse: also return the log-sum-exp of the scaled scores, natural logarithm.
@@ -146,9 +146,9 @@ def vst_attention(
     """
     checks.qkv_shapes(q, k, v, layout)
     needed = layout is not None and layout.chunks > 1  # later chunks see earlier VSTs there
-    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_lens, required=needed)
+    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=needed)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    cache = (k_cache, v_cache, block_table, cache_lens)
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
     if _use_reference(backend, q):
         out, lse = reference.vst_attention(q, k, v, *cache, layout, scale)
     elif _interpret(backend, "vst_attention", q, k, v, k_cache, v_cache):
@@ -167,7 +167,7 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
-    cache_lens: torch.Tensor,
+    cache_seqlens: torch.Tensor,
     layout: ChunkLayout | None,
     inv_freq: torch.Tensor,
     *,
@@ -176,17 +176,17 @@ def rope_append(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates q and k to their positions and appends what is kept to the cache.
 
-    Row r of chunk c is rotated to position `cache_lens + c * vsts_per_chunk + r`. VST j of
-    chunk c is written to cache entry `cache_lens + c * vsts_per_chunk + j`: its K rotated to
+    Row r of chunk c is rotated to position `cache_seqlens + c * vsts_per_chunk + r`. VST j of
+    chunk c is written to cache entry `cache_seqlens + c * vsts_per_chunk + j`: its K rotated to
     that position, its final one, and its V. With `layout=None` every row is appended.
-    `cache_lens` itself is not changed: attention of the same call takes the same lengths.
+    `cache_seqlens` itself is not changed: attention of the same call takes the same lengths.
 
     Args:
         q: `(batch, rows, heads, head_dim)`, not rotated; head_dim even.
         k, v: `(batch, rows, kv_heads, head_dim)`, k not rotated.
         k_cache, v_cache: `(pages, page_size, kv_heads, head_dim)`, written in place.
         block_table: int32 `(batch, max_pages)` with room for the appended tokens.
-        cache_lens: int32 `(batch,)`, tokens kept before this call.
+        cache_seqlens: int32 `(batch,)`, tokens kept before this call.
         layout: what the rows are.
         inv_freq: float32 `(head_dim / 2,)`, rotation per position in radians.
         inplace: overwrite q and k and return them: no new memory, for inference.
@@ -204,7 +204,7 @@ def rope_append(
     unrotated and rotates the whole cache anew in every layer of every chunk.
     """
     checks.qkv_shapes(q, k, v, layout)
-    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_lens, required=True)
+    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=True)
     checks.inv_freq_shape(inv_freq, k)
     checks.writable(k_cache=k_cache, v_cache=v_cache)
     if inplace:
@@ -218,7 +218,7 @@ def rope_append(
             "inplace: got True with inputs that require a gradient, expected False (or "
             "torch.no_grad(), for inference)"
         )
-    cache = (k_cache, v_cache, block_table, cache_lens)
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
     if use_reference:
         rotated = reference.rope_append(q, k, v, *cache, layout, inv_freq)
         if inplace:

@@ -391,9 +391,9 @@ class CacheBatch:
     Attributes:
         seqs: ids of the sequences.
         block_table: int32 `(batch, pages)`; entries behind a sequence's last page are 0.
-        cache_lens: int32 `(batch,)`, tokens kept before the step.
+        cache_seqlens: int32 `(batch,)`, tokens kept before the step.
 
-    `cache_lens` stays at its address, `block_table` too if `max_tokens` is given: a step can
+    `cache_seqlens` stays at its address, `block_table` too if `max_tokens` is given: a step can
     then be captured in a CUDA graph, with `reserve` before each replay and `commit` after it.
     Sequences may also be changed through the cache; `reserve` notices.
     """
@@ -408,7 +408,7 @@ class CacheBatch:
         # What the two tensors hold, as the host knows it.
         self._lengths = np.zeros(len(seqs), dtype=np.int32)
         self._table = np.zeros((len(seqs), width), dtype=np.int32)
-        self.cache_lens = torch.zeros(len(seqs), dtype=torch.int32, device=cache.device)
+        self.cache_seqlens = torch.zeros(len(seqs), dtype=torch.int32, device=cache.device)
         self.block_table = torch.zeros(self._table.shape, dtype=torch.int32, device=cache.device)
         self._refresh()
 
@@ -428,11 +428,11 @@ class CacheBatch:
         """The step has written its rows; see `VstCache.commit`. Does not wait for the device."""
         self.cache.commit(self._ids, rows)
         self._lengths += rows
-        self.cache_lens += rows
+        self.cache_seqlens += rows
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(k_cache, v_cache, block_table, cache_lens)` of a layer, as the operators take them."""
-        return self.cache.k_cache[i], self.cache.v_cache[i], self.block_table, self.cache_lens
+        """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them."""
+        return self.cache.k_cache[i], self.cache.v_cache[i], self.block_table, self.cache_seqlens
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -461,4 +461,4 @@ class CacheBatch:
             self.block_table.copy_(self.cache._upload(table), non_blocking=True)
         if not np.array_equal(lengths, self._lengths):
             self._lengths = lengths
-            self.cache_lens.copy_(self.cache._upload(lengths), non_blocking=True)
+            self.cache_seqlens.copy_(self.cache._upload(lengths), non_blocking=True)

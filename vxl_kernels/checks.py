@@ -66,7 +66,7 @@ def cache_shapes(
     k_cache: torch.Tensor | None,
     v_cache: torch.Tensor | None,
     block_table: torch.Tensor | None,
-    cache_lens: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
     required: bool,
 ) -> bool:
     """Checks the four cache arguments; returns whether there is a cache."""
@@ -74,7 +74,7 @@ def cache_shapes(
         "k_cache": k_cache,
         "v_cache": v_cache,
         "block_table": block_table,
-        "cache_lens": cache_lens,
+        "cache_seqlens": cache_seqlens,
     }
     missing = [name for name, x in parts.items() if x is None]
     if len(missing) == len(parts) and not required:
@@ -97,7 +97,7 @@ def cache_shapes(
         fail("v_cache", f"shape {tuple(v_cache.shape)}", f"{tuple(k_cache.shape)} as k_cache")
     for name, x, rank, dims in (
         ("block_table", block_table, 2, "(batch, max_pages)"),
-        ("cache_lens", cache_lens, 1, "(batch,)"),
+        ("cache_seqlens", cache_seqlens, 1, "(batch,)"),
     ):
         x = _tensor(name, x, rank, dims)
         if x.dtype != torch.int32:
@@ -153,20 +153,20 @@ def linear_shapes(
 
 
 def paging(
-    block_table: torch.Tensor, cache_lens: torch.Tensor, pages: int, page_size: int, extra: int
+    block_table: torch.Tensor, cache_seqlens: torch.Tensor, pages: int, page_size: int, extra: int
 ) -> None:
-    """Every sequence's first `cache_lens + extra` tokens lie in existing pages. Reads both
+    """Every sequence's first `cache_seqlens + extra` tokens lie in existing pages. Reads both
     tensors on the host."""
     capacity = block_table.shape[1] * page_size
-    for b, length in enumerate(cache_lens.tolist()):
+    for b, length in enumerate(cache_seqlens.tolist()):
         if length < 0:
-            fail("cache_lens", f"{length} at sequence {b}", "at least 0")
+            fail("cache_seqlens", f"{length} at sequence {b}", "at least 0")
         need = length + extra
         if need > capacity:
             fail(
                 "block_table",
                 f"{block_table.shape[1]} pages of {page_size} tokens",
-                f"room for {need} tokens (cache_lens {length} + {extra}) of sequence {b}",
+                f"room for {need} tokens (cache_seqlens {length} + {extra}) of sequence {b}",
             )
         used = block_table[b, : -(-need // page_size)]
         bad = used[(used < 0) | (used >= pages)]

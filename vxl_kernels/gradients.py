@@ -51,8 +51,8 @@ torch.library.register_autograd(
 
 
 def _save_rope(ctx, inputs, output):
-    _, k, v, k_cache, _, block_table, cache_lens, layout, inv_freq = inputs
-    ctx.save_for_backward(block_table, cache_lens, inv_freq)
+    _, k, v, k_cache, _, block_table, cache_seqlens, layout, inv_freq = inputs
+    ctx.save_for_backward(block_table, cache_seqlens, inv_freq)
     ctx.layout, ctx.v_shape, ctx.rows, ctx.page_size = layout, v.shape, k.shape[1], k_cache.shape[1]
 
 
@@ -60,18 +60,18 @@ def _rope_backward(append, ctx, dq_out, dk_out, dk_cache, dv_cache):
     """append: the op that rotates, by its name; dq_out, dk_out as q and k; dk_cache, dv_cache as
     the caches that came out."""
     _refuse_second_derivative("rope_append")
-    block_table, cache_lens, inv_freq = ctx.saved_tensors
+    block_table, cache_seqlens, inv_freq = ctx.saved_tensors
     # What the kernel appends on this way back goes to pages that nobody reads.
     unread = torch.empty_like(dk_cache), torch.empty_like(dk_cache)
     dv = dk_out.new_zeros(ctx.v_shape)
     dq, dk = getattr(torch.ops.vxl, append)(
-        dq_out, dk_out, dv, *unread, block_table, cache_lens, ctx.layout, -inv_freq
+        dq_out, dk_out, dv, *unread, block_table, cache_seqlens, ctx.layout, -inv_freq
     )
     # A kept row also got the gradient of its cache entry, rotated to another position.
     layout = layout_from_ints(ctx.layout)
     device = dk.device
     rows = torch.arange(ctx.rows, device=device) if layout is None else layout.vst_rows(device)
-    slots = cache_lens[:, None] + torch.arange(len(rows), device=device)
+    slots = cache_seqlens[:, None] + torch.arange(len(rows), device=device)
     pages = block_table.gather(1, slots // ctx.page_size).long()
     at = (pages, slots % ctx.page_size)
     batch, kept = slots.shape

@@ -20,25 +20,25 @@ __all__ = ["layout_from_ints", "layout_to_ints"]
 SCHEMAS = {
     "vst_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
-        "Tensor? block_table, Tensor? cache_lens, int[] layout, float scale) -> (Tensor, Tensor)"
+        "Tensor? block_table, Tensor? cache_seqlens, int[] layout, float scale) -> (Tensor, Tensor)"
     ),
     "vst_attention_backward": (
         "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor? k_cache, "
-        "Tensor? v_cache, Tensor? block_table, Tensor? cache_lens, Tensor out, Tensor lse, "
+        "Tensor? v_cache, Tensor? block_table, Tensor? cache_seqlens, Tensor out, Tensor lse, "
         "int[] layout, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "rope_append": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) "
+        "Tensor block_table, Tensor cache_seqlens, int[] layout, Tensor inv_freq) "
         "-> (Tensor, Tensor)"
     ),
     "rope_append_copy": (
         "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-        "Tensor cache_lens, int[] layout, Tensor inv_freq) -> (Tensor, Tensor, Tensor, Tensor)"
+        "Tensor cache_seqlens, int[] layout, Tensor inv_freq) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "rope_append_": (
         "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, "
-        "Tensor block_table, Tensor cache_lens, int[] layout, Tensor inv_freq) -> ()"
+        "Tensor block_table, Tensor cache_seqlens, int[] layout, Tensor inv_freq) -> ()"
     ),
     "vst_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
@@ -89,7 +89,7 @@ def layout_from_ints(ints: list[int]) -> ChunkLayout | None:
 
 
 @torch.library.register_fake("vxl::vst_attention", lib=_library)
-def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+def _(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale):
     batch, rows, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=dtype)
@@ -97,7 +97,19 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
 
 @torch.library.register_fake("vxl::vst_attention_backward", lib=_library)
 def _(
-    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout, scale
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_table,
+    cache_seqlens,
+    out,
+    lse,
+    layout,
+    scale,
 ):
     none = q.new_empty(0)
     caches = [none if c is None else c.new_empty(c.shape) for c in (k_cache, v_cache)]
@@ -106,19 +118,19 @@ def _(
 
 @torch.library.register_fake("vxl::rope_append", lib=_library)
 @torch.library.register_fake("vxl::rope_append_launch", lib=_library)
-def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def _(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.register_fake("vxl::rope_append_copy", lib=_library)
 @torch.library.register_fake("vxl::rope_append_copy_launch", lib=_library)
-def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def _(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     return tuple(x.new_empty(x.shape) for x in (q, k, k_cache, v_cache))
 
 
 @torch.library.register_fake("vxl::rope_append_", lib=_library)
 @torch.library.register_fake("vxl::rope_append_launch_", lib=_library)
-def _(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def _(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     return None
 
 
@@ -189,10 +201,10 @@ _library.impl("vst_linear", _vst_linear, "CompositeImplicitAutograd")
 
 
 def _install_rope_copy(name: str, append: str) -> None:
-    def call(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+    def call(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
         caches = k_cache.clone(), v_cache.clone()
         rotated = getattr(torch.ops.vxl, append)(
-            q, k, v, *caches, block_table, cache_lens, layout, inv_freq
+            q, k, v, *caches, block_table, cache_seqlens, layout, inv_freq
         )
         return *rotated, *caches
 
@@ -219,26 +231,28 @@ def _warn_once(device: str, reason: str) -> None:
         )
 
 
-def _reference_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+def _reference_attention(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale):
     from . import reference
 
     shape = layout_from_ints(layout)
-    return reference.vst_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, shape, scale)
+    return reference.vst_attention(
+        q, k, v, k_cache, v_cache, block_table, cache_seqlens, shape, scale
+    )
 
 
-def _reference_rope(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def _reference_rope(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     from . import reference
 
     shape = layout_from_ints(layout)
     torch.autograd.graph.increment_version([k_cache, v_cache])
     return reference.rope_append(
-        q, k, v, k_cache, v_cache, block_table, cache_lens, shape, inv_freq
+        q, k, v, k_cache, v_cache, block_table, cache_seqlens, shape, inv_freq
     )
 
 
-def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     q_out, k_out = _reference_rope(
-        q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq
+        q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq
     )
     q.copy_(q_out)
     k.copy_(k_out)
@@ -246,7 +260,19 @@ def _reference_rope_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout,
 
 
 def _reference_attention_backward(
-    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout, scale
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_table,
+    cache_seqlens,
+    out,
+    lse,
+    layout,
+    scale,
 ):
     """Recomputes the reference and differentiates it."""
     if q.numel() == 0:
@@ -257,7 +283,7 @@ def _reference_attention_backward(
     inputs = [q, k, v, k_cache, v_cache]
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        outputs = _reference_attention(*[*leaves, block_table, cache_lens, layout, scale])
+        outputs = _reference_attention(*[*leaves, block_table, cache_seqlens, layout, scale])
     present = [x for x in leaves if x is not None]
     grads = iter(
         torch.autograd.grad(outputs, present, [grad_out, grad_lse], materialize_grads=True)

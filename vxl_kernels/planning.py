@@ -67,9 +67,13 @@ def plan_memory(
     """
     counts = {"frames": frames, "prompt": prompt, "tail": tail}
     sizes = {
-        "questions": questions, "tokens_per_frame": tokens_per_frame, "num_layers": num_layers,
-        "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size,
-    }  # fmt: skip
+        "questions": questions,
+        "tokens_per_frame": tokens_per_frame,
+        "num_layers": num_layers,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "page_size": page_size,
+    }
     for least, group in ((0, counts), (1, sizes)):
         for name, value in group.items():
             at_least(name, value, least)

@@ -44,7 +44,7 @@ def vst_attention(
     k_cache: torch.Tensor | None,
     v_cache: torch.Tensor | None,
     block_table: torch.Tensor | None,
-    cache_lens: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
     layout: ChunkLayout | None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,12 +53,12 @@ def vst_attention(
     group = heads // k.shape[2]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     dtype = _compute_dtype(q)
-    lens = [0] * batch if cache_lens is None else cache_lens.tolist()
+    lens = [0] * batch if cache_seqlens is None else cache_seqlens.tolist()
     if k_cache is not None:
         assert block_table is not None
-        assert cache_lens is not None
+        assert cache_seqlens is not None
         checks.paging(
-            block_table, cache_lens, k_cache.shape[0], k_cache.shape[1], _earlier_vsts(layout)
+            block_table, cache_seqlens, k_cache.shape[0], k_cache.shape[1], _earlier_vsts(layout)
         )
     outs, lses = [], []
     for b in range(batch):
@@ -107,7 +107,7 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
-    cache_lens: torch.Tensor,
+    cache_seqlens: torch.Tensor,
     layout: ChunkLayout | None,
     inv_freq: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,9 +120,9 @@ def rope_append(
         kept_rows = layout.vst_rows(q.device)
         in_call = layout.positions(q.device) + layout.chunk_index(q.device) * layout.vsts_per_chunk
     kept = len(kept_rows)
-    checks.paging(block_table, cache_lens, k_cache.shape[0], k_cache.shape[1], kept)
+    checks.paging(block_table, cache_seqlens, k_cache.shape[0], k_cache.shape[1], kept)
     q_out, k_out = [], []
-    for b, cached in enumerate(cache_lens.tolist()):
+    for b, cached in enumerate(cache_seqlens.tolist()):
         slots = cached + torch.arange(kept, device=q.device)
         page_size = k_cache.shape[1]
         at = (block_table[b, slots // page_size].long(), slots % page_size)

@@ -41,13 +41,13 @@ class Inputs:
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     block_table: torch.Tensor
-    cache_lens: torch.Tensor
+    cache_seqlens: torch.Tensor
     layout: ChunkLayout | None
 
     def __repr__(self) -> str:
         return (
             f"Inputs(q {tuple(self.q.shape)} {self.q.dtype}, kv_heads {self.k.shape[2]}, "
-            f"pages {tuple(self.k_cache.shape[:2])}, cache_lens {self.cache_lens.tolist()}, "
+            f"pages {tuple(self.k_cache.shape[:2])}, cache_seqlens {self.cache_seqlens.tolist()}, "
             f"{self.layout})"
         )
 
@@ -76,7 +76,7 @@ class Inputs:
 
 
 def make_inputs(
-    cache_lens: Sequence[int] = (0,),
+    cache_seqlens: Sequence[int] = (0,),
     layout: ChunkLayout | None = None,
     rows: int = 1,
     heads: int = 4,
@@ -98,17 +98,17 @@ def make_inputs(
         return torch.randn(*shape, generator=generator)
 
     rows = rows if layout is None else layout.rows
-    batch = len(cache_lens)
+    batch = len(cache_seqlens)
     appended = rows if layout is None else layout.chunks * layout.vsts_per_chunk
     seen = 0 if layout is None else (layout.chunks - 1) * layout.vsts_per_chunk
-    pages_each = max(-(-(n + appended) // page_size) for n in cache_lens) if batch else 0
+    pages_each = max(-(-(n + appended) // page_size) for n in cache_seqlens) if batch else 0
     pages = batch * pages_each + 2
     order = torch.randperm(pages, generator=generator)[: batch * pages_each]
     block_table = order.reshape(batch, pages_each).to(torch.int32)
     caches = []
     for _ in range(2):
         cache = torch.full((pages, page_size, kv_heads, head_dim), torch.nan)
-        for b, length in enumerate(cache_lens):
+        for b, length in enumerate(cache_seqlens):
             slots = torch.arange(length + seen)
             cache[block_table[b, slots // page_size].long(), slots % page_size] = normal(
                 length + seen, kv_heads, head_dim
@@ -121,7 +121,7 @@ def make_inputs(
         k_cache=caches[0],
         v_cache=caches[1],
         block_table=block_table,
-        cache_lens=torch.tensor(cache_lens, dtype=torch.int32),
+        cache_seqlens=torch.tensor(cache_seqlens, dtype=torch.int32),
         layout=layout,
     ).to(dtype)
 
@@ -180,7 +180,7 @@ def _gradient_masses(
     scale = x.q.shape[3] ** -0.5
     masses, delta_masses, score = [0.0] * 3, [0.0] * 3, 0.0
     earlier = 0 if x.layout is None else (x.layout.chunks - 1) * x.layout.vsts_per_chunk
-    for b, length in enumerate(x.cache_lens.tolist()):
+    for b, length in enumerate(x.cache_seqlens.tolist()):
         slots = torch.arange(length + earlier)
         page_size = x.k_cache.shape[1]
         at = x.block_table[b, slots // page_size].long(), slots % page_size

@@ -11,10 +11,10 @@ from .layers import VideoXLModel
 from .memory import VideoMemory
 from .modeling import VideoXLForConditionalGeneration, VideoXLOutput
 from .ratios import WindowRatios
-from .steps import RunSettings
+from .steps import ExecutionSettings
 
 __all__ = [
-    "RunSettings",
+    "ExecutionSettings",
     "VideoMemory",
     "VideoXLConfig",
     "VideoXLForConditionalGeneration",

@@ -25,9 +25,20 @@ if TYPE_CHECKING:
     from .modeling import VideoXLForConditionalGeneration
 
 __all__ = [
-    "ANIMALS", "COLOURS", "FRAME_TOKENS", "TRAINED_FRAMES", "WEIGHTS", "WINDOW_FRAMES", "Needle",
-    "answer", "draw_needles", "load_needle_model", "make_video", "new_needle_model", "question",
-]  # fmt: skip
+    "ANIMALS",
+    "COLOURS",
+    "FRAME_TOKENS",
+    "TRAINED_FRAMES",
+    "WEIGHTS",
+    "WINDOW_FRAMES",
+    "Needle",
+    "answer",
+    "draw_needles",
+    "load_needle_model",
+    "make_video",
+    "new_needle_model",
+    "question",
+]
 
 ANIMALS = ["ant", "bear", "cat", "dog", "eel", "fox", "goat", "hare", "ibis", "jay"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "violet", "white", "black"]
@@ -40,9 +51,19 @@ _CONTRAST = 2.0  # length of a picture's features; noise has length 1
 _PLAIN = 0.1  # share of frames with a picture that has no coloured frame
 _CONTROL = ("<|im_start|>", "<|endoftext|>", "<|im_end|>")
 _WORDS = [
-    "system", "user", "assistant", "you", "are", "a", "helpful", ".",
-    "which", "animal", "is", "?",
-]  # fmt: skip
+    "system",
+    "user",
+    "assistant",
+    "you",
+    "are",
+    "a",
+    "helpful",
+    ".",
+    "which",
+    "animal",
+    "is",
+    "?",
+]
 
 
 class Needle(NamedTuple):

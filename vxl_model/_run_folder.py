@@ -14,14 +14,31 @@ from typing import Any
 from .data import Sample
 
 __all__ = [
-    "BAD", "LOG", "RESULT", "RUN", "WRITING", "check_output", "check_same_run", "checkpoints",
-    "crc", "finished", "last_checkpoint", "put_in_place", "read_log", "samples_crc", "write_lines",
+    "BAD",
+    "LOG",
+    "RESULT",
+    "RUN",
+    "WRITING",
+    "check_output",
+    "check_same_run",
+    "checkpoints",
+    "crc",
+    "finished",
+    "last_checkpoint",
+    "put_in_place",
+    "read_log",
+    "samples_crc",
+    "write_lines",
     "write_run",
-]  # fmt: skip
+]
 
 LOG, BAD, RUN, RESULT, WRITING = (
-    "train_log.jsonl", "bad_samples.jsonl", "run.json", "model", ".writing",
-)  # fmt: skip
+    "train_log.jsonl",
+    "bad_samples.jsonl",
+    "run.json",
+    "model",
+    ".writing",
+)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

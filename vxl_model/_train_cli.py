@@ -17,21 +17,27 @@ CONFIGS = Path(__file__).with_name("configs")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--stage", required=True, choices=("align", "finetune"),
+        "--stage",
+        required=True,
+        choices=("align", "finetune"),
         help="align: the projector learns; finetune: everything",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="checkpoint: a folder or a name on the Hub"
     )
     parser.add_argument(
-        "--data", required=True, action="append", metavar="FILE",
+        "--data",
+        required=True,
+        action="append",
+        metavar="FILE",
         help="LLaVA-style JSON or JSONL; several may be named",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of this run")
     parser.add_argument(
-        "--config", metavar="FILE",
+        "--config",
+        metavar="FILE",
         help=f"YAML or JSON: settings of vxl_model.training and TrainingArguments; see {CONFIGS}",
-    )  # fmt: skip
+    )
     parser.add_argument("--root", metavar="DIR", help="of paths in the data (default: its folder)")
     parser.add_argument(
         "--on-bad-sample", choices=("skip", "stop"), help="skip (default) reports it and goes on"
@@ -71,9 +77,14 @@ def run(options: argparse.Namespace) -> None:
             print(line, file=sys.stderr, flush=True)
 
     report = train(
-        options.model, options.data, options.output, settings,
-        root=options.root, resume=options.resume, say=say,
-    )  # fmt: skip
+        options.model,
+        options.data,
+        options.output,
+        settings,
+        root=options.root,
+        resume=options.resume,
+        say=say,
+    )
     # With the group's threads alive a process may abort at its exit.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -93,9 +104,10 @@ def summary(report: Any) -> list[str]:
     lines = [
         f"samples   {counts}",
         "bad       " + (", ".join(f"{n} {kind}" for kind, n in report.bad.items()) or "none"),
-        f"steps     {report.steps}" + (f", {done} of them now" if report.resumed_from else "")
+        f"steps     {report.steps}"
+        + (f", {done} of them now" if report.resumed_from else "")
         + f", of {report.samples_a_step} samples and {report.tokens_a_step:.0f} tokens",
-    ]  # fmt: skip
+    ]
     if done:
         lines.append(f"time      {report.seconds:.1f} s, {report.seconds / done:.2f} s a step")
     if report.loss is not None:

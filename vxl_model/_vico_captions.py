@@ -122,10 +122,14 @@ class CaptionFile:
         """Notes how a video is cut, so that a complete one need not be opened again."""
         self._clips[key] = {clip.index: clip for clip in clips}
         self._durations[key] = round(duration, 3)
-        self._append({
-            "key": key, "video": name, "duration": self._durations[key],
-            "clips": [[c.index, c.start, c.end] for c in clips],
-        })  # fmt: skip
+        self._append(
+            {
+                "key": key,
+                "video": name,
+                "duration": self._durations[key],
+                "clips": [[c.index, c.start, c.end] for c in clips],
+            }
+        )
 
     def add(self, key: str, caption: Caption) -> None:
         """Keeps a caption; it is on the disk when this returns."""

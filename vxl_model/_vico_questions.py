@@ -106,10 +106,14 @@ def pick_clues(captions: Sequence[Caption], same: float = SAME) -> tuple[list[Cl
             dropped["recurring"] += 1
             continue
         dropped["repeated"] += len(members) - 1
-        clues.append(Clue(
-            clean(parts[0].text), parts[0].clip.start, parts[-1].clip.end,
-            tuple(c.clip.index for c in parts),
-        ))  # fmt: skip
+        clues.append(
+            Clue(
+                clean(parts[0].text),
+                parts[0].clip.start,
+                parts[-1].clip.end,
+                tuple(c.clip.index for c in parts),
+            )
+        )
     return clues, +dropped
 
 
@@ -262,7 +266,8 @@ def ask(clues: Sequence[Clue], name: str, seed: int, samples: int, most: int) ->
         chosen = draw.sample(range(len(clues)), draw.randint(FORMS[form].least, usable))
         asked = _Asked(draw, [clues[i].text for i in chosen], list(chosen))
         FORMS[form].write(asked)
-        question = Question(form, "\n".join(asked.lines), asked.answer,
-                            tuple(clues[i] for i in asked.ranks))  # fmt: skip
+        question = Question(
+            form, "\n".join(asked.lines), asked.answer, tuple(clues[i] for i in asked.ranks)
+        )
         found.setdefault((form, asked.anchor, frozenset(chosen)), question)
     return list(found.values())

@@ -90,8 +90,9 @@ class TransformersCaptioner:
             ids = self.model.generate(
                 **inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
             )
-        return self.processor.decode(_new_ids(ids, inputs.get("input_ids")),
-                                     skip_special_tokens=True).strip()  # fmt: skip
+        return self.processor.decode(
+            _new_ids(ids, inputs.get("input_ids")), skip_special_tokens=True
+        ).strip()
 
     def _load(self) -> Any:
         from safetensors import SafetensorError
@@ -109,9 +110,12 @@ class TransformersCaptioner:
             content = [{"type": "image", "image": picture} for picture in pictures]
             message = {"role": "user", "content": [*content, {"type": "text", "text": self.prompt}]}
             return processor.apply_chat_template(
-                [message], add_generation_prompt=True, tokenize=True, return_dict=True,
+                [message],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
                 return_tensors="pt",
-            )  # fmt: skip
+            )
         token = getattr(processor, "image_token", None)
         if token is None:
             return processor(images=pictures[len(pictures) // 2], return_tensors="pt")

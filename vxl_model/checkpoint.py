@@ -69,8 +69,11 @@ class CheckpointMixin:
         )
         missing = set(info["missing_keys"])
         made = initialize_vst(model, missing)
-        lost = sorted(missing - made - {"lm_head.weight"} if model.config.tie_word_embeddings
-                      else missing - made)  # fmt: skip
+        lost = sorted(
+            missing - made - {"lm_head.weight"}
+            if model.config.tie_word_embeddings
+            else missing - made
+        )
         if lost:
             shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise ValueError(

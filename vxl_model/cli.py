@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from .processing import VideoXLProcessor
 
 DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-}  # fmt: skip
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(
             f"out of memory ({_one_line(error)}); fewer --frames, a larger --ratio or "
-            "--dtype bfloat16 take less, see the plan command", 1,
-        )  # fmt: skip
+            "--dtype bfloat16 take less, see the plan command",
+            1,
+        )
 
 
 def _complain(text: str, code: int) -> int:
@@ -258,30 +261,41 @@ def _plan(options: argparse.Namespace) -> None:
     plan = plan_video(config, options.frames, options.ratio, dtype=dtype, device=device)
     free = device_memory(device)
     if options.json:
-        print(json.dumps({"model": name, "device": str(device), "free_bytes": free,
-                          **plan.to_dict()}))  # fmt: skip
+        print(
+            json.dumps({"model": name, "device": str(device), "free_bytes": free, **plan.to_dict()})
+        )
         return
     gib = 2.0**30
     raw = plan.raw_dense_flops + plan.raw_attention_flops
     language = plan.dense_flops + plan.attention_flops
     fits = "fits" if plan.total_bytes < free else "does not fit"
     print(f"model     {name}, {plan.parameters / 1e9:.2f} G parameters, {plan.dtype}, on {device}")
-    print(f"video     {plan.frames} frames, {plan.visual_tokens} visual tokens, one in "
-          f"{plan.ratio} kept: {plan.kept_tokens} with the prompt")  # fmt: skip
+    print(
+        f"video     {plan.frames} frames, {plan.visual_tokens} visual tokens, one in "
+        f"{plan.ratio} kept: {plan.kept_tokens} with the prompt"
+    )
     print("memory")
     print(f"  weights                {plan.weight_bytes / gib:9.2f} GiB")
-    print(f"  kept K and V           {plan.cache_bytes / gib:9.2f} GiB   "
-          f"(every token kept: {plan.raw_cache_bytes / gib:.2f} GiB)")  # fmt: skip
+    print(
+        f"  kept K and V           {plan.cache_bytes / gib:9.2f} GiB   "
+        f"(every token kept: {plan.raw_cache_bytes / gib:.2f} GiB)"
+    )
     print(f"  activations, about     {plan.step_bytes / gib:9.2f} GiB")
-    print(f"  together               {plan.total_bytes / gib:9.2f} GiB   "
-          f"{fits}: {free / gib:.1f} GiB are free")  # fmt: skip
+    print(
+        f"  together               {plan.total_bytes / gib:9.2f} GiB   "
+        f"{fits}: {free / gib:.1f} GiB are free"
+    )
     print("arithmetic")
     print(f"  vision                 {plan.vision_flops / 1e12:9.1f} TFLOP")
-    print(f"  language model         {language / 1e12:9.1f} TFLOP, "
-          f"{100 * plan.attention_flops / language:.0f} % of it attention "
-          f"(every token kept: {raw / 1e12:.1f})")  # fmt: skip
-    print(f"  a question             {plan.question_flops / 1e12:9.1f} TFLOP, "
-          "64 tokens and 256 of answer")  # fmt: skip
+    print(
+        f"  language model         {language / 1e12:9.1f} TFLOP, "
+        f"{100 * plan.attention_flops / language:.0f} % of it attention "
+        f"(every token kept: {raw / 1e12:.1f})"
+    )
+    print(
+        f"  a question             {plan.question_flops / 1e12:9.1f} TFLOP, "
+        "64 tokens and 256 of answer"
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -352,9 +366,11 @@ class _Session:
             with open(options.memory, "rb"):
                 return {}
         if options.video:
-            return {"video": open_video(
-                options.video, options.frames, options.fps, size=self.processor.size
-            )}  # fmt: skip
+            return {
+                "video": open_video(
+                    options.video, options.frames, options.fps, size=self.processor.size
+                )
+            }
         if options.frames is not None or options.fps is not None:
             raise ValueError("--frames, --fps: for --video only")
         if len(options.image) > 1:
@@ -380,8 +396,11 @@ class _Session:
             bar.close()
         damaged = getattr(source.get("video"), "damaged", 0)
         if damaged:
-            print(f"vxl_model: warning: {damaged} frames could not be decoded; the one before "
-                  "stands for each", file=sys.stderr)  # fmt: skip
+            print(
+                f"vxl_model: warning: {damaged} frames could not be decoded; the one before "
+                "stands for each",
+                file=sys.stderr,
+            )
         return memory
 
     def answer(self, question: str) -> None:
@@ -397,9 +416,13 @@ class _Session:
             )
         begin = time.perf_counter()
         ids = self.memory.ask(
-            tail, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer,
-            eos_token_id=self.processor.stop_ids, pad_token_id=self.processor.stop_ids[0],
-        )  # fmt: skip
+            tail,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            eos_token_id=self.processor.stop_ids,
+            pad_token_id=self.processor.stop_ids[0],
+        )
         seconds = time.perf_counter() - begin
         if options.json:
             answer = {

@@ -55,10 +55,22 @@ _SUPPORTED_VISION = {
 }
 # Keys that this release of transformers adds to a configuration and the layout does not have.
 _NOT_IN_LAYOUT = {
-    "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id",
-    "layer_types", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
-    "rope_parameters", "vision_config", "_name_or_path", "pad_token_id", "per_layer_config",
-}  # fmt: skip
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "layer_types",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "rope_parameters",
+    "vision_config",
+    "_name_or_path",
+    "pad_token_id",
+    "per_layer_config",
+}
 
 
 @strict

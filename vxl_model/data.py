@@ -42,23 +42,43 @@ from .ratios import RatioPlan, WindowRatios
 from .video import open_video
 
 __all__ = [
-    "KINDS", "BadSample", "BadSampleError", "BadSamples", "Sample", "TrainingData",
-    "TrainingOrder", "VisualShape", "collate", "conversation_ids", "read_samples",
-]  # fmt: skip
+    "KINDS",
+    "BadSample",
+    "BadSampleError",
+    "BadSamples",
+    "Sample",
+    "TrainingData",
+    "TrainingOrder",
+    "VisualShape",
+    "collate",
+    "conversation_ids",
+    "read_samples",
+]
 
 MARKERS = ("<image>", "<video>")
 SYSTEM = "You are a helpful assistant."
 IGNORED = -100
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-          "system": "system"}  # fmt: skip
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 _CHARACTERS_A_TOKEN = 4  # of English text, roughly; only lengths' order matters
 _MOST = 1e12  # of a width, a number of frames, seconds
 _MEGABATCH = 50  # batches whose samples are sorted by length together
 
 KINDS = (
-    "broken line", "bad sample", "empty answer", "control token", "missing file",
-    "unreadable image", "undecodable video", "too long",
-)  # fmt: skip
+    "broken line",
+    "bad sample",
+    "empty answer",
+    "control token",
+    "missing file",
+    "unreadable image",
+    "undecodable video",
+    "too long",
+)
 
 
 class BadSample(NamedTuple):
@@ -484,8 +504,13 @@ class TrainingData(Dataset):
             shown = len(frames) - (1 if image_size is not None and len(frames) > 1 else 0)
             plan = RatioPlan(list(self.shape.ratios), [self.seed, epoch, index])
             ratio = plan.windows(shown * self.shape.tokens_per_frame, self.shape.window)
-        return {"input_ids": ids, "labels": labels, "frames": frames,
-                "image_size": image_size, "ratio": ratio}  # fmt: skip
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "frames": frames,
+            "image_size": image_size,
+            "ratio": ratio,
+        }
 
     def _frames(self, sample: Sample) -> tuple[Tensor | None, tuple[int, int] | None]:
         files, most = sample.files, self.shape.frames
@@ -570,7 +595,12 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         mask[row, :length] = 1
     ratios: list[WindowRatios | None] = [item["ratio"] for item in items]
     return {
-        "input_ids": ids, "labels": labels, "attention_mask": mask, "ratio": ratios,
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": mask,
+        "ratio": ratios,
         "frames": [item["frames"] for item in items],
-        "image_sizes": [item["image_size"] for item in items], "bad": bad, "stop": False,
-    }  # fmt: skip
+        "image_sizes": [item["image_size"] for item in items],
+        "bad": bad,
+        "stop": False,
+    }

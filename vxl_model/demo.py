@@ -25,7 +25,7 @@ from ._needle import (
     load_needle_model,
     make_video,
     question,
-)  # fmt: skip
+)
 from ._progress import Progress
 from .processing import VideoXLProcessor
 from .video import open_video
@@ -37,9 +37,14 @@ if TYPE_CHECKING:
 
 QUESTION = "What happens in the video?"
 STAGES = (
-    "make the clip", "make the model", "decode and resize (own thread)", "vision tower",
-    "projector and pooling", "language model, video", "language model, answer",
-)  # fmt: skip
+    "make the clip",
+    "make the model",
+    "decode and resize (own thread)",
+    "vision tower",
+    "projector and pooling",
+    "language model, video",
+    "language model, answer",
+)
 
 
 def demo_model(seed: int = 0) -> VideoXLForConditionalGeneration:
@@ -151,9 +156,12 @@ def _finish() -> None:
 
 
 def run_demo(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, frames: int | None = None,
-    ratio: Any = None, max_new_tokens: int = 32,
-) -> dict[str, Any]:  # fmt: skip
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    frames: int | None = None,
+    ratio: Any = None,
+    max_new_tokens: int = 32,
+) -> dict[str, Any]:
     """Runs it and returns what `print_demo` prints. Seconds are wall-clock; decoding runs in a
     thread beside the model, so the parts may add up to more than the whole."""
     whole = time.perf_counter()
@@ -184,9 +192,12 @@ def run_demo(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             ids = memory.ask(
-                model.processor.tail_ids(QUESTION)[0], max_new_tokens=max_new_tokens,
-                do_sample=True, top_k=0, suppress_tokens=_unreadable(model.processor.tokenizer),
-            )  # fmt: skip
+                model.processor.tail_ids(QUESTION)[0],
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                top_k=0,
+                suppress_tokens=_unreadable(model.processor.tokenizer),
+            )
         answered = time.perf_counter() - begin
     timer.seconds["decode and resize (own thread)"] = reader.decode_seconds
     seconds = {name: timer.seconds[name] for name in STAGES}
@@ -205,10 +216,12 @@ def run_demo(
         "answer": model.processor.decode(ids),
         "new_tokens": len(ids),
         "seconds": {
-            **seconds, "watch": watched, "answer": answered,
+            **seconds,
+            "watch": watched,
+            "answer": answered,
             "total": total,
         },
-    }  # fmt: skip
+    }
 
 
 def print_demo(result: dict[str, Any], out: Any = None) -> None:
@@ -221,8 +234,10 @@ def print_demo(result: dict[str, Any], out: Any = None) -> None:
     raw, kept = result["visual_tokens"], result["kept_tokens"]
     say(f"clip       {result['clip']}, decoded by {result['backend']}")
     say("model      random weights: the structure of Video-XL in small")
-    say(f"video      {result['frames']} frames, {raw} visual tokens; {kept} kept with the prompt "
-        f"({result['memory_bytes'] / 2**20:.1f} MiB)")  # fmt: skip
+    say(
+        f"video      {result['frames']} frames, {raw} visual tokens; {kept} kept with the prompt "
+        f"({result['memory_bytes'] / 2**20:.1f} MiB)"
+    )
     say(f"question   {result['question']}")
     say(f"answer     {result['answer']}")
     say("           These words mean nothing: the weights are random. What follows is real.")
@@ -233,18 +248,25 @@ def print_demo(result: dict[str, Any], out: Any = None) -> None:
         say(f"  {name:<32} {value:7.2f} s")
     rate = result["frames"] / watched
     say(f"  {'watching, all of it':<32} {watched:7.2f} s   {rate:.1f} frames/s")
-    say(f"  {'answering, all of it':<32} {answered:7.2f} s   "
-        f"{result['new_tokens'] / answered:.1f} tokens/s")  # fmt: skip
+    say(
+        f"  {'answering, all of it':<32} {answered:7.2f} s   "
+        f"{result['new_tokens'] / answered:.1f} tokens/s"
+    )
     say(f"  {'total':<32} {total:7.2f} s")
     needles = result["needles"]
     say()
     say(f"a trained model of 3 layers, {needles['trained_frames']} frames at most in its training")
-    say(f"video      {needles['frames']} frames of synthetic features, eight of them show a "
-        "coloured animal;")  # fmt: skip
+    say(
+        f"video      {needles['frames']} frames of synthetic features, eight of them show a "
+        "coloured animal;"
+    )
     say(f"           {needles['visual_tokens']} visual tokens, {needles['kept_tokens']} kept")
     for place, asked, said, truth in zip(
-        needles["at_frame"], needles["questions"], needles["answers"], needles["truth"],
+        needles["at_frame"],
+        needles["questions"],
+        needles["answers"],
+        needles["truth"],
         strict=True,
-    ):  # fmt: skip
+    ):
         verdict = "right" if said == truth else f"wrong: {truth}"
         say(f"  {asked:<26} {said:<14} (frame {place + 1}: {verdict})")

@@ -19,7 +19,7 @@ from .configuration import VideoXLConfig
 from .layers import VideoXLModel
 from .pool import CachePool, PooledSequence
 from .ratios import RatioPlan, WindowRatios
-from .steps import CacheStep, RunSettings
+from .steps import CacheStep, ExecutionSettings
 
 __all__ = ["Encoder", "Stream", "default_chunks", "make_plan"]
 
@@ -89,9 +89,15 @@ class Stream:
     def fork(self) -> Stream:
         """The same, independent from here on. Shares pages; copies nothing."""
         return Stream(
-            self.sequence.fork(), self.plan.copy(), list(self.pending), list(self.sizes),
-            self.visual_tokens, self.closed, self.sealed, list(self.drawn),
-        )  # fmt: skip
+            self.sequence.fork(),
+            self.plan.copy(),
+            list(self.pending),
+            list(self.sizes),
+            self.visual_tokens,
+            self.closed,
+            self.sealed,
+            list(self.drawn),
+        )
 
     def take(self, tokens: int) -> Tensor:
         """Removes the first pending tokens."""
@@ -115,7 +121,7 @@ class Encoder:
         settings: how.
     """
 
-    def __init__(self, core: VideoXLModel, settings: RunSettings) -> None:
+    def __init__(self, core: VideoXLModel, settings: ExecutionSettings) -> None:
         self.core, self.settings = core, settings
         self.window: int = core.config.beacon_window
         weight = core.beacon_embed_tokens.weight
@@ -136,9 +142,14 @@ class Encoder:
 
         def make(pages: int) -> VstCache:
             return VstCache(
-                config.num_hidden_layers, self.core.kv_heads, config.head_width,
-                num_pages=pages, page_size=page_size, dtype=self.dtype, device=self.device,
-            )  # fmt: skip
+                config.num_hidden_layers,
+                self.core.kv_heads,
+                config.head_width,
+                num_pages=pages,
+                page_size=page_size,
+                dtype=self.dtype,
+                device=self.device,
+            )
 
         return CachePool(make, tokens, page_size)
 
@@ -168,7 +179,7 @@ class Encoder:
         rows = hidden.shape[1]
         if layout is not None:
             rows = layout.chunks * layout.vsts_per_chunk
-        if keep_rows == 0 and not self.settings.last_layer_shortcut:
+        if keep_rows == 0 and not self.settings.skip_last_layer_outputs:
             keep_rows = None
         batch = sequences[0].pool.batch(sequences, rows)
         step = CacheStep(batch, layout, self.core.inv_freq(), self.settings)

@@ -45,9 +45,11 @@ class TextRow:
 def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) -> list[TextRow]:
     """Cuts `input_ids (batch, tokens)` at -200 and drops what `attention_mask` masks."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-        got = f"shape {tuple(input_ids.shape)}, {input_ids.dtype}" if isinstance(
-            input_ids, Tensor
-        ) else type(input_ids).__name__  # fmt: skip
+        got = (
+            f"shape {tuple(input_ids.shape)}, {input_ids.dtype}"
+            if isinstance(input_ids, Tensor)
+            else type(input_ids).__name__
+        )
         fail("input_ids", got, "integers (batch, tokens)")
     if 0 in input_ids.shape:
         fail("input_ids", f"shape {tuple(input_ids.shape)}", "at least one token")
@@ -80,9 +82,15 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
             fail("input_ids", f"no token behind {IMAGE_TOKEN} in row {b}", "at least one")
         row = input_ids[b].long()
         rows.append(
-            TextRow(row[start:at] if len(places) else row[:0], row[at + 1 : stop],
-                    start, at + 1, stop, bool(len(places)))
-        )  # fmt: skip
+            TextRow(
+                row[start:at] if len(places) else row[:0],
+                row[at + 1 : stop],
+                start,
+                at + 1,
+                stop,
+                bool(len(places)),
+            )
+        )
     return rows
 
 

@@ -107,9 +107,9 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
         """Appends what the layer keeps of these rows and computes nothing else: all that the
         last layer has to do for rows whose output nobody reads."""
         kept, vsts = step.kept_rows(hidden)
-        step.append(self.self_attn.layer_idx, *self.self_attn.project_kept(
-            self.input_layernorm(kept), vsts
-        ))  # fmt: skip
+        step.append(
+            self.self_attn.layer_idx, *self.self_attn.project_kept(self.input_layernorm(kept), vsts)
+        )
 
     def compile_dense(self, backend: str = "inductor") -> None:
         """Compiles norms, MLP and residuals, once for all layers and lengths. Compiling the layer

@@ -66,13 +66,14 @@ class VideoMemory:
     @property
     def kept_tokens(self) -> list[int]:
         """Tokens of each video whose K and V are kept: prompt, VSTs, text read since."""
-        sizes = [sum(after) - sum(s.sizes) for after, s in zip(
-            self.beacon_sizes, self._streams, strict=True
-        )]  # fmt: skip
+        sizes = [
+            sum(after) - sum(s.sizes)
+            for after, s in zip(self.vst_counts, self._streams, strict=True)
+        ]
         return [s.sequence.length + n for s, n in zip(self._streams, sizes, strict=True)]
 
     @property
-    def beacon_sizes(self) -> list[list[int]]:
+    def vst_counts(self) -> list[list[int]]:
         """VSTs of every step of each video, as the published code lists them: 0 for the prompt
         and for text, one entry for each window. A last window that is not full counts."""
         return [self.model.encoder().sizes_if_ended(s) for s in self._streams]
@@ -266,10 +267,15 @@ def model_fingerprint(model: VideoXLForConditionalGeneration) -> str:
     config = model.config
     core = model.model
     fields = [
-        config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
-        config.num_key_value_heads, config.head_width, config.beacon_window,
-        config.published()["rope_theta"], str(core.beacon_embed_tokens.weight.dtype),
-    ]  # fmt: skip
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_width,
+        config.beacon_window,
+        config.published()["rope_theta"],
+        str(core.beacon_embed_tokens.weight.dtype),
+    ]
     digest = hashlib.sha256(json.dumps(fields).encode())
     # The first row of every parameter: 28 layers of Qwen2-7B are 9 MB.
     for _, weight in [*core.layers.named_parameters(), *core.norm.named_parameters()]:

@@ -28,7 +28,7 @@ from .layers import VideoXLModel, VideoXLPreTrainedModel
 from .memory import SLACK_TOKENS, VideoMemory
 from .prefetch import prefetch
 from .ratios import RatioPlan, WindowRatios
-from .steps import RunSettings
+from .steps import ExecutionSettings
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLOutput"]
 
@@ -58,7 +58,7 @@ class VideoXLForConditionalGeneration(
     """Video-XL with its language model head.
 
     Attributes:
-        settings: how it computes (`RunSettings`).
+        settings: how it computes (`ExecutionSettings`).
         ratio: ratios to use where a call names none; None for the configuration's.
     """
 
@@ -70,7 +70,7 @@ class VideoXLForConditionalGeneration(
         super().__init__(config)
         self.model = VideoXLModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.settings = RunSettings()
+        self.settings = ExecutionSettings()
         self.ratio: Ratio = None
         self._processor: Any = None
         self.post_init()
@@ -178,9 +178,13 @@ class VideoXLForConditionalGeneration(
         rows = rows[::copies]
         tower = getattr(self.model, "vision_tower", None)
         sources = visual_sources(
-            visual_features, pixel_values, image_sizes, len(rows), self.config.hidden_size,
+            visual_features,
+            pixel_values,
+            image_sizes,
+            len(rows),
+            self.config.hidden_size,
             tower.config.image_size if tower is not None else None,
-        )  # fmt: skip
+        )
         self._refuse_mismatch(rows, sources, memory)
         features = [s.features for s in sources or () if s.features is not None]
         wants_grad = torch.is_grad_enabled() and (
@@ -300,7 +304,7 @@ class VideoXLForConditionalGeneration(
         """One more token of every sequence."""
         assert input_ids is not None
         hidden = self.encoder().tail(memory._streams, input_ids, None)
-        parts = hidden.split(1) if self.settings.same_bits_in_batch else (hidden,)
+        parts = hidden.split(1) if self.settings.batch_invariant else (hidden,)
         logits = torch.cat([self.lm_head(x) for x in parts])
         return VideoXLOutput(logits=logits, memory=memory, past_key_values=memory)
 

@@ -124,11 +124,18 @@ def plan_video(
     side = clip.image_size // clip.patch_size
     per_frame = (side // 2) ** 2
     cache = VstCache.memory_for(
-        frames, ratio, prompt=prompt, tail=max(question + answer, SLACK_TOKENS),
-        window=config.beacon_window, tokens_per_frame=per_frame,
-        num_layers=config.num_hidden_layers, kv_heads=_kv_heads(config), head_dim=config.head_width,
-        page_size=page_size, dtype=dtype,
-    )  # fmt: skip
+        frames,
+        ratio,
+        prompt=prompt,
+        tail=max(question + answer, SLACK_TOKENS),
+        window=config.beacon_window,
+        tokens_per_frame=per_frame,
+        num_layers=config.num_hidden_layers,
+        kv_heads=_kv_heads(config),
+        head_dim=config.head_width,
+        page_size=page_size,
+        dtype=dtype,
+    )
     tokens = cache.visual_tokens
     parameters = count_parameters(config)
     decoder = _Decoder(config)

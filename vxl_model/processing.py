@@ -212,12 +212,19 @@ class VideoXLProcessor:
         """Writes `preprocessor_config.json` and the tokenizer, if there is one."""
         edge = {"height": self.size, "width": self.size}
         clip = {
-            "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-            "do_convert_rgb": True, "resample": 3, "rescale_factor": self.rescale,
-            "size": {"shortest_edge": self.size}, "crop_size": edge,
-            "image_mean": list(self.mean), "image_std": list(self.std),
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "resample": 3,
+            "rescale_factor": self.rescale,
+            "size": {"shortest_edge": self.size},
+            "crop_size": edge,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
             "image_processor_type": "CLIPImageProcessor",
-        }  # fmt: skip
+        }
         text = json.dumps(clip, indent=1) + "\n"
         (Path(folder) / "preprocessor_config.json").write_text(text)
         if self.tokenizer is not None:
@@ -335,8 +342,11 @@ def _clip_settings(path: str, clip: dict) -> dict[str, Any]:
         return value
 
     size, crop = (edge(clip.get(key, CLIP_SIZE)) for key in ("size", "crop_size"))
-    off = [k for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-           if not clip.get(k, True)]  # fmt: skip
+    off = [
+        k
+        for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        if not clip.get(k, True)
+    ]
     wrong = [f"{k} is false" for k in off]
     if not isinstance(size, int) or size != crop:
         wrong.append(f"size {clip.get('size')} and crop_size {clip.get('crop_size')} differ")

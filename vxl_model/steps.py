@@ -17,13 +17,13 @@ from vxl_kernels import CacheBatch, ChunkLayout, rope_append, vst_attention
 
 from .layers import VideoXLAttention
 
-__all__ = ["CacheStep", "RunSettings", "Segment", "Step", "TrainingStep"]
+__all__ = ["CacheStep", "ExecutionSettings", "Segment", "Step", "TrainingStep"]
 
 Backend = Literal["cpu", "triton", "reference"]
 
 
 @dataclass
-class RunSettings:
+class ExecutionSettings:
     """How a model computes; none of it changes what it computes. `model.settings`.
 
     Attributes:
@@ -31,9 +31,9 @@ class RunSettings:
             device's memory.
         order: of a chunk's rows, "split" or "interleaved".
         backend: of `vxl_kernels`; None for the device's own.
-        last_layer_shortcut: the last layer keeps K and V and computes nothing else where its
+        skip_last_layer_outputs: the last layer keeps K and V and computes nothing else where its
             output is not read. Off only for comparisons.
-        same_bits_in_batch: dense products take the rows of one sequence at a time, so that a
+        batch_invariant: dense products take the rows of one sequence at a time, so that a
             sequence's result does not depend on its neighbours, to the bit. Off, decoding a
             batch reads each weight once instead of once a sequence. Matrix libraries choose
             their kernel by the number of rows: MKL rounds 1 row, 2 rows and 8 rows differently.
@@ -43,8 +43,8 @@ class RunSettings:
     chunks_per_step: int | None = None
     order: Literal["split", "interleaved"] = "split"
     backend: Backend | None = None
-    last_layer_shortcut: bool = True
-    same_bits_in_batch: bool = True
+    skip_last_layer_outputs: bool = True
+    batch_invariant: bool = True
     page_size: int = 128
 
 
@@ -76,13 +76,13 @@ class CacheStep:
         batch: CacheBatch,
         layout: ChunkLayout | None,
         inv_freq: Tensor,
-        settings: RunSettings,
+        settings: ExecutionSettings,
     ) -> None:
         self.batch, self.layout, self.inv_freq = batch, layout, inv_freq
         self.settings = settings
 
     def parts(self, hidden: Tensor) -> list[Tensor]:
-        return list(hidden.split(1)) if self.settings.same_bits_in_batch else [hidden]
+        return list(hidden.split(1)) if self.settings.batch_invariant else [hidden]
 
     def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
         backend = self.settings.backend
@@ -150,7 +150,7 @@ class TrainingStep:
         segments: Sequence[Segment],
         batch: int,
         inv_freq: Tensor,
-        settings: RunSettings,
+        settings: ExecutionSettings,
         keep: bool = False,
         idle_vsts: bool = False,
     ) -> None:
@@ -180,9 +180,17 @@ class TrainingStep:
         rotated = []
         for (q, k, v), segment, lens in zip(projected, self.segments, self._lens, strict=True):
             q, k = rope_append(
-                q, k, v, k_cache, v_cache, self._table, lens, segment.layout, self.inv_freq,
+                q,
+                k,
+                v,
+                k_cache,
+                v_cache,
+                self._table,
+                lens,
+                segment.layout,
+                self.inv_freq,
                 backend=backend,
-            )  # fmt: skip
+            )
             rotated.append((q, k, v))
         out = [
             vst_attention(

@@ -24,7 +24,7 @@ from vxl_kernels import ChunkLayout
 from .encoder import Encoder
 from .inputs import IMAGE_TOKEN, TextRow, fail
 from .ratios import RatioPlan
-from .steps import RunSettings, Segment, TrainingStep
+from .steps import ExecutionSettings, Segment, TrainingStep
 
 __all__ = ["SequencePass", "alike", "check_labels", "loss_of", "train_pass"]
 
@@ -119,12 +119,12 @@ def alike(
     rows: Sequence[TextRow],
     features: Sequence[Tensor | None],
     plans: Sequence[RatioPlan],
-    settings: RunSettings,
+    settings: ExecutionSettings,
 ) -> list[list[int]]:
     """Groups of rows that share a pass: prompt, video and tail as long, ratios drawn alike. Each
     row alone among processes, since FSDP wants as many passes everywhere, and without gradients
     where a row is to have the bits that it has alone."""
-    apart = settings.same_bits_in_batch and not torch.is_grad_enabled()
+    apart = settings.batch_invariant and not torch.is_grad_enabled()
     if apart or (dist.is_available() and dist.is_initialized()):
         return [[i] for i in range(len(rows))]
     groups: dict[tuple[int, int | None, int, str], list[int]] = {}

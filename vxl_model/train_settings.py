@@ -18,28 +18,49 @@ STAGES = ("align", "finetune")
 
 # What both stages take where a configuration says nothing else; names are TrainingArguments'.
 _DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03,
-    "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42, "logging_steps": 1,
-    "logging_nan_inf_filter": False, "ddp_find_unused_parameters": False,
-    "save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "report_to": "none",
-    "dataloader_num_workers": 2, "log_level": "error",
-}  # fmt: skip
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "ddp_find_unused_parameters": False,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "dataloader_num_workers": 2,
+    "log_level": "error",
+}
 _STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "align": {"learning_rate": 1e-3, "per_device_train_batch_size": 8},
     "finetune": {
-        "learning_rate": 1e-5, "per_device_train_batch_size": 1, "gradient_checkpointing": True,
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
     },
-}  # fmt: skip
+}
 # What the recipe needs to be so.
 _FIXED: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
 # A resumed run may change these; everything else would make it another run.
 _FREE = {
-    "logging_steps", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
-    "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "run_name", "log_level", "on_bad_sample",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "run_name",
+    "log_level",
+    "on_bad_sample",
     # Their product, over all processes, is compared instead.
-    "per_device_train_batch_size", "gradient_accumulation_steps",
-}  # fmt: skip
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 @dataclasses.dataclass
@@ -117,8 +138,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"{name}: got {value!r}, expected a positive number")
-        for name, allowed in (("stage", STAGES), ("on_bad_sample", ("skip", "stop")),
-                              ("dtype", ("float32", "bfloat16"))):  # fmt: skip
+        for name, allowed in (
+            ("stage", STAGES),
+            ("on_bad_sample", ("skip", "stop")),
+            ("dtype", ("float32", "bfloat16")),
+        ):
             if getattr(self, name) not in allowed:
                 want = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {want}")

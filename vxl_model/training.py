@@ -59,7 +59,7 @@ from ._run_folder import (
     samples_crc,
     write_lines,
     write_run,
-)  # fmt: skip
+)
 from .configuration import VideoXLConfig
 from .data import (
     BadSample,
@@ -70,7 +70,7 @@ from .data import (
     VisualShape,
     collate,
     read_samples,
-)  # fmt: skip
+)
 from .encoder import make_plan
 from .layers import local
 from .modeling import VideoXLForConditionalGeneration
@@ -78,9 +78,14 @@ from .processing import VideoXLProcessor
 from .train_settings import TrainSettings, decisive
 
 __all__ = [
-    "TrainReport", "TrainSettings", "VideoXLTrainer", "choose_parameters", "last_checkpoint",
-    "read_log", "train",
-]  # fmt: skip
+    "TrainReport",
+    "TrainSettings",
+    "VideoXLTrainer",
+    "choose_parameters",
+    "last_checkpoint",
+    "read_log",
+    "train",
+]
 
 
 # -- what learns --------------------------------------------------------------------------------
@@ -142,9 +147,12 @@ class VideoXLTrainer(Trainer):
         # Weights that do not learn are in the checkpoint the run started from.
         self._light = 2 * learning < sum(p.numel() for p in model.parameters())
         super().__init__(
-            model=model, args=args, train_dataset=data, data_collator=collate,
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=collate,
             callbacks=[_Epochs(self), _Log(self)],
-        )  # fmt: skip
+        )
         self.remove_callback(PrinterCallback)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -157,8 +165,9 @@ class VideoXLTrainer(Trainer):
         self.order = TrainingOrder(
             [sample.length for sample in data.samples],
             args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            args.seed, settings.group_by_length,
-        )  # fmt: skip
+            args.seed,
+            settings.group_by_length,
+        )
 
     # -- data --
 
@@ -377,10 +386,14 @@ class _Log(TrainerCallback):
             raise ValueError(f"grad_norm: got {norm} in step {state.global_step}")
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
-            "step": state.global_step, "epoch": logs.get("epoch"), "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"), "learning_rate": logs.get("learning_rate"),
-            "tokens": tokens - self.tokens, "seconds": round(now - self.begin, 3),
-        }  # fmt: skip
+            "step": state.global_step,
+            "epoch": logs.get("epoch"),
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs.get("learning_rate"),
+            "tokens": tokens - self.tokens,
+            "seconds": round(now - self.begin, 3),
+        }
         self.begin, self.tokens = now, tokens
         with open(Path(args.output_dir) / LOG, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -458,26 +471,39 @@ def train(
     samples, bad = read_samples(data, processor, shape, root, settings.probe_files)
     if bad and settings.on_bad_sample == "stop":
         raise BadSampleError(next(iter(bad)))
-    kinds = {k: n for k in ("image", "images", "video", "text")
-             if (n := sum(s.kind == k for s in samples))}  # fmt: skip
+    kinds = {
+        k: n
+        for k in ("image", "images", "video", "text")
+        if (n := sum(s.kind == k for s in samples))
+    }
     say(f"data: {_counts(kinds)}; bad: {_counts(bad.by_kind())}")
     if not samples:
         raise ValueError(f"data: no usable sample in {', '.join(str(x) for x in data)}")
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    about = {"settings": decisive(settings), "data_crc32": [crc(path) for path in data],
-             "samples": [len(samples), samples_crc(samples)], "samples_a_step": batch}  # fmt: skip
+    about = {
+        "settings": decisive(settings),
+        "data_crc32": [crc(path) for path in data],
+        "samples": [len(samples), samples_crc(samples)],
+        "samples_a_step": batch,
+    }
     check_same_run(output / RUN, about, checkpoint)
     dataset = TrainingData(
-        samples, processor, shape, seed=args.seed, max_text_tokens=settings.max_text_tokens,
+        samples,
+        processor,
+        shape,
+        seed=args.seed,
+        max_text_tokens=settings.max_text_tokens,
         stop=settings.on_bad_sample == "stop",
-    )  # fmt: skip
+    )
     net = _load(model, settings, args)
     if args.should_save:  # the process that writes run.json
         about["base_crc32"] = _weights_crc(net)
         check_same_run(output / RUN, about, checkpoint)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    say(f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
-        f"learn; {batch} samples a step")  # fmt: skip
+    say(
+        f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
+        f"learn; {batch} samples a step"
+    )
     if resume:
         say(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
     trainer = VideoXLTrainer(net, args, dataset, settings)
@@ -496,11 +522,17 @@ def train(
     log = read_log(output / LOG)
     done = [line for line in log if line["step"] > before]
     return TrainReport(
-        samples=kinds, bad=trainer.bad.by_kind(), steps=steps, resumed_from=before,
-        samples_a_step=batch, tokens_a_step=trainer.tokens / max(1, steps - before),
-        loss=log[-1]["loss"] if log else None, seconds=round(sum(x["seconds"] for x in done), 1),
-        learning=count, result=os.fspath(trainer.save_result()),
-    )  # fmt: skip
+        samples=kinds,
+        bad=trainer.bad.by_kind(),
+        steps=steps,
+        resumed_from=before,
+        samples_a_step=batch,
+        tokens_a_step=trainer.tokens / max(1, steps - before),
+        loss=log[-1]["loss"] if log else None,
+        seconds=round(sum(x["seconds"] for x in done), 1),
+        learning=count,
+        result=os.fspath(trainer.save_result()),
+    )
 
 
 def _load(

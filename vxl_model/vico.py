@@ -59,9 +59,11 @@ class VicoSettings:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("samples", 1, math.inf), ("clues", 2, 26), ("pictures", 1, math.inf),
+            ("samples", 1, math.inf),
+            ("clues", 2, 26),
+            ("pictures", 1, math.inf),
             ("edge", 1, math.inf),
-        ):  # fmt: skip
+        ):
             value = getattr(self, name)
             if not least <= value <= most:
                 bounds = f"{least} to {most}" if most < math.inf else f"{least} or more"
@@ -159,10 +161,14 @@ def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for path in paths:
         if os.path.isdir(path):
             inside = sorted(
-                (Path(folder) / name for folder, _, names in os.walk(path) for name in names
-                 if Path(name).suffix.lower() in suffixes),
+                (
+                    Path(folder) / name
+                    for folder, _, names in os.walk(path)
+                    for name in names
+                    if Path(name).suffix.lower() in suffixes
+                ),
                 key=lambda file: file.as_posix(),
-            )  # fmt: skip
+            )
             if not inside:
                 raise ValueError(f"videos: {os.fspath(path)}: a folder without video files")
             found.update(dict.fromkeys(os.path.abspath(file) for file in inside))
@@ -309,10 +315,18 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     default, shown = VicoSettings(), "(default: %(default)s)"
     add = parser.add_argument
     add("--videos", nargs="+", required=True, metavar="FILE_OR_DIR")
-    add("--captioner", required=True, metavar="MODEL",
-        help="image-text model of transformers: a folder or a name on the Hub")  # fmt: skip
-    add("--output", required=True, metavar="FILE",
-        help="JSON lines; captions are kept in FILE.captions")  # fmt: skip
+    add(
+        "--captioner",
+        required=True,
+        metavar="MODEL",
+        help="image-text model of transformers: a folder or a name on the Hub",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="JSON lines; captions are kept in FILE.captions",
+    )
     add("--seed", type=int, default=default.seed)
     add("--samples", type=count, default=default.samples, help=f"at most so many a video {shown}")
     add("--clues", type=count, default=default.clues, help=f"at most so many a question {shown}")
@@ -321,20 +335,33 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     add("--edge", type=count, default=default.edge, help=f"their longest edge in pixels {shown}")
     add("--prompt", default=PROMPT, help="what the captioner is asked")
     add("--max-new-tokens", type=count, default=64, help=f"of a caption {shown}")
-    add("--on-error", choices=("skip", "stop"), default="skip",
-        help=f"at an unreadable video {shown}")  # fmt: skip
+    add(
+        "--on-error",
+        choices=("skip", "stop"),
+        default="skip",
+        help=f"at an unreadable video {shown}",
+    )
     add("--json", action="store_true", help="print one JSON object")
 
 
 def command(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Runs `python -m vxl_model vico`."""
-    settings = VicoSettings(options.seed, options.samples, options.clues, options.clip_seconds,
-                            options.pictures, options.edge)  # fmt: skip
+    settings = VicoSettings(
+        options.seed,
+        options.samples,
+        options.clues,
+        options.clip_seconds,
+        options.pictures,
+        options.edge,
+    )
     check_output(options.output, find_videos(options.videos))
     captioner = TransformersCaptioner(
-        options.captioner, prompt=options.prompt, max_new_tokens=options.max_new_tokens,
-        device=device, dtype=dtype,
-    )  # fmt: skip
+        options.captioner,
+        prompt=options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        device=device,
+        dtype=dtype,
+    )
     bar = Progress("captioning", "clips")
 
     def report(line: str) -> None:
@@ -342,13 +369,22 @@ def command(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         print(f"vxl_model: {line}", file=sys.stderr)
 
     try:
-        summary = make_vico(options.videos, captioner, options.output, settings,
-                            on_error=options.on_error, progress=bar, report=report)  # fmt: skip
+        summary = make_vico(
+            options.videos,
+            captioner,
+            options.output,
+            settings,
+            on_error=options.on_error,
+            progress=bar,
+            report=report,
+        )
     finally:
         bar.close()
     if options.json:
         print(json.dumps({**vars(summary), "dropped": dict(summary.dropped)}))
         return
     made = f"{summary.samples} samples of {summary.videos} videos"
-    print(f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
-          f"{len(summary.skipped)} videos skipped, {len(summary.bad)} unreadable")  # fmt: skip
+    print(
+        f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
+        f"{len(summary.skipped)} videos skipped, {len(summary.bad)} unreadable"
+    )

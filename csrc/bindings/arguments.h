@@ -80,7 +80,7 @@ inline void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 inline void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& block_table, const Tensor& cache_lens) {
+                        const Tensor& block_table, const Tensor& cache_seqlens) {
   TORCH_CHECK_VALUE(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() &&
                         k_cache.size(1) > 0 && k_cache.size(2) == k.size(2) &&
                         k_cache.size(3) == k.size(3) && k_cache.stride(3) == 1 &&
@@ -90,26 +90,26 @@ inline void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_
                     v_cache.scalar_type(), " ", v_cache.sizes(), ", expected ", k.scalar_type(),
                     " (pages, page_size, ", k.size(2), ", ", k.size(3), "), head_dim contiguous");
   TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == k.size(0) &&
-                        block_table.scalar_type() == at::kInt && cache_lens.dim() == 1 &&
-                        cache_lens.size(0) == k.size(0) && cache_lens.scalar_type() == at::kInt,
-                    "block_table, cache_lens: got shapes ", block_table.sizes(), ", ",
-                    cache_lens.sizes(), ", expected int32 (batch, max_pages) and (batch,)");
+                        block_table.scalar_type() == at::kInt && cache_seqlens.dim() == 1 &&
+                        cache_seqlens.size(0) == k.size(0) && cache_seqlens.scalar_type() == at::kInt,
+                    "block_table, cache_seqlens: got shapes ", block_table.sizes(), ", ",
+                    cache_seqlens.sizes(), ", expected int32 (batch, max_pages) and (batch,)");
 }
 
 inline void check_rope(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
+                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_seqlens,
                        const Tensor& inv_freq) {
   check_shapes(q, k, v);
-  check_cache(k, k_cache, v_cache, block_table, cache_lens);
+  check_cache(k, k_cache, v_cache, block_table, cache_seqlens);
   TORCH_CHECK_VALUE(inv_freq.dim() == 1 && 2 * inv_freq.size(0) == q.size(3) &&
                         inv_freq.scalar_type() == at::kFloat,
                     "inv_freq: got ", inv_freq.scalar_type(), " ", inv_freq.sizes(),
                     ", expected float32 (head_dim / 2,)");
 }
 
-// `block_table` and `cache_lens` contiguous, and alive as long as the result.
+// `block_table` and `cache_seqlens` contiguous, and alive as long as the result.
 inline vxl::PagedCache paged_cache(const Tensor& k_cache, const Tensor& v_cache,
-                                   const Tensor& block_table, const Tensor& cache_lens) {
+                                   const Tensor& block_table, const Tensor& cache_seqlens) {
   vxl::PagedCache cache;
   cache.k = k_cache.data_ptr();
   cache.v = v_cache.data_ptr();
@@ -120,7 +120,7 @@ inline vxl::PagedCache paged_cache(const Tensor& k_cache, const Tensor& v_cache,
   cache.page_size = k_cache.size(1);
   cache.block_table = block_table.const_data_ptr<int32_t>();
   cache.block_table_stride = block_table.size(1);
-  cache.lens = cache_lens.const_data_ptr<int32_t>();
+  cache.lens = cache_seqlens.const_data_ptr<int32_t>();
   return cache;
 }
 

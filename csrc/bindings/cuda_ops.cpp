@@ -32,7 +32,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
   check_device(k_cache, "k_cache", q);
   check_device(v_cache, "v_cache", q);
   check_device(table_in, "block_table", q);
-  check_device(lens_in, "cache_lens", q);
+  check_device(lens_in, "cache_seqlens", q);
   check_device(inv_freq_in, "inv_freq", q);
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();

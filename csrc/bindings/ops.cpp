@@ -16,21 +16,21 @@ namespace {
 using at::Tensor;
 using namespace vxl::bindings;
 
-// Every sequence's first cache_lens + extra tokens lie in existing pages. The words are
+// Every sequence's first cache_seqlens + extra tokens lie in existing pages. The words are
 // those of vxl_kernels/checks.py.
-void check_paging(const Tensor& block_table, const Tensor& cache_lens, const Tensor& cache,
+void check_paging(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
                   int64_t extra) {
   const int64_t pages = cache.size(0), page_size = cache.size(1);
   const int64_t max_pages = block_table.size(1);
   const int32_t* table = block_table.const_data_ptr<int32_t>();
-  const int32_t* lens = cache_lens.const_data_ptr<int32_t>();
-  for (int64_t b = 0; b < cache_lens.size(0); ++b) {
-    TORCH_CHECK_VALUE(lens[b] >= 0, "cache_lens: got ", lens[b], " at sequence ", b,
+  const int32_t* lens = cache_seqlens.const_data_ptr<int32_t>();
+  for (int64_t b = 0; b < cache_seqlens.size(0); ++b) {
+    TORCH_CHECK_VALUE(lens[b] >= 0, "cache_seqlens: got ", lens[b], " at sequence ", b,
                       ", expected at least 0");
     const int64_t need = lens[b] + extra;
     const int64_t used = (need + page_size - 1) / page_size;
     TORCH_CHECK_VALUE(used <= max_pages, "block_table: got ", max_pages, " pages of ", page_size,
-                      " tokens, expected room for ", need, " tokens (cache_lens ", lens[b], " + ",
+                      " tokens, expected room for ", need, " tokens (cache_seqlens ", lens[b], " + ",
                       extra, ") of sequence ", b);
     for (int64_t i = 0; i < used; ++i) {
       const int32_t page = table[b * max_pages + i];
@@ -41,21 +41,21 @@ void check_paging(const Tensor& block_table, const Tensor& cache_lens, const Ten
 }
 
 struct Paging {  // owns what PagedCache points to
-  Tensor block_table, cache_lens;
+  Tensor block_table, cache_seqlens;
   vxl::PagedCache cache;
 
   Paging(const Tensor& k_cache, const Tensor& v_cache, const Tensor& table, const Tensor& lens,
          int64_t extra)
-      : block_table(table.contiguous()), cache_lens(lens.contiguous()) {
-    check_paging(block_table, cache_lens, k_cache, extra);
-    cache = paged_cache(k_cache, v_cache, block_table, cache_lens);
+      : block_table(table.contiguous()), cache_seqlens(lens.contiguous()) {
+    check_paging(block_table, cache_seqlens, k_cache, extra);
+    cache = paged_cache(k_cache, v_cache, block_table, cache_seqlens);
   }
 };
 
 std::tuple<Tensor, Tensor> vst_attention(
     const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     const std::optional<Tensor>& k_cache, const std::optional<Tensor>& v_cache,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_lens,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_seqlens,
     at::IntArrayRef layout, double scale) {
   check_shapes(q_in, k_in, v_in);
   const Tensor q = rows_contiguous(q_in), k = rows_contiguous(k_in), v = rows_contiguous(v_in);
@@ -70,10 +70,10 @@ std::tuple<Tensor, Tensor> vst_attention(
 
   std::optional<Paging> paging;
   if (k_cache.has_value()) {
-    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_lens.has_value(),
+    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_seqlens.has_value(),
                       "v_cache: got None, expected all four cache arguments or none");
-    check_cache(k, *k_cache, *v_cache, *block_table, *cache_lens);
-    paging.emplace(*k_cache, *v_cache, *block_table, *cache_lens,
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_seqlens);
+    paging.emplace(*k_cache, *v_cache, *block_table, *cache_seqlens,
                    (p.geometry.chunks - 1) * p.geometry.vsts());
     p.cache = paging->cache;
   } else {
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> vst_attention(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vst_attention_backward(
     const Tensor& grad_out_in, const Tensor& grad_lse_in, const Tensor& q_in, const Tensor& k_in,
     const Tensor& v_in, const std::optional<Tensor>& k_cache, const std::optional<Tensor>& v_cache,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_lens,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& cache_seqlens,
     const Tensor& out_in, const Tensor& lse_in, at::IntArrayRef layout, double scale) {
   check_shapes(q_in, k_in, v_in);
   for (const Tensor* x : {&grad_out_in, &out_in}) {
@@ -119,11 +119,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vst_attention_backward(
   std::optional<Paging> paging;
   Tensor grad_k_cache = at::empty({0}, q.options()), grad_v_cache = grad_k_cache.clone();
   if (k_cache.has_value()) {
-    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_lens.has_value(),
+    TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_seqlens.has_value(),
                       "v_cache: got None, expected all four cache arguments or none");
-    check_cache(k, *k_cache, *v_cache, *block_table, *cache_lens);
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_seqlens);
     const vxl::ChunkGeometry& g = p.call.geometry;
-    paging.emplace(*k_cache, *v_cache, *block_table, *cache_lens, (g.chunks - 1) * g.vsts());
+    paging.emplace(*k_cache, *v_cache, *block_table, *cache_seqlens, (g.chunks - 1) * g.vsts());
     p.call.cache = paging->cache;
     grad_k_cache = at::zeros(k_cache->sizes(), q.options());
     grad_v_cache = at::zeros(k_cache->sizes(), q.options());
@@ -138,17 +138,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vst_attention_backward(
 }
 
 void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, const Tensor& k_cache,
-                      const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_lens,
+                      const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_seqlens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
-  check_rope(q, k, v_in, k_cache, v_cache, block_table, cache_lens, inv_freq_in);
+  check_rope(q, k, v_in, k_cache, v_cache, block_table, cache_seqlens, inv_freq_in);
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
   set_call(p, q, k, v, layout);
   p.q_out = row_tensor(q_out);
   p.k_out = row_tensor(k_out);
   const int64_t kept = layout.empty() ? q.size(1) : p.geometry.chunks * p.geometry.vsts();
-  const Paging paging(k_cache, v_cache, block_table, cache_lens, kept);
+  const Paging paging(k_cache, v_cache, block_table, cache_seqlens, kept);
   p.cache = paging.cache;
   p.inv_freq = inv_freq.const_data_ptr<float>();
   if (q.numel() > 0) vxl::rope_append_cpu(p, thread_pool());

@@ -17,30 +17,30 @@ SMALL = configs.BackwardConfig(
 # sequence hold whole blocks, pages of 16 and 17 do not.
 CASES = {
     "split, one page": {
-        "cache_lens": (29,), "layout": ChunkLayout(37, 5, 3), "page_size": 80, "heads": 3,
+        "cache_seqlens": (29,), "layout": ChunkLayout(37, 5, 3), "page_size": 80, "heads": 3,
         "kv_heads": 1,
     },
     "split, whole pages": {
-        "cache_lens": (70,), "layout": ChunkLayout(41, 4, 2), "page_size": 64,
+        "cache_seqlens": (70,), "layout": ChunkLayout(41, 4, 2), "page_size": 64,
         "heads": 2,
     },
     "split, small pages": {
-        "cache_lens": (33, 7), "layout": ChunkLayout(34, 5, 2), "page_size": 16, "dtype": HALF,
+        "cache_seqlens": (33, 7), "layout": ChunkLayout(34, 5, 2), "page_size": 16, "dtype": HALF,
         "heads": 2,
     },
     "split, odd pages and head": {
-        "cache_lens": (50,), "layout": ChunkLayout(71, 71), "page_size": 17, "head_dim": 40,
+        "cache_seqlens": (50,), "layout": ChunkLayout(71, 71), "page_size": 17, "head_dim": 40,
     },
     "interleaved": {
-        "cache_lens": (40,), "layout": ChunkLayout(37, 5, 2, "interleaved"), "page_size": 128,
+        "cache_seqlens": (40,), "layout": ChunkLayout(37, 5, 2, "interleaved"), "page_size": 128,
         "dtype": HALF,
     },
-    "one raw token a VST": {"cache_lens": (3,), "layout": ChunkLayout(40, 1), "head_dim": 17},
-    "many chunks": {"cache_lens": (1,), "layout": ChunkLayout(6, 3, 14), "page_size": 40},
-    "tiny": {"cache_lens": (0, 1), "layout": ChunkLayout(1, 1), "heads": 2, "kv_heads": 2},
-    "text": {"cache_lens": (40, 0), "rows": 45, "page_size": 16, "dtype": HALF},
-    "few rows": {"cache_lens": (130, 0), "rows": 2, "heads": 14, "page_size": 64},
-    "large head": {"cache_lens": (20,), "rows": 5, "head_dim": 256, "dtype": HALF},
+    "one raw token a VST": {"cache_seqlens": (3,), "layout": ChunkLayout(40, 1), "head_dim": 17},
+    "many chunks": {"cache_seqlens": (1,), "layout": ChunkLayout(6, 3, 14), "page_size": 40},
+    "tiny": {"cache_seqlens": (0, 1), "layout": ChunkLayout(1, 1), "heads": 2, "kv_heads": 2},
+    "text": {"cache_seqlens": (40, 0), "rows": 45, "page_size": 16, "dtype": HALF},
+    "few rows": {"cache_seqlens": (130, 0), "rows": 2, "heads": 14, "page_size": 64},
+    "large head": {"cache_seqlens": (20,), "rows": 5, "head_dim": 256, "dtype": HALF},
 }  # fmt: skip
 WITHOUT_CACHE = {
     "split, no cache": {"layout": ChunkLayout(40, 7)},
@@ -51,7 +51,7 @@ WITHOUT_CACHE = {
 def call(name: str) -> Inputs:
     if name in CASES:
         return make_inputs(**CASES[name])
-    return make_inputs(cache_lens=(0, 0), **WITHOUT_CACHE[name])
+    return make_inputs(cache_seqlens=(0, 0), **WITHOUT_CACHE[name])
 
 
 def backward(inputs: Inputs, grads=None, cache: bool = True, scale: float | None = None):

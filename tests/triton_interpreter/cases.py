@@ -11,37 +11,37 @@ SPLIT, INTERLEAVED = ChunkLayout(37, 5, 2), ChunkLayout(37, 5, 2, "interleaved")
 # name: (arguments of make_inputs, whether there is a cache). Under `small_tiles`, BLOCK_N 32:
 # pages of 64 hold whole blocks, pages of 16 are parts of one, pages of 17 neither.
 CASES = {
-    "split, whole pages": {"cache_lens": (150, 0), "layout": SPLIT, "page_size": 64},
-    "split, parts": {"cache_lens": (33, 96), "layout": SPLIT, "page_size": 16, "dtype": HALF},
+    "split, whole pages": {"cache_seqlens": (150, 0), "layout": SPLIT, "page_size": 64},
+    "split, parts": {"cache_seqlens": (33, 96), "layout": SPLIT, "page_size": 16, "dtype": HALF},
     "split, any pages": {
-        "cache_lens": (50,),
+        "cache_seqlens": (50,),
         "layout": SPLIT,
         "page_size": 17,
         "heads": 3,
         "kv_heads": 1,
     },
-    "interleaved": {"cache_lens": (70,), "layout": INTERLEAVED, "page_size": 64, "dtype": HALF},
+    "interleaved": {"cache_seqlens": (70,), "layout": INTERLEAVED, "page_size": 64, "dtype": HALF},
     "interleaved, odd head": {
-        "cache_lens": (9,),
+        "cache_seqlens": (9,),
         "layout": INTERLEAVED,
         "page_size": 1,
         "head_dim": 17,
     },
-    "one raw token a VST": {"cache_lens": (3,), "layout": ChunkLayout(40, 1), "head_dim": 40},
-    "no whole group": {"cache_lens": (64,), "layout": ChunkLayout(71, 71), "heads": 6},
-    "tiny": {"cache_lens": (0, 1), "layout": ChunkLayout(1, 1), "heads": 2, "kv_heads": 2},
-    "text": {"cache_lens": (40, 0), "rows": 70, "page_size": 16, "dtype": HALF},
+    "one raw token a VST": {"cache_seqlens": (3,), "layout": ChunkLayout(40, 1), "head_dim": 40},
+    "no whole group": {"cache_seqlens": (64,), "layout": ChunkLayout(71, 71), "heads": 6},
+    "tiny": {"cache_seqlens": (0, 1), "layout": ChunkLayout(1, 1), "heads": 2, "kv_heads": 2},
+    "text": {"cache_seqlens": (40, 0), "rows": 70, "page_size": 16, "dtype": HALF},
     # Maxima that move by less than the pivot's slack of 8 and by more; sharp in float32.
-    "sharp": {"cache_lens": (90, 0), "layout": SPLIT, "spread": 12.0, "dtype": HALF},
-    "sharp, float32": {"cache_lens": (90, 0), "layout": INTERLEAVED, "spread": 6.0},
-    "one page a sequence": {"cache_lens": (90,), "rows": 50, "page_size": 200},
-    "decode, whole pages": {"cache_lens": (300, 0, 63), "rows": 1, "heads": 14, "page_size": 64},
-    "decode, pages of half a split": {"cache_lens": (130, 64), "rows": 1, "page_size": 32},
-    "decode, parts": {"cache_lens": (130, 64), "rows": 3, "page_size": 16, "dtype": HALF},
-    "decode, any pages": {"cache_lens": (130,), "rows": 2, "page_size": 17, "head_dim": 100},
-    "decode, two tiles": {"cache_lens": (70,), "rows": 9, "heads": 6, "page_size": 64},
-    "sharp, decode": {"cache_lens": (130, 64), "rows": 4, "spread": 12.0, "dtype": HALF},
-    "decode, large head": {"cache_lens": (70,), "rows": 1, "head_dim": 256, "dtype": HALF},
+    "sharp": {"cache_seqlens": (90, 0), "layout": SPLIT, "spread": 12.0, "dtype": HALF},
+    "sharp, float32": {"cache_seqlens": (90, 0), "layout": INTERLEAVED, "spread": 6.0},
+    "one page a sequence": {"cache_seqlens": (90,), "rows": 50, "page_size": 200},
+    "decode, whole pages": {"cache_seqlens": (300, 0, 63), "rows": 1, "heads": 14, "page_size": 64},
+    "decode, pages of half a split": {"cache_seqlens": (130, 64), "rows": 1, "page_size": 32},
+    "decode, parts": {"cache_seqlens": (130, 64), "rows": 3, "page_size": 16, "dtype": HALF},
+    "decode, any pages": {"cache_seqlens": (130,), "rows": 2, "page_size": 17, "head_dim": 100},
+    "decode, two tiles": {"cache_seqlens": (70,), "rows": 9, "heads": 6, "page_size": 64},
+    "sharp, decode": {"cache_seqlens": (130, 64), "rows": 4, "spread": 12.0, "dtype": HALF},
+    "decode, large head": {"cache_seqlens": (70,), "rows": 1, "head_dim": 256, "dtype": HALF},
 }
 WITHOUT_CACHE = {
     "split, no cache": {"layout": ChunkLayout(40, 7)},
@@ -53,7 +53,7 @@ WITHOUT_CACHE = {
 def call(name: str) -> Inputs:
     if name in CASES:
         return make_inputs(**CASES[name])
-    return make_inputs(cache_lens=(0, 0), **WITHOUT_CACHE[name])
+    return make_inputs(cache_seqlens=(0, 0), **WITHOUT_CACHE[name])
 
 
 def attend(inputs: Inputs, cache: bool = True, **options):

@@ -78,7 +78,7 @@ def main() -> None:
     launch.torch = launch_backward.torch = GuardedTorch()
     if "broken" in sys.argv:
         primitives.page_of = unclamped_page_of
-    names = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens")
+    names = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
     for name in CASES:
         x = call(name)
         # Entries of the table behind the length are as free as its memory: nothing valid.

@@ -85,10 +85,10 @@ def test_the_copy_engine_brings_the_same(name, monkeypatch):
 @pytest.mark.parametrize(
     "shape",
     [
-        {"layout": ChunkLayout(150, 8), "cache_lens": (150,)},
-        {"rows": 60, "cache_lens": (200,)},
-        {"rows": 9, "cache_lens": (330,)},
-        {"rows": 1, "cache_lens": (600,)},
+        {"layout": ChunkLayout(150, 8), "cache_seqlens": (150,)},
+        {"rows": 60, "cache_seqlens": (200,)},
+        {"rows": 9, "cache_seqlens": (330,)},
+        {"rows": 1, "cache_seqlens": (600,)},
     ],
 )
 def test_shipped_tiles(shape, dtype):
@@ -147,7 +147,7 @@ def test_chunks_at_once_equal_one_after_the_other():
         alone = dataclasses.replace(
             inputs,
             layout=one,
-            cache_lens=inputs.cache_lens + c * one.vsts_per_chunk,
+            cache_seqlens=inputs.cache_seqlens + c * one.vsts_per_chunk,
             **{n: getattr(inputs, n)[:, rows] for n in ("q", "k", "v")},
         )
         alone_out, alone_lse = attend(alone)
@@ -167,7 +167,7 @@ SHAPES = [
 def test_a_sequence_does_not_see_its_neighbours(shape):
     inputs = make_inputs((170, 0, 70), heads=3, kv_heads=1, **shape)
     out, lse = attend(inputs)
-    take = ("q", "k", "v", "block_table", "cache_lens")
+    take = ("q", "k", "v", "block_table", "cache_seqlens")
     for b in range(3):
         alone = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
         alone_out, alone_lse = attend(alone)

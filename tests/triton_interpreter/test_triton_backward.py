@@ -121,7 +121,7 @@ def test_neighbours_change_no_bit():
     inputs = make_inputs((10, 0, 17), ChunkLayout(12, 3, 2), heads=2, kv_heads=1)
     grad_out, grad_lse, grads = backward(inputs)
     assert equal(grads, backward(inputs)[2])
-    take = ("q", "k", "v", "block_table", "cache_lens")
+    take = ("q", "k", "v", "block_table", "cache_seqlens")
     apart = torch.zeros_like(grads[3]), torch.zeros_like(grads[4])
     for b in range(3):
         one = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
@@ -270,8 +270,8 @@ def own_rows_unmasked(start, last, is_vst, ratio, raw_base, vst_base, raw_end, v
 
 
 @triton.jit
-def one_less_cached(cache_lens_ptr, i_batch, page_size, max_pages):
-    return tl.maximum(tl.load(cache_lens_ptr + i_batch) - 1, 0)
+def one_less_cached(cache_seqlens_ptr, i_batch, page_size, max_pages):
+    return tl.maximum(tl.load(cache_seqlens_ptr + i_batch) - 1, 0)
 
 
 @triton.jit
@@ -281,13 +281,13 @@ def without_the_last_chunk(i, chunks, parts):
 
 @triton.jit
 def first_find_only(
-    block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size, max_pages, batch
+    block_table_ptr, cache_seqlens_ptr, i_page, behind, later, page_size, max_pages, batch
 ):
     return tl.load(block_table_ptr) * 0, (i_page == tl.load(block_table_ptr)).to(tl.int32)
 
 
 @triton.jit
-def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):  # noqa: N803
+def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
     return tl.where(is_vst, chunks * window, chunk * window) + index
 
 

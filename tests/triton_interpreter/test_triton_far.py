@@ -24,7 +24,7 @@ def far_pages(cache: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 40])
 def test_far_pages(page_size, rows):
     inputs = make_inputs(
-        cache_lens=(page_size * 7 + 3,), rows=rows, page_size=page_size, heads=2, kv_heads=1,
+        cache_seqlens=(page_size * 7 + 3,), rows=rows, page_size=page_size, heads=2, kv_heads=1,
         head_dim=16, dtype=torch.float16,
     )  # fmt: skip
     near = attend(inputs)

@@ -12,7 +12,7 @@ core = pytest.mark.triton_core
 
 
 @triton.jit
-def narrow_kernel(x_ptr, out_ptr, N: tl.constexpr, ISA: tl.constexpr):  # noqa: N803
+def narrow_kernel(x_ptr, out_ptr, N: tl.constexpr, ISA: tl.constexpr):
     offs = tl.program_id(0) * N + tl.arange(0, N)
     y = narrow(tl.load(x_ptr + offs), tl.bfloat16, ISA)
     tl.store(out_ptr + offs, y.to(tl.uint16, bitcast=True).to(tl.int32))

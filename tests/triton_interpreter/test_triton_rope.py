@@ -71,7 +71,7 @@ def test_angles_far_out(position):
         k_cache=torch.zeros(1, 2**20, 1, 128),
         v_cache=torch.zeros(1, 2**20, 1, 128),
         block_table=torch.zeros(1, 1, dtype=torch.int32),
-        cache_lens=torch.tensor([position], dtype=torch.int32),
+        cache_seqlens=torch.tensor([position], dtype=torch.int32),
     )
     inputs.q[:] = 0
     inputs.q[..., :64] = 1
@@ -85,11 +85,11 @@ def test_angles_far_out(position):
 def test_a_full_table_is_not_overrun(layout):
     """On a GPU lengths are not checked: what has no room must not land in a neighbour's page."""
     inputs = make_inputs((9, 9), layout, rows=4, page_size=4)
-    inputs.cache_lens[0] = 4 * inputs.block_table.shape[1] - 1
+    inputs.cache_seqlens[0] = 4 * inputs.block_table.shape[1] - 1
     before = inputs.clone()
     append(inputs)
     mine = set(inputs.block_table[0].tolist())
-    append(alone := dataclasses.replace(before, cache_lens=before.cache_lens.clone()))
+    append(alone := dataclasses.replace(before, cache_seqlens=before.cache_seqlens.clone()))
     for page in range(inputs.k_cache.shape[0]):
         if page in mine:
             continue
@@ -100,9 +100,9 @@ def test_a_full_table_is_not_overrun(layout):
 
 def test_negative_lengths_stay_inside():
     inputs = make_inputs((9,), rows=2, page_size=4)
-    inputs.cache_lens[0] = -5
+    inputs.cache_seqlens[0] = -5
     zero = inputs.clone()
-    zero.cache_lens[0] = 0
+    zero.cache_seqlens[0] = 0
     assert torch.equal(append(inputs)[0], append(zero)[0])
 
 
@@ -123,7 +123,7 @@ def test_a_table_without_pages(layout):
 def test_lengths_near_the_end_of_int32_stay_inside():
     """A slot that wraps is negative, and no slot."""
     inputs = make_inputs((9,), rows=4, page_size=4)
-    inputs.cache_lens[0] = 2**31 - 2
+    inputs.cache_seqlens[0] = 2**31 - 2
     before = inputs.clone()
     append(inputs)
     for name in ("k_cache", "v_cache"):

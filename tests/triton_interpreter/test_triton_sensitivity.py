@@ -22,12 +22,12 @@ def sees_vsts_late(position, ratio):
 
 
 @triton.jit
-def without_vsts(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):  # noqa: N803
+def without_vsts(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
     return tl.minimum(position + chunk * window, chunks * window - 1)
 
 
 @triton.jit
-def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):  # noqa: N803
+def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
     vsts = window // ratio
     return tl.where(is_vst, chunks * window, chunk * window) + index + 0 * vsts
 
@@ -38,19 +38,19 @@ def first_page_only(table_ptr, entry, max_pages):
 
 
 @triton.jit
-def one_more_cached(cache_lens_ptr, i_batch, page_size, max_pages):
-    return tl.load(cache_lens_ptr + i_batch) + 1
+def one_more_cached(cache_seqlens_ptr, i_batch, page_size, max_pages):
+    return tl.load(cache_seqlens_ptr + i_batch) + 1
 
 
 @triton.jit
-def one_less_cached(cache_lens_ptr, i_batch, page_size, max_pages):
-    return tl.maximum(tl.load(cache_lens_ptr + i_batch) - 1, 0)
+def one_less_cached(cache_seqlens_ptr, i_batch, page_size, max_pages):
+    return tl.maximum(tl.load(cache_seqlens_ptr + i_batch) - 1, 0)
 
 
 @triton.jit
 def no_rescaling(
     scores, scale, pivot, total, acc,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,  # noqa: N803
+    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
     new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_pivot[:, None])
@@ -60,7 +60,7 @@ def no_rescaling(
 @triton.jit
 def first_pivot(
     scores, scale, pivot, total, acc,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,  # noqa: N803
+    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
     """Never follows the maximum: float16's weights overflow."""
     new_pivot = tl.where(pivot == float("-inf"), tl.max(scores, 1) * scale, pivot)
@@ -69,7 +69,7 @@ def first_pivot(
 
 
 @triton.jit
-def rescales_late(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr = ""):  # noqa: N803
+def rescales_late(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr = ""):
     """As if a warp jumped over the rescaling while a row's pivot moves a little."""
     return tl.where(shrink[:, None] > 2.0**-9, acc, acc * shrink[:, None])
 

@@ -19,7 +19,7 @@ def played(monkeypatch):
     x = make_inputs((40,), rows=20, heads=2, kv_heads=1, page_size=64)
     call = dict(
         zip(
-            ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_lens"),
+            ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens"),
             x.args()[:-1],
             strict=True,
         )

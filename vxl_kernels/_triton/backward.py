@@ -112,7 +112,7 @@ def _entry_offset(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_lens_ptr,
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_seqlens_ptr,
     k_desc, v_desc, k_cache_desc, v_cache_desc, grad_out_ptr, log2_ptr, delta_ptr, dq_ptr, scale,
     q_batch, q_row, q_head, grad_out_batch, grad_out_row, grad_out_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -161,7 +161,7 @@ def dq_kernel(
     # -- cache: the same bound for all rows --
     if HAS_CACHE:
         table_ptr = block_table_ptr + i_batch * max_pages
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         cached = tl.minimum(cached + i_chunk * kept, max_pages * page_size)
         full = cached // BLOCK_N * BLOCK_N
         k_cache_ptr += i_head.to(tl.int64) * kc_head
@@ -303,7 +303,7 @@ def _split(rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _walk(
-    pid, i_batch, cache_lens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+    pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """What a program of `dkv_kernel` does: its keys (first, end, whether they are VSTs, length of
@@ -314,7 +314,7 @@ def _walk(
         i_part = pid // KV_HEADS % parts
         start = pid // (KV_HEADS * parts) * BLOCK_N
         from_chunk, to_chunk = _part(i_part, chunks, parts)
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         end = tl.minimum(cached + (to_chunk - 1) * kept, max_pages * page_size)
         last = tl.minimum(start + BLOCK_N, end) - 1
         # Chunk c sees the entries before cached + c * kept.
@@ -357,7 +357,7 @@ def _bounds(offs_row, row_is_vst, keys, bases, window, ratio, kept, CACHE: tl.co
 @triton.jit(do_not_specialize=_LENGTHS)
 def dkv_kernel(
     q_ptr, grad_out_ptr, log2_ptr, delta_ptr, q_desc, grad_out_desc,
-    k_ptr, v_ptr, block_table_ptr, cache_lens_ptr, dk_ptr, dv_ptr, scale,
+    k_ptr, v_ptr, block_table_ptr, cache_seqlens_ptr, dk_ptr, dv_ptr, scale,
     q_batch, q_row, q_head, grad_out_batch, grad_out_row, grad_out_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
     window, ratio, kept, chunks, page_size, max_pages, parts,
@@ -381,7 +381,7 @@ def dkv_kernel(
     i_batch = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     keys, raw, vst, bases = _walk(
-        pid, i_batch, cache_lens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
     start, end, is_vst, _ = keys
@@ -433,7 +433,7 @@ def dkv_kernel(
     pid = tl.program_id(0) + tl.program_id(2)
     i_head = pid % KV_HEADS
     keys, raw, vst, bases = _walk(
-        pid, i_batch, cache_lens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
     raw_first, raw_split, _ = raw
@@ -473,7 +473,7 @@ def dkv_kernel(
     # -- result, dense --
     pid = tl.program_id(0) + 2 * tl.program_id(2)
     keys, _, _, _ = _walk(
-        pid, i_batch, cache_lens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
     start, end, is_vst, _ = keys
@@ -494,17 +494,19 @@ def dkv_kernel(
 
 
 @triton.jit
-def _find_page(block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size, max_pages, batch):
+def _find_page(
+    block_table_ptr, cache_seqlens_ptr, i_page, behind, later, page_size, max_pages, batch
+):
     """Where the block tables name a page: (the first place behind `behind`, or the number of
     places; how many places behind it). Only entries that a row may see count, those before
-    cache_lens + `later`: whatever pads a table, often page 0, is not looked at again."""
+    cache_seqlens + `later`: whatever pads a table, often page 0, is not looked at again."""
     total = batch * max_pages
     found, count = total, total * 0
     for start in tl.range(0, total, 128):
         at = start + tl.arange(0, 128)
         inside = (at < total) & (at > behind)
         i_batch = tl.minimum(at, total - 1) // max_pages
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         inside = inside & (at % max_pages * page_size < cached + later)
         hit = inside & (tl.load(block_table_ptr + at, mask=inside, other=-1) == i_page)
         found = tl.minimum(found, tl.min(tl.where(hit, at, total)))
@@ -514,7 +516,7 @@ def _find_page(block_table_ptr, cache_lens_ptr, i_page, behind, later, page_size
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def sum_pages_kernel(
-    dk_part_ptr, dv_part_ptr, block_table_ptr, cache_lens_ptr, dk_ptr, dv_ptr,
+    dk_part_ptr, dv_part_ptr, block_table_ptr, cache_seqlens_ptr, dk_ptr, dv_ptr,
     kept, chunks, page_size, max_pages, batch, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a page, dense (page, slot, head, head_dim), from those of each part and
@@ -529,12 +531,12 @@ def sum_pages_kernel(
     dk = tl.zeros([BLOCK], tl.float32)
     dv = tl.zeros([BLOCK], tl.float32)
     found, count = _find_page(
-        block_table_ptr, cache_lens_ptr, i_page, -1, later, page_size, max_pages, batch
+        block_table_ptr, cache_seqlens_ptr, i_page, -1, later, page_size, max_pages, batch
     )
     for _ in tl.range(0, count):
         i_batch = (found // max_pages).to(tl.int64)
         entry = found % max_pages * page_size
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         for i_part in tl.range(0, parts):
             _, to_chunk = _part(i_part, chunks, parts)
             seen = entry + slot < tl.minimum(cached + (to_chunk - 1) * kept, max_pages * page_size)
@@ -543,7 +545,7 @@ def sum_pages_kernel(
             dk += tl.load(dk_part_ptr + at, mask=inside, other=0.0)
             dv += tl.load(dv_part_ptr + at, mask=inside, other=0.0)
         found, _count = _find_page(
-            block_table_ptr, cache_lens_ptr, i_page, found, later, page_size, max_pages, batch
+            block_table_ptr, cache_seqlens_ptr, i_page, found, later, page_size, max_pages, batch
         )
     at = i_page.to(tl.int64) * page_size * WIDTH + offs
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=slot < page_size)

@@ -50,7 +50,7 @@ def _program(zero, rows, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: t
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_lens_ptr,
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_seqlens_ptr,
     k_cache_desc, v_cache_desc, part_ptr, part_lse_ptr, scale,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
@@ -75,7 +75,7 @@ def decode_kernel(
         assume_stride(vc_slot)
     i_batch, i_split, i_head, offs_lane, last_lane = _program(0, rows, KV_HEADS, GROUP, BLOCK_M)
     if HAS_CACHE:
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         first = (i_split - 1) * SPLIT_KEYS
         if (i_split > 0) & (first >= cached):
             return
@@ -182,7 +182,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def merge_kernel(
-    part_ptr, part_lse_ptr, cache_lens_ptr, out_ptr, lse_ptr,
+    part_ptr, part_lse_ptr, cache_seqlens_ptr, out_ptr, lse_ptr,
     rows, page_size, max_pages, splits,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_CACHE: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -193,7 +193,7 @@ def merge_kernel(
     i_batch = tl.program_id(1).to(tl.int64)
     used = 1
     if HAS_CACHE:
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         used += tl.cdiv(cached, SPLIT_KEYS)
 
     offs_d = tl.arange(0, BLOCK_D)

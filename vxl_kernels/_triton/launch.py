@@ -107,7 +107,7 @@ def _within_reach(cache: torch.Tensor) -> bool:
 
 def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
     """Arguments and constexprs of the attention kernels' cache; all None without one."""
-    names = ("k_cache_ptr", "v_cache_ptr", "block_table_ptr", "cache_lens_ptr")
+    names = ("k_cache_ptr", "v_cache_ptr", "block_table_ptr", "cache_seqlens_ptr")
     k_cache, v_cache, block_table, _ = cache
     if k_cache is None or block_table.shape[1] == 0:
         strides = dict.fromkeys(
@@ -190,7 +190,7 @@ def _descriptors(k, v, k_cache, v_cache, constexprs: dict, arch: str) -> dict[st
 
 
 def plan_attention(
-    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale, arch=None, config=None
+    q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale, arch=None, config=None
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """Launches of `vst_attention` in their order, and the tensors that they fill.
 
@@ -204,13 +204,13 @@ def plan_attention(
         q, scale = -q, -scale
     scale = max(scale, 1e-30) * math.log2(math.e)
     block_table = None if block_table is None else block_table.contiguous()
-    cache_lens = None if cache_lens is None else cache_lens.contiguous()
+    cache_seqlens = None if cache_seqlens is None else cache_seqlens.contiguous()
     group = heads // k.shape[2]
     out = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     # The kernels' offsets are 32 bits wide within a block of keys.
     q, k, v = (_dense_heads(x) for x in (q, k, v))
-    cache = (k_cache, v_cache, block_table, cache_lens)
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
     each = configs.split_keys(rows * group) if not layout else None
     if 0 in (batch, rows):
         return [], out, lse
@@ -319,7 +319,7 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
     part = torch.empty((batch, splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((batch, splits, rows, heads), dtype=torch.float32, device=q.device)
     shared = {"part_ptr": part, "part_lse_ptr": part_lse, "rows": rows, "splits": splits}
-    merge = {name: arguments[name] for name in ("cache_lens_ptr", "page_size", "max_pages")}
+    merge = {name: arguments[name] for name in ("cache_seqlens_ptr", "page_size", "max_pages")}
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "scale": scale}
     arguments |= _row_strides(q=q, k=k, v=v)
     arguments |= {name: descriptors[name] for name in ("k_cache_desc", "v_cache_desc")}
@@ -356,10 +356,10 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
     ]
 
 
-def vst_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale):
+def vst_attention(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale):
     """Output and natural-log LSE; arguments as the op's schema in `ops.py`."""
     launches, out, lse = plan_attention(
-        q, k, v, k_cache, v_cache, block_table, cache_lens, layout, scale
+        q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale
     )
     for launch in launches:
         launch()
@@ -370,7 +370,7 @@ def vst_attention(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, sc
 
 
 def plan_rope_append(
-    q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out, k_out
+    q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq, q_out, k_out
 ) -> Launch:
     batch, rows, heads, head_dim = q.shape
     _check_capacity(rows, k_cache, block_table)
@@ -379,7 +379,7 @@ def plan_rope_append(
     tensors = {
         "q": q, "k": k, "v": v, "q_out": q_out, "k_out": k_out, "k_cache": k_cache,
         "v_cache": v_cache, "block_table": block_table.contiguous(),
-        "cache_lens": cache_lens.contiguous(), "inv_freq": inv_freq.contiguous(),
+        "cache_seqlens": cache_seqlens.contiguous(), "inv_freq": inv_freq.contiguous(),
     }  # fmt: skip
     numbers = {
         "rows": rows,
@@ -409,22 +409,22 @@ def plan_rope_append(
     )  # fmt: skip
 
 
-def rope_append(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def rope_append(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     """q and k rotated, in new tensors."""
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     q, k, v = (_dense_heads(x) for x in (q, k, v))
     plan_rope_append(
-        q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq, q_out, k_out
+        q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq, q_out, k_out
     )()
     return q_out, k_out
 
 
-def rope_append_(q, k, v, k_cache, v_cache, block_table, cache_lens, layout, inv_freq):
+def rope_append_(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     """q and k rotated in place."""
     q_dense, k_dense = _dense_heads(q), _dense_heads(k)
     plan_rope_append(
-        q_dense, k_dense, _dense_heads(v), k_cache, v_cache, block_table, cache_lens, layout,
+        q_dense, k_dense, _dense_heads(v), k_cache, v_cache, block_table, cache_seqlens, layout,
         inv_freq, q_dense, k_dense,
     )()  # fmt: skip
     for x, dense in ((q, q_dense), (k, k_dense)):

@@ -27,7 +27,7 @@ _ROWS_OF_A_PART = 4096
 
 
 def plan_attention_backward(
-    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_lens, out, lse, layout,
+    grad_out, grad_lse, q, k, v, k_cache, v_cache, block_table, cache_seqlens, out, lse, layout,
     scale, arch=None, config=None,
 ) -> tuple[list[Launch], tuple[torch.Tensor, ...]]:  # fmt: skip
     """Launches in their order, and the gradients that they fill: of q, k, v, k_cache, v_cache
@@ -61,9 +61,9 @@ def plan_attention_backward(
     )
     queries = {"q_ptr": q, "grad_out_ptr": grad_out, "log2_ptr": log2, "delta_ptr": delta}
     queries |= _row_strides(q=q, grad_out=grad_out)
-    cache = (k_cache, v_cache, block_table, cache_lens)
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
     if k_cache is not None:
-        cache = (k_cache, v_cache, block_table.contiguous(), cache_lens.contiguous())
+        cache = (k_cache, v_cache, block_table.contiguous(), cache_seqlens.contiguous())
     launches = []
     if grads[0].numel():
         launches = [
@@ -162,7 +162,7 @@ def _plan_own(shared, constexprs, k, v, grads, config, arch) -> Launch:
     blocks = -(-window // config.block_n) - (-(window // ratio) // config.block_n)
     of_keys = {
         "k_ptr": k, "v_ptr": v, "dk_ptr": grads[1], "dv_ptr": grads[2],
-        "block_table_ptr": None, "cache_lens_ptr": None,
+        "block_table_ptr": None, "cache_seqlens_ptr": None,
         "page_size": 1, "max_pages": 0, "parts": 1, **_row_strides(k=k, v=v),
     }  # fmt: skip
     grid = (blocks * chunks * constexprs["KV_HEADS"], k.shape[0])
@@ -178,7 +178,7 @@ def _parts(rows: int, chunks: int) -> int:
 
 
 def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:
-    k_cache, v_cache, block_table, cache_lens = cache
+    k_cache, v_cache, block_table, cache_seqlens = cache
     pages, page_size, kv_heads, head_dim = k_cache.shape
     batch, max_pages = block_table.shape
     capacity, rows, chunks = max_pages * page_size, shared["q_ptr"].shape[1], shared["chunks"]
@@ -192,13 +192,13 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
     numbers = {"page_size": page_size, "max_pages": max_pages, "parts": parts}
     of_keys = {
         "k_ptr": k_cache, "v_ptr": v_cache, "dk_ptr": sums[0], "dv_ptr": sums[1],
-        "block_table_ptr": block_table, "cache_lens_ptr": cache_lens,
+        "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens,
         **numbers, **_row_strides(k=k_cache, v=v_cache),
     }  # fmt: skip
     grid = (-(-capacity // config.block_n) * parts * kv_heads, batch)
     arguments = {
         "dk_part_ptr": sums[0], "dv_part_ptr": sums[1],
-        "block_table_ptr": block_table, "cache_lens_ptr": cache_lens,
+        "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens,
         "dk_ptr": of_cache[0], "dv_ptr": of_cache[1],
         "kept": shared["kept"], "chunks": chunks, "batch": batch if rows else 0, **numbers,
     }  # fmt: skip

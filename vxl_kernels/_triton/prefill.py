@@ -6,7 +6,7 @@ lane is wasted whatever the group is.
 
 What a row sees is three runs of keys, each from its start up to a bound:
 
-    cache entries     cache_lens + chunk * vsts_per_chunk       all rows of the chunk alike
+    cache entries     cache_seqlens + chunk * vsts_per_chunk       all rows of the chunk alike
     own raw tokens    by position
     own VSTs          by position
 
@@ -45,7 +45,7 @@ _LENGTHS = ["window", "ratio", "kept", "chunks", "page_size", "max_pages"]
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_lens_ptr,
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, cache_seqlens_ptr,
     k_desc, v_desc, k_cache_desc, v_cache_desc, out_ptr, lse_ptr, scale,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
@@ -104,7 +104,7 @@ def prefill_kernel(
     # -- cache: the same bound for all rows --
     if HAS_CACHE:
         table_ptr = block_table_ptr + i_batch * max_pages
-        cached = cached_entries(cache_lens_ptr, i_batch, page_size, max_pages)
+        cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         cached = tl.minimum(cached + i_chunk * kept, max_pages * page_size)
         full = cached // BLOCK_N * BLOCK_N
         k_cache_ptr += i_head.to(tl.int64) * kc_head

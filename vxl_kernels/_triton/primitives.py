@@ -75,9 +75,9 @@ def assume_stride(stride):
 
 
 @triton.jit
-def cached_entries(cache_lens_ptr, i_batch, page_size, max_pages):
+def cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages):
     """Length of a sequence's cache, held inside its table."""
-    return tl.minimum(tl.maximum(tl.load(cache_lens_ptr + i_batch), 0), max_pages * page_size)
+    return tl.minimum(tl.maximum(tl.load(cache_seqlens_ptr + i_batch), 0), max_pages * page_size)
 
 
 @triton.jit

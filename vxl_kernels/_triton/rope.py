@@ -1,7 +1,7 @@
 """Rotates q and k and writes what is kept to its pages, in one pass.
 
-Row r of chunk c is rotated to `cache_lens + c * vsts_per_chunk + position(r)`. A VST's K goes to
-the cache rotated to its entry there, `cache_lens + c * vsts_per_chunk + j`, its final position;
+Row r of chunk c is rotated to `cache_seqlens + c * vsts_per_chunk + position(r)`. A VST's K goes to
+the cache rotated to its entry there, `cache_seqlens + c * vsts_per_chunk + j`, its final position;
 its V is copied. Plain rows (`layout=None`) are all kept, at the position they are rotated to.
 """
 
@@ -49,7 +49,7 @@ def _rotate(first, second, cos, sin):
 @triton.jit(do_not_specialize=_LENGTHS)
 def rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr,
-    block_table_ptr, cache_lens_ptr, inv_freq_ptr,
+    block_table_ptr, cache_seqlens_ptr, inv_freq_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     qo_batch, qo_row, qo_head, ko_batch, ko_row, ko_head,
     kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
@@ -61,7 +61,7 @@ def rope_append_kernel(
     BLOCK_D covers half a head. The outputs may be the inputs: each row is read, then written."""
     i_row = tl.program_id(0)
     i_batch = tl.program_id(1).to(tl.int64)
-    cached = tl.maximum(tl.load(cache_lens_ptr + i_batch), 0)
+    cached = tl.maximum(tl.load(cache_seqlens_ptr + i_batch), 0)
 
     # Which token is this row? The way back from `own_row`.
     vsts = window // ratio

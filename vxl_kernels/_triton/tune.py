@@ -50,7 +50,7 @@ def _call(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
     lens = torch.full((1,), _CACHED, device="cuda", dtype=torch.int32)
     return {
         "q": q, "k": k, "v": k, "k_cache": cache, "v_cache": cache, "block_table": table,
-        "cache_lens": lens, "layout": _LAYOUT, "scale": head_dim**-0.5,
+        "cache_seqlens": lens, "layout": _LAYOUT, "scale": head_dim**-0.5,
     }  # fmt: skip
 
 
