@@ -15,7 +15,7 @@ __all__ = ["Budget", "Clock", "interleave", "spread", "threads"]
 
 Call = Callable[[], object]
 _ENOUGH_SECONDS = 0.6
-_FIRST_CYCLES, _MOST_CYCLES = 1 << 20, 1 << 26  # of a GPU that waits: 0.6 ms and 40 ms at 1.7 GHz
+_FIRST_CYCLES, _MAX_CYCLES = 1 << 20, 1 << 26  # of a GPU that waits: 0.6 ms and 40 ms at 1.7 GHz
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Clock:
 
     def _cuda_seconds(self, call: Call) -> float:
         known = call in self._not_ahead  # not every length of waiting again at each repeat
-        cycles = _MOST_CYCLES if known else self._cycles
+        cycles = _MAX_CYCLES if known else self._cycles
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._evict.zero_()
@@ -63,9 +63,9 @@ class Clock:
                 self._not_ahead.discard(call)
             elif self.queued_ahead:
                 self._cycles = cycles
-            elif cycles >= _MOST_CYCLES:
+            elif cycles >= _MAX_CYCLES:
                 self._not_ahead.add(call)
-            if self.queued_ahead or cycles >= _MOST_CYCLES:
+            if self.queued_ahead or cycles >= _MAX_CYCLES:
                 return start.elapsed_time(end) / 1e3
             cycles *= 4
 

@@ -34,7 +34,7 @@ FLAGS = [
     "-Xcompiler=-Wall,-Wextra,-Werror",
     "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
 ]
-MOST_REGISTERS = 128  # two blocks of 256 threads to a multiprocessor
+MAX_REGISTERS = 128  # two blocks of 256 threads to a multiprocessor
 FORBIDDEN = re.compile(
     r"\b(cuda(Device|Stream|Event)Synchronize|cudaMemcpy\w*|cudaMalloc\w*|cudaFree\w*|"
     r"__syncthreads|printf|assert)\s*\("
@@ -140,8 +140,8 @@ def complaints(kernel: Kernel, sm: int, has_sass: bool) -> list[str]:
     found = []
     if kernel.spills or kernel.stack:
         found.append(f"{kernel.spills} bytes of spills, {kernel.stack} bytes of stack")
-    if kernel.registers > MOST_REGISTERS:
-        found.append(f"{kernel.registers} registers, at most {MOST_REGISTERS} expected")
+    if kernel.registers > MAX_REGISTERS:
+        found.append(f"{kernel.registers} registers, at most {MAX_REGISTERS} expected")
     for opcode in kernel.sass:
         if opcode.startswith(LOCAL_OR_CALLED):
             found.append(f"{opcode} in the SASS")

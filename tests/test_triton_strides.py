@@ -13,7 +13,7 @@ BF16 = torch.bfloat16
 LAYOUTS = {"prefill": ChunkLayout(90, 8), "decode": None}
 HEADS, KV_HEADS, HEAD_DIM = 14, 2, 128
 PAGES, TABLE = 512, 256
-MOST_STRIDE, MOST_INT32 = 2**20, 2**31 - 1
+MAX_STRIDE, MAX_INT32 = 2**20, 2**31 - 1
 
 
 def meta(*shape, strides=None, dtype=BF16):
@@ -43,7 +43,7 @@ def plan(layout=None, q=None, k=None, v=None, k_cache=None, v_cache=None, arch=N
 # -- pages: 32 bits that count eighths, from a base address that they start at -----------------
 
 WIDTH = KV_HEADS * HEAD_DIM
-FAR = (8 * MOST_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the page stride that just reaches
+FAR = (8 * MAX_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the page stride that just reaches
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ FAR = (8 * MOST_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the page stride th
         (128 * WIDTH + 8, WIDTH, True),
         (128 * WIDTH + 4, WIDTH, False),  # pages start between multiples of 8
         (128 * WIDTH, WIDTH + 4, False),
-        (WIDTH, MOST_STRIDE, True),  # pages beside one another: a slot of all, then the next
-        (WIDTH, MOST_STRIDE + 8, False),
+        (WIDTH, MAX_STRIDE, True),  # pages beside one another: a slot of all, then the next
+        (WIDTH, MAX_STRIDE + 8, False),
         (FAR, WIDTH, True),
         (FAR + 8, WIDTH, False),
     ],
@@ -79,7 +79,7 @@ def test_one_page_out_of_reach_goes_by_64_bits():
     """A table of one page is "whole", unless its slots are far."""
     table = meta(1, 1, dtype=torch.int32)
     lens, q = meta(1, dtype=torch.int32), meta(1, 1, KV_HEADS, HEAD_DIM)
-    for slot, expected in ((MOST_STRIDE, "whole"), (MOST_STRIDE + 8, "any")):
+    for slot, expected in ((MAX_STRIDE, "whole"), (MAX_STRIDE + 8, "any")):
         strides = (50 * slot, slot, HEAD_DIM, 1)
         cache = meta(2, 50, KV_HEADS, HEAD_DIM, strides=strides)
         call = (q, q, q, cache, cache, table, lens)
@@ -96,9 +96,9 @@ def test_rows_far_apart_are_copied(name, kind):
     layout = LAYOUTS[kind]
     rows = 1 if layout is None else layout.rows
     for row, head_stride, used in (
-        (MOST_STRIDE, 1, MOST_STRIDE),
-        (MOST_STRIDE + 8, 1, heads * HEAD_DIM),
-        (MOST_STRIDE, 2, heads * HEAD_DIM),  # head_dim not dense
+        (MAX_STRIDE, 1, MAX_STRIDE),
+        (MAX_STRIDE + 8, 1, heads * HEAD_DIM),
+        (MAX_STRIDE, 2, heads * HEAD_DIM),  # head_dim not dense
     ):
         strides = (rows * row, row, HEAD_DIM * head_stride, head_stride)
         x = meta(1, rows, heads, HEAD_DIM, strides=strides)

@@ -44,7 +44,7 @@ PoolExhausted: type[MemoryError] = getattr(_ext.extension, "PoolExhausted", Memo
 Seqs = int | Iterable[int] | np.ndarray
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_WIDTH = 8  # pages that a batch's block table has room for at first
+_MIN_WIDTH = 8  # pages that a batch's block table has room for at first
 
 
 def _ids(seqs: Seqs) -> list[int] | np.ndarray:
@@ -402,7 +402,7 @@ class CacheBatch:
         self.cache, self.seqs = cache, seqs
         self._ids = np.array(seqs, dtype=np.int64)
         self._fixed = max_tokens is not None
-        width = _LEAST_WIDTH
+        width = _MIN_WIDTH
         if max_tokens is not None:
             width = -(-at_least("max_tokens", max_tokens, 1) // cache.page_size)
         # What the two tensors hold, as the host knows it.

@@ -23,7 +23,7 @@ from .steps import CacheStep, ExecutionSettings
 
 __all__ = ["Encoder", "Stream", "default_chunks", "make_plan"]
 
-_MOST_CHUNKS = 8
+_MAX_CHUNKS = 8
 _CPU_ROWS = 1024
 _SHARE_OF_MEMORY = 32  # activations of a step may take one part in so many of the device
 
@@ -50,14 +50,14 @@ def default_chunks(config: VideoXLConfig, device: torch.device, dtype: torch.dty
     released model does, and more only take memory. On a GPU as many as a small share of its
     memory holds the activations of, 8 at most."""
     if device.type == "cpu":
-        return max(1, min(_MOST_CHUNKS, -(-_CPU_ROWS // config.beacon_window)))
+        return max(1, min(_MAX_CHUNKS, -(-_CPU_ROWS // config.beacon_window)))
     total = torch.get_device_module(device).get_device_properties(device).total_memory
     # Residual, normed rows, q, k, v and the attention's result; three of the MLP.
     width = 6 * config.hidden_size + 3 * config.intermediate_size
     smallest = min(config.beacon_ratio if isinstance(config.beacon_ratio, list) else [2])
     rows = config.beacon_window + config.beacon_window // smallest
     chunks = total // _SHARE_OF_MEMORY // (rows * width * dtype.itemsize)
-    return max(1, min(_MOST_CHUNKS, chunks))
+    return max(1, min(_MAX_CHUNKS, chunks))
 
 
 @dataclass

@@ -47,8 +47,8 @@ void make_room(std::vector<int32_t>& table, int64_t more) {
 }  // namespace
 
 PageManager::PageManager(int64_t num_pages, int64_t page_size)
-    : num_pages_(in_range("num_pages", num_pages, 1, kMostPages)),
-      page_size_(power_of_two("page_size", page_size, kMostPageSize)),
+    : num_pages_(in_range("num_pages", num_pages, 1, kMaxPages)),
+      page_size_(power_of_two("page_size", page_size, kMaxPageSize)),
       holders_(static_cast<size_t>(num_pages)),
       free_(static_cast<size_t>(num_pages)) {
   // Page 0 on top: a fresh pool hands pages out in ascending order.
@@ -158,7 +158,7 @@ PageManager::Growth PageManager::prepare_growth(Sequence* const* batch, int64_t 
   size_t shared = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Sequence& s = *batch[i];
-    in_range("rows", rows, 0, kMostTokens - s.length);
+    in_range("rows", rows, 0, kMaxTokens - s.length);
     growth.new_pages += pages_to_add(s, rows);
     shared += must_copy(s, rows);
   }

@@ -78,10 +78,10 @@ struct PageStats {
 
 class PageManager {
  public:
-  static constexpr int64_t kMostPages = std::numeric_limits<int32_t>::max();
-  static constexpr int64_t kMostPageSize = int64_t{1} << 30;
+  static constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();
+  static constexpr int64_t kMaxPageSize = int64_t{1} << 30;
   // Of one sequence: kernels read lengths as int32.
-  static constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max();
+  static constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 
   // page_size: rows of a page, a power of two.
   PageManager(int64_t num_pages, int64_t page_size);

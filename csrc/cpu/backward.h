@@ -45,7 +45,7 @@ VXL_NOINLINE void softmax_backward(float* s, float* dp, int64_t keys, const floa
 struct Groups {
   int64_t vecs;
   VXL_INLINE int64_t count() const { return ceil_div(vecs, kCols); }
-  VXL_INLINE int64_t lanes(int64_t g) const { return least(kCols, vecs - g * kCols) * kLanes; }
+  VXL_INLINE int64_t lanes(int64_t g) const { return min_(kCols, vecs - g * kCols) * kLanes; }
 };
 
 // sum[keys][dims] += weights^T rows over all lanes of the tile. weights: a panel [key block]
@@ -132,13 +132,13 @@ struct QueryTile {
 // One key block against one column group; dq_lanes grows, p and ds are left for the rest.
 template <int NV>
 void backward_block(const KeyBlock& keys, int64_t padded, int64_t dims, const QueryTile& t,
-                    int64_t lane, Ahead& ahead) {
+                    int64_t lane, Prefetch& prefetch) {
   float unused[NV * kLanes], ones[NV * kLanes];
   for (int j = 0; j < NV; ++j) store(ones + j * kLanes, splat(1.0f));
   float *s = t.p + lane * kKeyBlock, *dp = t.ds + lane * kKeyBlock;
-  scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, ahead);
+  scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, prefetch);
   scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.everything + lane, dp, unused,
-             ahead);
+             prefetch);
   softmax_backward<NV>(s, dp, padded, t.lse + lane, t.delta + lane);
   accumulate<NV>(keys.k_panels, padded, dp, dims, ones, t.dq_lanes + lane * dims);
 }
@@ -177,7 +177,7 @@ void load_queries(const vxl::AttentionBackwardParams& p, int64_t batch, int64_t 
           t.do_rows[d * padded + lane * width + j] = grad[i * dims + d + j];
         }
     }
-    const int64_t g = v / kCols * kCols, stride = least(kCols, t.vecs - g) * kLanes;
+    const int64_t g = v / kCols * kCols, stride = min_(kCols, t.vecs - g) * kLanes;
     const int64_t to = g * kLanes * dims + (v - g) * kLanes;
     lanes_from_rows(q, dims, call.scale * kLog2e, t.q_lanes + to, stride);
     lanes_from_rows(grad, dims, 1.0f, t.do_lanes + to, stride);
@@ -199,7 +199,7 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
                    float* cache_dv, float* own_dk, float* own_dv, float* scratch) {
   const vxl::AttentionParams& call = p.call;
   const int64_t dims = plan.dims, group = plan.group;
-  const int64_t rows = least(plan.tile_rows, call.geometry.chunk_rows() - first);
+  const int64_t rows = min_(plan.tile_rows, call.geometry.chunk_rows() - first);
   const int64_t lanes = rows * group;
   auto row_of_lane = [&](int64_t lane) {
     return call.geometry.row_of(chunk, first + lane / group);
@@ -213,23 +213,23 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
 
   const KeyStream<T> stream(call, batch, kv_head, chunk);
   const Groups groups{t.vecs};
-  Ahead ahead;
-  ahead.bytes = call.head_dim * int64_t(sizeof(T));
+  Prefetch prefetch;
+  prefetch.bytes = call.head_dim * int64_t(sizeof(T));
   // A block lies either in the cache or in the chunk: their gradients lie apart.
   const int64_t end = stream.cached + first + rows;
   auto block_end = [&](int64_t key) {
-    return least(key + kKeyBlock, key < stream.cached ? stream.cached : end);
+    return min_(key + kKeyBlock, key < stream.cached ? stream.cached : end);
   };
-  stream.find(0, block_end(0), ahead.rows);
+  stream.find(0, block_end(0), prefetch.rows);
   for (int64_t key = 0, n; key < end; key += n) {
     n = block_end(key) - key;
-    pack_keys<T>(ahead.rows, n, call.head_dim, dims, block);
+    pack_keys<T>(prefetch.rows, n, call.head_dim, dims, block);
     const int64_t n_next = key + n < end ? block_end(key + n) - key - n : 0;
-    stream.find(key + n, n_next, ahead.rows);
-    ahead.plan(n_next, 2 * ceil_div(n, kRows) * groups.count());
+    stream.find(key + n, n_next, prefetch.rows);
+    prefetch.plan(n_next, 2 * ceil_div(n, kRows) * groups.count());
     for (int64_t lane = 0; lane < t.vecs * kLanes; ++lane) {
-      const int64_t row = least(lane / group, rows - 1);
-      t.limits[lane] = int32_t(least(n, most(0, stream.cached + first + row + 1 - key)));
+      const int64_t row = min_(lane / group, rows - 1);
+      t.limits[lane] = int32_t(min_(n, max_(0, stream.cached + first + row + 1 - key)));
     }
     for (int64_t g = 0; g < groups.count(); ++g) {
       const int64_t lane = g * kCols * kLanes;
@@ -237,9 +237,9 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
       t.seen[g] = int32_t(seen);
       if (seen == 0) continue;
       switch (groups.lanes(g) / kLanes) {
-        case 1: backward_block<1>(block, seen, dims, t, lane, ahead); break;
-        case 2: backward_block<2>(block, seen, dims, t, lane, ahead); break;
-        default: backward_block<kCols>(block, seen, dims, t, lane, ahead);
+        case 1: backward_block<1>(block, seen, dims, t, lane, prefetch); break;
+        case 2: backward_block<2>(block, seen, dims, t, lane, prefetch); break;
+        default: backward_block<kCols>(block, seen, dims, t, lane, prefetch);
       }
     }
     const bool cached = key < stream.cached;
@@ -249,9 +249,9 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   }
 
   for (int64_t v = 0; v < t.vecs; ++v) {
-    const int64_t g = v / kCols * kCols, stride = least(kCols, t.vecs - g) * kLanes;
+    const int64_t g = v / kCols * kCols, stride = min_(kCols, t.vecs - g) * kLanes;
     rows_from_lanes(t.dq_lanes + g * kLanes * dims + (v - g) * kLanes, stride, dims, staged);
-    for (int64_t i = 0; i < least(kLanes, lanes - v * kLanes); ++i) {
+    for (int64_t i = 0; i < min_(kLanes, lanes - v * kLanes); ++i) {
       const int64_t lane = v * kLanes + i;
       T* to = static_cast<T*>(p.grad_q.data) + batch * p.grad_q.batch_stride +
               row_of_lane(lane) * p.grad_q.row_stride + head_of_lane(lane) * p.grad_q.head_stride;
@@ -275,7 +275,7 @@ void backward_task(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   task /= plan.segments;
   const int64_t kv_head = task % p.call.kv_heads, batch = task / p.call.kv_heads;
   const int64_t from = segment * plan.segment_chunks;
-  for (int64_t c = from; c < least(from + plan.segment_chunks, g.chunks); ++c) {
+  for (int64_t c = from; c < min_(from + plan.segment_chunks, g.chunks); ++c) {
     const int64_t own = (plan.cached + (c - from) * g.chunk_rows()) * plan.dims;
     for (int64_t tile = part; tile * plan.tile_rows < g.chunk_rows(); tile += plan.parts) {
       backward_tile<T>(p, plan, batch, kv_head, c, tile * plan.tile_rows, dk, dv, dk + own,

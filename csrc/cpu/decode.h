@@ -10,7 +10,7 @@
 // loaded feeds R multiply-adds.
 #pragma once
 
-#include "finish.h"
+#include "epilogue.h"
 #include "key_stream.h"
 #include "plan.h"
 #include "tile.h"
@@ -19,23 +19,23 @@ namespace {
 
 constexpr int64_t kDecodeBlock = 64;  // keys between two softmax steps
 constexpr int64_t kWeighKeys = 8;     // keys a visit to O^T: enough to pay for load and store
-constexpr int kMostDotRows = kLanes == 16 ? 8 : 4;  // leaves registers for the operands
+constexpr int kMaxDotRows = kLanes == 16 ? 8 : 4;  // leaves registers for the operands
 
 template <typename T>
-VXL_INLINE void fetch_row(const T* row, int64_t dims) {
+VXL_INLINE void prefetch_row(const T* row, int64_t dims) {
   const char* p = reinterpret_cast<const char*>(row);
   for (int64_t b = 0; b < dims * int64_t(sizeof(T)); b += 64) __builtin_prefetch(p + b, 0, 3);
 }
 
 // out[r * keys + c] = q[r] . k[c] for kLanes / R keys: as many sums as lanes, so that one
 // butterfly reduces them all. Only the first A rows are computed (28 query heads on 4 KV
-// heads make 7 rows of 8). As many rows at `ahead` are fetched into L1.
+// heads make 7 rows of 8). As many rows at `prefetch` are fetched into L1.
 // Out of line for the registers' sake.
 template <int R, int A, typename T>
-VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* ahead, int64_t dims,
+VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* prefetch, int64_t dims,
                        float* out) {
   constexpr int kKeys = kLanes / R;
-  for (int c = 0; c < kKeys; ++c) fetch_row(ahead[c], dims);
+  for (int c = 0; c < kKeys; ++c) prefetch_row(prefetch[c], dims);
   Vec acc[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) acc[i] = Vec{};
@@ -90,14 +90,14 @@ VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const 
     for (int c = 0; c < C; ++c) store(o + r * dims + offset + c * kLanes, acc[r][c]);
 }
 
-// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key]; fetches n rows at `ahead`.
+// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key]; fetches n rows at `prefetch`.
 template <int R, int A, typename T>
 VXL_NOINLINE void weigh(const float* p, int64_t n, const float* alpha, const T* const* v,
-                        const T* const* ahead, int64_t dims, float* o) {
+                        const T* const* prefetch, int64_t dims, float* o) {
   const int64_t per_step = ceil_div(n * 2 * kLanes, dims);
   int64_t fetched = 0;
   for (int64_t d = 0; d < dims; d += 2 * kLanes) {
-    for (int64_t i = 0; i < per_step && fetched < n; ++i) fetch_row(ahead[fetched++], dims);
+    for (int64_t i = 0; i < per_step && fetched < n; ++i) prefetch_row(prefetch[fetched++], dims);
     if (d + 2 * kLanes <= dims) {
       weigh_dims<R, A, 2>(p, n, alpha, v, d, dims, o);
     } else {
@@ -166,7 +166,7 @@ struct BlockRows {
   // Reading order is K, then V of this block, then K of the next; behind the end, the last row.
   const T* after_k(int64_t i, int64_t head) const {
     const int64_t j = i + kDistance;
-    return j < count ? k(j, head) : v(least(j - count, count - 1), head);
+    return j < count ? k(j, head) : v(min_(j - count, count - 1), head);
   }
   const T* after_v(int64_t i, int64_t head) const {
     const int64_t j = i + kDistance;
@@ -221,14 +221,14 @@ template <int R, int A, typename T>
 void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
                 const DecodeState& x) {
   constexpr int kKeys = kLanes / R;
-  const T *rows[kKeys], *ahead[kKeys];
+  const T *rows[kKeys], *prefetch[kKeys];
   const float* padded[kKeys];
   for (int64_t c = 0; c < block.count; c += kKeys) {
     InOrder next{p.kv_heads, c};
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t i = 0; i < kKeys; ++i, next.step()) {
-        rows[i] = block.k(least(c + i, block.count - 1), h);  // beyond: masked by the softmax
-        ahead[i] = block.after_k(next.key, next.head);
+        rows[i] = block.k(min_(c + i, block.count - 1), h);  // beyond: masked by the softmax
+        prefetch[i] = block.after_k(next.key, next.head);
       }
       const bool whole = x.dims == p.head_dim;
       if (!whole) pad_rows(rows, kKeys, p.head_dim, x.dims, x.padded, padded);
@@ -236,7 +236,7 @@ void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
         const float* q = x.q + g * R * x.dims;
         float* s = x.s + g * kDecodeBlock * R + score_at<R>(c);
         if (whole) {
-          dots<R, A>(q, rows, ahead, x.dims, s);
+          dots<R, A>(q, rows, prefetch, x.dims, s);
         } else {
           dots<R, A>(q, padded, padded, x.dims, s);
         }
@@ -248,15 +248,15 @@ void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
 template <int R, int A, typename T>
 void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
                   const DecodeState& x) {
-  const T *rows[kWeighKeys], *ahead[kWeighKeys];
+  const T *rows[kWeighKeys], *prefetch[kWeighKeys];
   const float* padded[kWeighKeys];
   for (int64_t c = 0; c < block.count; c += kWeighKeys) {
-    const int64_t n = least(kWeighKeys, block.count - c);
+    const int64_t n = min_(kWeighKeys, block.count - c);
     InOrder next{p.kv_heads, c};
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t i = 0; i < n; ++i, next.step()) {
         rows[i] = block.v(c + i, h);
-        ahead[i] = block.after_v(next.key, next.head);
+        prefetch[i] = block.after_v(next.key, next.head);
       }
       const bool whole = x.dims == p.head_dim;
       if (!whole) pad_rows(rows, n, p.head_dim, x.dims, x.padded, padded);
@@ -265,7 +265,7 @@ void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
         const float* alpha = x.alpha + g * kLanes;
         float* o = x.o + g * R * x.dims;
         if (whole) {
-          weigh<R, A>(s, n, alpha, rows, ahead, x.dims, o);
+          weigh<R, A>(s, n, alpha, rows, prefetch, x.dims, o);
         } else {
           weigh<R, A>(s, n, alpha, padded, padded, x.dims, o);
         }
@@ -292,13 +292,13 @@ void decode_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, 
   const int64_t batch = task % p.batch, split = task / p.batch;
   const int64_t keys = vxl::sequence_keys(p, batch);
   const int64_t length = plan.split_length(keys);
-  const int64_t begin = split * length, end = least(begin + length, keys);
+  const int64_t begin = split * length, end = min_(begin + length, keys);
   if (begin >= end) return;
 
   const int64_t rows = p.geometry.rows(), group = plan.group;
   const int64_t n = rows * group;  // query rows of a KV head
   int block_rows = 1;
-  while (block_rows < n && block_rows < kMostDotRows) block_rows *= 2;
+  while (block_rows < n && block_rows < kMaxDotRows) block_rows *= 2;
   const int64_t groups = ceil_div(n, block_rows), n_pad = groups * block_rows;
   const int64_t total = p.kv_heads * n_pad, dims = round_up(p.head_dim, kLanes);
 
@@ -310,7 +310,7 @@ void decode_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, 
   x.m = take(p.kv_heads * groups * kLanes);
   x.l = take(p.kv_heads * groups * kLanes);
   x.alpha = take(p.kv_heads * groups * kLanes);
-  x.padded = take(most(kLanes, kWeighKeys) * dims);
+  x.padded = take(max_(kLanes, kWeighKeys) * dims);
   x.groups = groups;
   x.dims = dims;
 
@@ -332,23 +332,23 @@ void decode_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, 
 
   const KeyStream<T> stream(p, batch, 0, 0);
   HeadRows found[2][kDecodeBlock];
-  int64_t seen[vxl::AttentionPlan::kDecodeRows + kMostDotRows];
+  int64_t seen[vxl::AttentionPlan::kDecodeRows + kMaxDotRows];
   int side = 0;
-  stream.find(begin, least(kDecodeBlock, end - begin), found[side]);
+  stream.find(begin, min_(kDecodeBlock, end - begin), found[side]);
   for (int64_t key = begin; key < end; key += kDecodeBlock, side ^= 1) {
-    const int64_t count = least(kDecodeBlock, end - key);
-    const int64_t next_count = most(0, least(kDecodeBlock, end - key - kDecodeBlock));
+    const int64_t count = min_(kDecodeBlock, end - key);
+    const int64_t next_count = max_(0, min_(kDecodeBlock, end - key - kDecodeBlock));
     stream.find(key + kDecodeBlock, next_count, found[side ^ 1]);
     const BlockRows<T> block{found[side], found[side ^ 1], count, next_count};
     for (int64_t i = 0; i < n_pad; ++i)
-      seen[i] = most(0, least(count, stream.cached + least(i, n - 1) / group + 1 - key));
-    switch (n < kMostDotRows ? n : block_rows) {
+      seen[i] = max_(0, min_(count, stream.cached + min_(i, n - 1) / group + 1 - key));
+    switch (n < kMaxDotRows ? n : block_rows) {
       case 1: decode_block<1, 1>(p, block, seen, x); break;
       case 2: decode_block<2, 2>(p, block, seen, x); break;
       case 3:
       case 4: decode_block<4, 4>(p, block, seen, x); break;
-      case 7: decode_block<kMostDotRows, kMostDotRows - 1>(p, block, seen, x); break;
-      default: decode_block<kMostDotRows, kMostDotRows>(p, block, seen, x);
+      case 7: decode_block<kMaxDotRows, kMaxDotRows - 1>(p, block, seen, x); break;
+      default: decode_block<kMaxDotRows, kMaxDotRows>(p, block, seen, x);
     }
   }
 

@@ -29,11 +29,11 @@ struct KeyStream {
   // Where keys [begin, begin + n) of KV head `kv_head` lie.
   void find(int64_t begin, int64_t n, HeadRows* rows) const {
     const vxl::PagedCache& c = p.cache;
-    const int64_t paged = least(begin + n, cached) - begin;
+    const int64_t paged = min_(begin + n, cached) - begin;
     int64_t i = 0;
     while (i < paged) {  // a run within one page
       const int64_t slot = (begin + i) % c.page_size;
-      const int64_t run = least(paged, i + c.page_size - slot);
+      const int64_t run = min_(paged, i + c.page_size - slot);
       const int64_t page =
           c.block_table[batch * c.block_table_stride + (begin + i) / c.page_size];
       const T* k = static_cast<const T*>(c.k) + page * c.k_strides[0] +
@@ -62,17 +62,17 @@ struct KeyStream {
 
 // Rows of the next key block, fetched into L2 a few at a time while this block computes.
 // Without it the copy of the next block waits for memory: 20 % of the time at 8100 keys.
-struct Ahead {
+struct Prefetch {
   HeadRows rows[kKeyBlock];
   int64_t count = 0, next = 0, step = 0, bytes = 0;
 
   void plan(int64_t keys, int64_t calls) {
     count = keys;
     next = 0;
-    step = ceil_div(count, most(calls, 1));
+    step = ceil_div(count, max_(calls, 1));
   }
   VXL_INLINE void touch() {
-    const int64_t end = least(next + step, count);
+    const int64_t end = min_(next + step, count);
     for (; next < end; ++next)
       for (int64_t b = 0; b < bytes; b += 64) {
         __builtin_prefetch(rows[next].k + b, 0, 2);

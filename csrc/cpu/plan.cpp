@@ -11,8 +11,8 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Q^T and O^T of a tile stay in a 1 MiB L2 beside one key block. Larger tiles copy each key
 // block less often; measured at head_dim 128: 240 lanes 0.80, 336 0.84, 672 0.86 of the
 // FMA peak.
-constexpr int64_t kMostLanes = 672;
-constexpr int64_t kTileFloats = 2 * 128 * kMostLanes;
+constexpr int64_t kMaxLanes = 672;
+constexpr int64_t kTileFloats = 2 * 128 * kMaxLanes;
 
 constexpr int64_t kDecodeSplit = 512, kTileSplit = 4096;
 
@@ -26,7 +26,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   const int64_t dims = round_up(p.head_dim, 16);
   plan.decode = g.ratio == 0 && rows * plan.group <= AttentionPlan::kDecodeRows;
 
-  const bool few_rows = g.ratio == 0 && rows * plan.group <= kMostLanes;
+  const bool few_rows = g.ratio == 0 && rows * plan.group <= kMaxLanes;
   plan.split_unit = plan.decode ? kDecodeSplit : few_rows ? kTileSplit : 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     plan.splits = std::max(plan.splits, plan.split_count(sequence_keys(p, b)));
@@ -35,7 +35,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   // A multiple of 3 vectors: full register tiles. Smaller ones where there would not be
   // enough of them to end together.
   const int64_t unit = 3 * lanes, spread = g.chunks * p.batch * p.kv_heads * plan.splits;
-  int64_t tile_lanes = std::clamp(kTileFloats / (2 * dims) / unit * unit, unit, kMostLanes);
+  int64_t tile_lanes = std::clamp(kTileFloats / (2 * dims) / unit * unit, unit, kMaxLanes);
   auto cut = [&] {
     plan.tile_rows = std::max<int64_t>(tile_lanes / plan.group, 1);
     plan.tiles = std::max<int64_t>(ceil_div(rows, plan.tile_rows), 1);

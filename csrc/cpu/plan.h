@@ -25,13 +25,13 @@ struct AttentionPlan {
 
   // Splits depend on the sequence's own length only, so neither its neighbours in the
   // batch nor the number of threads change a bit of its result.
-  static constexpr int64_t kMostSplits = 64;
+  static constexpr int64_t kMaxSplits = 64;
   // Up to this many query rows of a KV head the keys are the long side.
   static constexpr int64_t kDecodeRows = 32;
   static constexpr int64_t kSplitAlign = 128;
   VXL_ALWAYS_INLINE int64_t split_length(int64_t keys) const {
     if (split_unit == 0) return keys > 0 ? keys : 1;
-    int64_t length = (keys + kMostSplits - 1) / kMostSplits;
+    int64_t length = (keys + kMaxSplits - 1) / kMaxSplits;
     if (length < split_unit) length = split_unit;
     return (length + kSplitAlign - 1) / kSplitAlign * kSplitAlign;
   }

@@ -1,7 +1,7 @@
 // Attention of one tile: consecutive positions of one chunk, all heads of one KV head.
 #pragma once
 
-#include "finish.h"
+#include "epilogue.h"
 #include "key_stream.h"
 #include "plan.h"
 #include "tile.h"
@@ -74,7 +74,7 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
 
   const int64_t dims = p.head_dim, v_dims = round_up(dims, kRows), group = plan.group;
   const int64_t first = tile * plan.tile_rows;
-  const int64_t rows = least(plan.tile_rows, p.geometry.chunk_rows() - first);
+  const int64_t rows = min_(plan.tile_rows, p.geometry.chunk_rows() - first);
   if (rows <= 0) return;
   const int64_t lanes = rows * group;
   const int64_t vecs = ceil_div(lanes, kLanes), padded = vecs * kLanes;
@@ -83,7 +83,7 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   const int64_t length = plan.split_length(vxl::sequence_keys(p, batch));
   const int64_t begin = split * length;
   // The keys of this split that the tile's last row sees.
-  const int64_t end = least(begin + length, stream.cached + first + rows);
+  const int64_t end = min_(begin + length, stream.cached + first + rows);
   if (begin >= vxl::sequence_keys(p, batch)) return;
 
   auto take = [&scratch](int64_t n) { float* x = scratch; scratch += n; return x; };
@@ -104,7 +104,7 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
 
   // Column groups of kCols vectors, the last one narrower: panels [dims][width lanes].
   for (int64_t g = 0; g < vecs; g += kCols) {
-    const int64_t width = least(kCols, vecs - g);
+    const int64_t width = min_(kCols, vecs - g);
     for (int64_t j = 0; j < width; ++j) {
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t lane = (g + j) * kLanes + i;
@@ -124,19 +124,19 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   std::memset(l, 0, padded * sizeof(float));
   for (int64_t i = 0; i < padded; ++i) m[i] = -INFINITY;
 
-  Ahead ahead;
-  ahead.bytes = dims * int64_t(sizeof(T));
-  stream.find(begin, most(least(kKeyBlock, end - begin), 0), ahead.rows);
+  Prefetch prefetch;
+  prefetch.bytes = dims * int64_t(sizeof(T));
+  stream.find(begin, max_(min_(kKeyBlock, end - begin), 0), prefetch.rows);
   for (int64_t key = begin; key < end; key += kKeyBlock) {
-    const int64_t n = least(kKeyBlock, end - key);
-    pack_block<T>(ahead.rows, n, dims, v_dims, k_block, v_block, staged);
-    const int64_t n_next = most(0, least(kKeyBlock, end - key - kKeyBlock));
-    stream.find(key + kKeyBlock, n_next, ahead.rows);
-    ahead.plan(n_next, ceil_div(n, kRows) * ceil_div(vecs, kCols));
+    const int64_t n = min_(kKeyBlock, end - key);
+    pack_block<T>(prefetch.rows, n, dims, v_dims, k_block, v_block, staged);
+    const int64_t n_next = max_(0, min_(kKeyBlock, end - key - kKeyBlock));
+    stream.find(key + kKeyBlock, n_next, prefetch.rows);
+    prefetch.plan(n_next, ceil_div(n, kRows) * ceil_div(vecs, kCols));
 
     int64_t lane = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      const int32_t limit = int32_t(least(n, most(0, stream.cached + first + r + 1 - key)));
+      const int32_t limit = int32_t(min_(n, max_(0, stream.cached + first + r + 1 - key)));
       for (int64_t g = 0; g < group; ++g) limits[lane++] = limit;
     }
     for (; lane < padded; ++lane) limits[lane] = limits[lanes - 1];
@@ -144,18 +144,18 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
     for (int64_t g = 0; g < vecs; g += kCols) {
       const int64_t at = g * kLanes;
       const Lanes state{q + at * dims, o + at * v_dims, m + at, l + at, limits + at};
-      switch (least(kCols, vecs - g)) {
-        case 1: attend_block<1>(k_block, v_block, n, dims, v_dims, state, s, ahead); break;
-        case 2: attend_block<2>(k_block, v_block, n, dims, v_dims, state, s, ahead); break;
-        default: attend_block<kCols>(k_block, v_block, n, dims, v_dims, state, s, ahead);
+      switch (min_(kCols, vecs - g)) {
+        case 1: attend_block<1>(k_block, v_block, n, dims, v_dims, state, s, prefetch); break;
+        case 2: attend_block<2>(k_block, v_block, n, dims, v_dims, state, s, prefetch); break;
+        default: attend_block<kCols>(k_block, v_block, n, dims, v_dims, state, s, prefetch);
       }
     }
   }
 
   for (int64_t v = 0; v < vecs; ++v) {
-    const int64_t g = v / kCols * kCols, width = least(kCols, vecs - g);
+    const int64_t g = v / kCols * kCols, width = min_(kCols, vecs - g);
     rows_from_lanes(o + g * kLanes * v_dims + (v - g) * kLanes, width * kLanes, dims, staged);
-    for (int64_t i = 0; i < least(kLanes, lanes - v * kLanes); ++i) {
+    for (int64_t i = 0; i < min_(kLanes, lanes - v * kLanes); ++i) {
       const int64_t lane = v * kLanes + i;
       const Partial result{staged + i * dims, m[lane], l[lane]};
       if (plan.splits > 1) {

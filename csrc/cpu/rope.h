@@ -80,7 +80,7 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
     return static_cast<T*>(t.data) + batch * t.batch_stride + row * t.row_stride;
   };
   const int64_t base = p.cache.lens[batch] + chunk * g.vsts();
-  for (int64_t position = first; position < least(first + kRopeRows, g.chunk_rows());
+  for (int64_t position = first; position < min_(first + kRopeRows, g.chunk_rows());
        ++position) {
     const int64_t row = g.row_of(chunk, position);
     const int64_t kept = g.kept_at(position);

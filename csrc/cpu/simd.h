@@ -215,7 +215,9 @@ VXL_INLINE void load_row(const T* src, float* dst, int64_t n) {
 
 VXL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 VXL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-VXL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-VXL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+// Not std::min and std::max: the linker could keep the copy that one ISA unit compiled and run it
+// on an older machine.
+VXL_INLINE int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+VXL_INLINE int64_t max_(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace

@@ -51,7 +51,7 @@ VXL_INLINE void multiply(const float* a, int64_t k_stride, int64_t i_stride, con
 // k: [keys][head_dim], keys a multiple of kRows; q: [head_dim][NV lanes]; limits ascend.
 template <int NV>
 VXL_NOINLINE void scores(const float* k, int64_t keys, const float* q, int64_t head_dim,
-                         const int32_t* limits, float* s, float* block_max, Ahead& ahead) {
+                         const int32_t* limits, float* s, float* block_max, Prefetch& prefetch) {
   Vec top[NV];
   IVec limit[NV];
   for (int j = 0; j < NV; ++j) {
@@ -64,7 +64,7 @@ VXL_NOINLINE void scores(const float* k, int64_t keys, const float* q, int64_t h
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
-    ahead.touch();
+    prefetch.touch();
     multiply<NV>(k + key * head_dim, 1, head_dim, q, head_dim, acc);
     if (key + kRows > limits[0]) {  // the edge of the mask crosses these keys
 #pragma GCC unroll 8
@@ -149,12 +149,12 @@ struct Lanes {
 
 template <int NV>
 void attend_block(const float* k, const float* v, int64_t keys, int64_t k_dims, int64_t v_dims,
-                  const Lanes& lanes, float* s, Ahead& ahead) {
-  const int64_t seen = least(keys, lanes.limits[NV * kLanes - 1]);
+                  const Lanes& lanes, float* s, Prefetch& prefetch) {
+  const int64_t seen = min_(keys, lanes.limits[NV * kLanes - 1]);
   if (seen <= 0) return;
   const int64_t padded = round_up(seen, kRows);
   float block_max[NV * kLanes], alpha[NV * kLanes];
-  scores<NV>(k, padded, lanes.q, k_dims, lanes.limits, s, block_max, ahead);
+  scores<NV>(k, padded, lanes.q, k_dims, lanes.limits, s, block_max, prefetch);
   softmax<NV>(s, padded, block_max, lanes.m, lanes.l, alpha);
   accumulate<NV>(v, padded, s, v_dims, alpha, lanes.o);
 }

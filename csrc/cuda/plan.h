@@ -18,7 +18,7 @@ struct Plan {
   int word = 0;                          // bytes of an access; 0: the call cannot be served
 };
 
-constexpr int64_t kMostBlocksX = INT32_MAX, kMostBlocksYZ = 65535;  // loops take the rest
+constexpr int64_t kMaxBlocksX = INT32_MAX, kMaxBlocksYZ = 65535;  // loops take the rest
 constexpr int64_t kBlockThreads = 256;
 
 inline uint32_t clamped(int64_t n, int64_t most) {
@@ -72,8 +72,8 @@ inline Plan plan_rope(const RopeParams& p) {
   if (rows_a_block > 64) rows_a_block = 64;  // CUDA's limit in z
   plan.block = {static_cast<uint32_t>(lanes), static_cast<uint32_t>(groups),
                 static_cast<uint32_t>(rows_a_block)};
-  plan.grid = {clamped((g.chunk_rows() + rows_a_block - 1) / rows_a_block, kMostBlocksX),
-               clamped(p.batch * g.chunks, kMostBlocksYZ), 1};
+  plan.grid = {clamped((g.chunk_rows() + rows_a_block - 1) / rows_a_block, kMaxBlocksX),
+               clamped(p.batch * g.chunks, kMaxBlocksYZ), 1};
   return plan;
 }
 
@@ -98,7 +98,7 @@ inline Plan plan_copy_pages(const PageCopyParams& p) {
   plan.block = {static_cast<uint32_t>(kBlockThreads), 1, 1};
   if (p.count == 0 || p.k.layers == 0 || p.k.row_bytes == 0) return plan;
   plan.grid = {blocks_a_run(p.k.page_size * p.k.row_bytes, plan.word),
-               clamped(2 * p.k.layers, kMostBlocksYZ), clamped(p.count, kMostBlocksYZ)};
+               clamped(2 * p.k.layers, kMaxBlocksYZ), clamped(p.count, kMaxBlocksYZ)};
   return plan;
 }
 
@@ -112,8 +112,8 @@ inline Plan plan_row_transfer(const RowTransferParams& p) {
   if (p.rows == 0 || c.layers == 0 || c.row_bytes == 0) return plan;
   const int64_t pages = (p.first + p.rows - 1) / c.page_size - p.first / c.page_size + 1;
   const int64_t longest = p.rows < c.page_size ? p.rows : c.page_size;
-  plan.grid = {blocks_a_run(longest * c.row_bytes, plan.word), clamped(pages, kMostBlocksYZ),
-               clamped(c.layers, kMostBlocksYZ)};
+  plan.grid = {blocks_a_run(longest * c.row_bytes, plan.word), clamped(pages, kMaxBlocksYZ),
+               clamped(c.layers, kMaxBlocksYZ)};
   return plan;
 }
 

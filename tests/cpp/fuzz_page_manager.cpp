@@ -52,7 +52,7 @@ namespace {
   } while (false)
 
 constexpr int64_t kPoison = -1;
-constexpr size_t kMostSequences = 12;
+constexpr size_t kMaxSequences = 12;
 int64_t operations = 0;
 
 class Bytes {
@@ -130,7 +130,7 @@ class Session {
   }
 
   void start() {
-    if (model_.size() >= kMostSequences) return;
+    if (model_.size() >= kMaxSequences) return;
     int64_t seq = -1;
     const vxl_status got =
         call(allocations(), [&] { return vxl_pages_new_sequence(pages_, &seq); });
@@ -138,7 +138,7 @@ class Session {
   }
 
   void fork() {
-    if (model_.size() >= kMostSequences) return;
+    if (model_.size() >= kMaxSequences) return;
     const int64_t seq = pick();
     const Sequence& parent = model_[seq];
     Sequence child;

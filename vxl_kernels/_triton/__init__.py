@@ -19,7 +19,7 @@ import torch
 __all__ = ["architecture", "backward_kernels", "interpreted", "kernels", "one_wave", "reasons"]
 
 _OLDEST = (3, 6)
-_MOST_BATCH = 65535  # of a grid's second axis
+_MAX_BATCH = 65535  # of a grid's second axis
 
 
 @functools.cache
@@ -100,8 +100,8 @@ def reasons(x: torch.Tensor | None) -> list[str]:
         found.append(f"dtype {x.dtype} is not float32, float16 or bfloat16")
     elif x.dtype == torch.bfloat16 and on_cpu:
         found.append("Triton's interpreter computes products of bfloat16 wrongly")
-    if x.dim() and x.shape[0] > _MOST_BATCH:
-        found.append(f"batch {x.shape[0]} is larger than {_MOST_BATCH}")
+    if x.dim() and x.shape[0] > _MAX_BATCH:
+        found.append(f"batch {x.shape[0]} is larger than {_MAX_BATCH}")
     return found
 
 

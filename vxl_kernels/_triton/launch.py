@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 _NEVER = 1 << 30  # a ratio that no position reaches: plain rows are a chunk without VSTs
-_MOST_INT32 = 2**31 - 1
-_MOST_TOKENS = _MOST_INT32 - 2048
+_MAX_INT32 = 2**31 - 1
+_MAX_TOKENS = _MAX_INT32 - 2048
 # Said to the compiler because Triton 3.10 is to change its default.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -76,7 +76,7 @@ def _precision(dtype: torch.dtype, arch: str) -> str:
 
 def _dense_heads(x: torch.Tensor) -> torch.Tensor:
     """x with head_dim dense, and a row not far from the next."""
-    if x.stride(-1) == 1 and x.stride(1) <= primitives.MOST_STRIDE.value:
+    if x.stride(-1) == 1 and x.stride(1) <= primitives.MAX_STRIDE.value:
         return x
     # `contiguous` would keep the stride of a single row, and the kernels rely on the bound
     return x.clone(memory_format=torch.contiguous_format)
@@ -100,8 +100,8 @@ def _within_reach(cache: torch.Tensor) -> bool:
     return (
         page % 8 == 0
         and slot % 8 == 0
-        and reach // 8 <= _MOST_INT32
-        and slot <= primitives.MOST_STRIDE.value
+        and reach // 8 <= _MAX_INT32
+        and slot <= primitives.MAX_STRIDE.value
     )
 
 
@@ -150,11 +150,11 @@ def _check_capacity(rows: int, k_cache, block_table) -> None:
     if k_cache is None:
         return
     page_size, max_pages = k_cache.shape[1], block_table.shape[1]
-    if max_pages * page_size + rows > _MOST_TOKENS:
+    if max_pages * page_size + rows > _MAX_TOKENS:
         fail(
             "block_table",
             f"{max_pages} pages of {page_size} tokens",
-            f"at most {_MOST_TOKENS} tokens, the call's {rows} rows included",
+            f"at most {_MAX_TOKENS} tokens, the call's {rows} rows included",
         )
 
 

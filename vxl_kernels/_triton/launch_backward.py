@@ -22,7 +22,7 @@ from .launch import (
 __all__ = ["plan_attention_backward", "vst_attention_backward"]
 
 _ROWS_OF_DELTA = 32
-_MOST_PARTS = 8
+_MAX_PARTS = 8
 _ROWS_OF_A_PART = 4096
 
 
@@ -174,7 +174,7 @@ def _parts(rows: int, chunks: int) -> int:
     programs, each with all rows to walk, so many rows are cut. Nothing but a sequence's own rows
     counts, not how wide its batch's table is: each part is float32 K and V of the whole table,
     wanted or not."""
-    return max(1, min(chunks, rows // _ROWS_OF_A_PART, _MOST_PARTS))
+    return max(1, min(chunks, rows // _ROWS_OF_A_PART, _MAX_PARTS))
 
 
 def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "MOST_STRIDE",
+    "MAX_STRIDE",
     "advance",
     "assume_stride",
     "cached_entries",
@@ -63,7 +63,7 @@ def visible_own(position, ratio):
 
 # Elements from a key to the next, at most; the launcher copies or goes the 64-bit way beyond. A
 # block of 128 keys is then within 2 GiB.
-MOST_STRIDE = tl.constexpr(2**20)
+MAX_STRIDE = tl.constexpr(2**20)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def assume_stride(stride):
     """Tells the compiler what the launcher has seen to. AMD's then loads a block from a scalar
     address and 32-bit offsets instead of a 64-bit address for each thread."""
     tl.assume(stride >= 0)
-    tl.assume(stride <= MOST_STRIDE)
+    tl.assume(stride <= MAX_STRIDE)
 
 
 @triton.jit
