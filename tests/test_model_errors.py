@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_goldens import load_golden, tiny_expected, tiny_model
+from transformers import DynamicCache
 
 from vxl_model import WindowRatios
 
@@ -158,6 +159,7 @@ def test_generate_refuses(model, memory):
     options = {"visual_features": X, "max_new_tokens": 2}
     for kwargs, name in (
         ({"past_key_values": memory}, "past_key_values"),
+        ({"cache": memory}, "cache"),
         ({"inputs_embeds": X}, "inputs_embeds"),
         ({"prompt_lookup_num_tokens": 2}, "generate"),
         ({"visual_feature": X}, "visual_feature"),  # a typo
@@ -168,6 +170,22 @@ def test_generate_refuses(model, memory):
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     with pytest.raises(ValueError, match="padding at the end of row 0"):
         model.generate(right, visual_features=[X[0], X[0]], attention_mask=mask, max_new_tokens=2)
+
+
+def test_the_cache_is_one_memory(model, memory):
+    """Under either of HF's names, or the same under both."""
+    out = model(IDS, visual_features=X)
+    other = model(IDS, visual_features=X).memory
+    for kwargs, words in (
+        ({"past_key_values": memory, "cache": other}, "past_key_values and cache: got two"),
+        ({"past_key_values": "video"}, "past_key_values: got str"),
+        ({"cache": DynamicCache()}, "cache: got DynamicCache"),
+    ):
+        for refuses in (model, model.prepare_inputs_for_generation):
+            with pytest.raises(ValueError, match=words):
+                refuses(IDS[:, -1:], **kwargs)
+    same = model(IDS[:, -1:], past_key_values=out.memory, cache=out.memory)
+    assert torch.equal(same.logits, model(IDS[:, -1:], cache=other).logits)
 
 
 def test_settings_refused(model):

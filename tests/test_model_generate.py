@@ -85,6 +85,34 @@ def test_one_product_for_the_batch_is_close(model, videos):
     assert torch.allclose(exact, fast, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache(model, videos, name):
+    """HF renamed a model's cache on the way; a loop written with either name works."""
+    ids, _ = ids_of([9, 10])
+    out = model(ids, visual_features=videos[:1])
+    for got in (getattr(out, name), out[name], out.get(name)):
+        assert got is out.memory
+    assert name in out
+    assert list(out) == ["logits", "memory"]  # once, though it has three names
+    expected = model.generate(ids, visual_features=videos[:1], max_new_tokens=4, do_sample=False)
+    for step in range(4):
+        ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+        if step % 2:
+            out = model(**model.prepare_inputs_for_generation(ids, **{name: out[name]}))
+        else:
+            out = model(ids[:, -1:], **{name: out[name]})
+    assert torch.equal(ids, expected)
+
+
+def test_a_pass_with_gradients_has_no_cache(model, videos):
+    ids, _ = ids_of([9, 10])
+    out = model(ids, visual_features=[videos[0].clone().requires_grad_()])
+    for name in ("past_key_values", "cache", "memory"):
+        assert name not in out
+        assert out.get(name, "none") == "none"
+        assert getattr(out, name) is None
+
+
 def test_padding_is_never_seen(model, videos):
     ids, mask = ids_of([9, 10, 11])
     plain = model(ids, visual_features=videos[:1])

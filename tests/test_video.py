@@ -45,6 +45,23 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", count=100, gop=12)
 
 
+def test_tags_that_are_not_utf8(tmp_path):
+    """Old cameras write titles in the encoding of their country."""
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "caf\xe9"
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i in range(5):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24")))
+        out.mux(stream.encode(None))
+    whole = path.read_bytes()
+    latin = whole.replace("caf\xe9".encode(), b"caf\xe9!")
+    assert latin != whole
+    path.write_bytes(latin)
+    assert numbers(open_video(path, frames=5, backend="pyav")) == [0, 1, 2, 3, 4]
+
+
 # -- sampling ----------------------------------------------------------------------------------
 
 

@@ -194,13 +194,16 @@ class PyAvDecoder:
     def _open(self) -> Any:
         import av
 
+        options: dict[str, Any] = {}
+        if hasattr(av.container.Container, "metadata_errors"):  # from 19 on tags are never refused
+            options["metadata_errors"] = "replace"
         try:
             # "file:" keeps a colon in a name from being read as a protocol, and the list keeps
             # playlists from reaching out to the network.
             return av.open(
                 f"file:{self.path.absolute()}",
                 container_options={"protocol_whitelist": "file,crypto,data"},
-                metadata_errors="replace",
+                **options,
             )
         except (av.error.FFmpegError, ValueError, OSError) as error:
             raise VideoError(

@@ -3,6 +3,7 @@ all its own. Its cache is a `VideoMemory`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,70 @@ from torch import Tensor
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from .inputs import IMAGE_TOKEN, fail
 from .memory import VideoMemory
 
-__all__ = ["VideoXLGenerationMixin"]
+__all__ = ["VideoXLGenerationMixin", "VideoXLOutput", "given_cache"]
 
 _ONLY_FIRST = ("visual_features", "pixel_values", "image_sizes", "ratio", "memory", "copies")
+# What HF calls a model's cache: the first up to 5.23, the second since.
+_CACHE_NAMES = ("past_key_values", "cache")
+
+
+def given_cache(past_key_values: Any, cache: Any) -> VideoMemory | None:
+    """The cache that was given by either of its names.
+
+    Raises:
+        ValueError: both names with different objects, or no `VideoMemory`.
+    """
+    given = dict(zip(_CACHE_NAMES, (past_key_values, cache), strict=True))
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, VideoMemory):
+            fail(name, type(value).__name__, "VideoMemory")
+    if len({id(value) for value in given.values()}) > 1:
+        fail(" and ".join(given), "two different memories", "one of the two names")
+    return next(iter(given.values()), None)
+
+
+@dataclass
+class VideoXLOutput(ModelOutput):
+    """What `forward` returns.
+
+    Attributes:
+        loss: mean cross entropy over supervised tokens, if labels were given.
+        logits: `(batch, tail, vocabulary)`: the last `tail` columns of input_ids, `tail` being
+            the longest tail of the batch; 0 in columns that are no tail of their row.
+        memory: the sequences with their tails; None after a pass with gradients. HF's names for
+            it, `past_key_values` and `cache`, work as attributes and as keys.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    memory: VideoMemory | None = None
+
+    @property
+    def past_key_values(self) -> VideoMemory | None:
+        return self.memory
+
+    @property
+    def cache(self) -> VideoMemory | None:
+        return self.memory
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(self._field(key))
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(self._field(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(self._field(key), default)
+
+    @staticmethod
+    def _field(key: Any) -> Any:
+        return "memory" if key in _CACHE_NAMES else key
 
 
 class _KnownIds:
@@ -66,8 +124,9 @@ class VideoXLGenerationMixin(GenerationMixin):
         """
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _Streamer(kwargs["streamer"])
-        if kwargs.get("past_key_values") is not None:
-            fail("past_key_values", type(kwargs["past_key_values"]).__name__, "memory=")
+        for name in _CACHE_NAMES:
+            if kwargs.get(name) is not None:
+                fail(name, type(kwargs[name]).__name__, "memory=")
         if kwargs.get("inputs_embeds") is not None:
             fail("inputs_embeds", "a tensor", "input_ids")
         return super().generate(inputs, *args, **kwargs)
@@ -115,11 +174,13 @@ class VideoXLGenerationMixin(GenerationMixin):
         past_key_values: VideoMemory | None = None,
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
+        cache: VideoMemory | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         device = self.device
-        if past_key_values is not None:
-            return {"input_ids": input_ids[:, -1:].to(device), "past_key_values": past_key_values}
+        cache = given_cache(past_key_values, cache)
+        if cache is not None:
+            return {"input_ids": input_ids[:, -1:].to(device), "cache": cache}
         first = {name: kwargs[name] for name in _ONLY_FIRST if kwargs.get(name) is not None}
         return {
             "input_ids": input_ids.to(device),
@@ -128,5 +189,5 @@ class VideoXLGenerationMixin(GenerationMixin):
             **first,
         }
 
-    def _reorder_cache(self, past_key_values: VideoMemory, beam_idx: Tensor) -> VideoMemory:
-        return past_key_values._select(beam_idx.tolist())
+    def _reorder_cache(self, cache: VideoMemory, beam_idx: Tensor) -> VideoMemory:
+        return cache._select(beam_idx.tolist())

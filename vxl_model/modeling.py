@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.utils import ModelOutput
 
 from . import train_pass
 from .checkpoint import CheckpointMixin
 from .configuration import VideoXLConfig
 from .encoder import Encoder, Stream, make_plan
-from .generation import VideoXLGenerationMixin
+from .generation import VideoXLGenerationMixin, VideoXLOutput, given_cache
 from .inputs import IMAGE_TOKEN, TextRow, VisualSource, fail, text_rows, visual_sources
 from .layers import VideoXLModel, VideoXLPreTrainedModel
 from .memory import SLACK_TOKENS, VideoMemory
@@ -33,23 +31,6 @@ from .steps import ExecutionSettings
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLOutput"]
 
 Ratio = int | Sequence[int] | WindowRatios | None
-
-
-@dataclass
-class VideoXLOutput(ModelOutput):
-    """What `forward` returns.
-
-    Attributes:
-        loss: mean cross entropy over supervised tokens, if labels were given.
-        logits: `(batch, tail, vocabulary)`: the last `tail` columns of input_ids, `tail` being
-            the longest tail of the batch; 0 in columns that are no tail of their row.
-        memory: the sequences with their tails; None after a pass with gradients.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    memory: VideoMemory | None = None
-    past_key_values: VideoMemory | None = None
 
 
 class VideoXLForConditionalGeneration(
@@ -134,6 +115,7 @@ class VideoXLForConditionalGeneration(
         *,
         attention_mask: Tensor | None = None,
         past_key_values: VideoMemory | None = None,
+        cache: VideoMemory | None = None,
         logits_to_keep: int | None = None,
         copies: int = 1,
         use_cache: bool | None = None,
@@ -158,7 +140,8 @@ class VideoXLForConditionalGeneration(
                 The memory stays as it is.
             attention_mask: 0 for padding at either end of a row.
             logits_to_keep: only so many of the last rows; by default all of the tail.
-            past_key_values, copies, use_cache, return_dict: for HF's `generate`.
+            past_key_values, cache: two names of one argument, the sequences that input_ids
+                `(batch, 1)` go on; for HF's `generate`, as copies, use_cache and return_dict.
             loss_only: with labels, no logits: those of unsupervised tokens are never made.
             num_items_in_batch: for HF's `Trainer`: tokens that the loss is divided by, where
                 this batch is a part of a larger one.
@@ -169,8 +152,9 @@ class VideoXLForConditionalGeneration(
         Raises:
             ValueError: an argument does not fit; nothing has been computed then.
         """
-        if past_key_values is not None:
-            return self._decode(input_ids, past_key_values)
+        cache = given_cache(past_key_values, cache)
+        if cache is not None:
+            return self._decode(input_ids, cache)
         if isinstance(input_ids, Tensor):
             input_ids = input_ids.to(self.device)
         rows = text_rows(input_ids, attention_mask, self.config.vocab_size)
@@ -208,7 +192,7 @@ class VideoXLForConditionalGeneration(
             if copies > 1:
                 memory = memory._select([i for i in range(len(rows)) for _ in range(copies)])
                 logits = logits.repeat_interleave(copies, dim=0)
-        return VideoXLOutput(logits=logits, memory=memory, past_key_values=memory)
+        return VideoXLOutput(logits=logits, memory=memory)
 
     def _refuse_mismatch(
         self,
@@ -306,7 +290,7 @@ class VideoXLForConditionalGeneration(
         hidden = self.encoder().tail(memory._streams, input_ids, None)
         parts = hidden.split(1) if self.settings.batch_invariant else (hidden,)
         logits = torch.cat([self.lm_head(x) for x in parts])
-        return VideoXLOutput(logits=logits, memory=memory, past_key_values=memory)
+        return VideoXLOutput(logits=logits, memory=memory)
 
     def _forward_training(
         self,
@@ -350,7 +334,7 @@ class VideoXLForConditionalGeneration(
                 loss = loss + self._idle_vision(rows)
         memory = self._kept(encoder, passes, plans) if keep else None
         stacked = torch.stack(columns) if columns else None
-        return VideoXLOutput(loss=loss, logits=stacked, memory=memory, past_key_values=memory)
+        return VideoXLOutput(loss=loss, logits=stacked, memory=memory)
 
     def _idle_vision(self, rows: list[TextRow]) -> Tensor | float:
         """0, with a graph through vision tower and projector; see `train_pass`."""
