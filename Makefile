@@ -32,17 +32,17 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/attn.py $(ARGS)
 
 demo: $(STAMP)
-	$(BIN)/python -m vxl_model demo $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 needle: $(STAMP)
-	$(BIN)/python examples/needle.py $(ARGS)
+	$(BIN)/python examples/needle/train.py $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 # All four targets take some five minutes on two cores; ARGS="--target cuda:90" takes one.
 gpu-static: $(STAMP)
-	$(BIN)/python -W ignore benchmarks/sass.py --check $(ARGS)
+	$(BIN)/python -W ignore benchmarks/machine_code.py --check $(ARGS)
 
 gpu-check: $(STAMP)
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
@@ -56,7 +56,7 @@ build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 test-oldest-triton: $(STAMP) build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
 	  tests/triton_interpreter -m triton_core
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_triton_aot.py
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/triton/test_ahead_of_time.py
 
 info: $(STAMP)
 	$(BIN)/python -m vxl_kernels
@@ -138,7 +138,7 @@ $(BUILD)/address/cuda_shim: $(SHIM_SOURCES) $(wildcard tests/cpp/*shim*.h) $(SOU
 cuda-check: $(BUILD)/address/cuda_shim
 	$(BUILD)/address/cuda_shim
 	$(BUILD)/address/cuda_shim --traffic
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/cuda_check.py
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/cuda/check.py
 
 # Builds in a copy: the extension of the working tree belongs to another torch.
 CUDA_VENV := build/cuda-venv

@@ -20,11 +20,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import _machine
 import torch
-from _backward import backward_answer
-from _cases import DTYPES, Case, Geometry, Inputs
-from _groups import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from benchmarks.attention.groups import (
     MAIN_CASES,
     MORE_CASES,
     Entrant,
@@ -33,11 +33,29 @@ from _groups import (
     geometry,
     make_groups,
 )
-from _oracle import ROWS_CHECKED, TOLERANCE_TEXT, Answer, attention_answer, rope_answer
-from _providers import PROVIDERS, ROPE_APPEND, Provider
-from _report import Ratio, Result, milliseconds, notes, ratio_table, save_json, save_plot, table
-from _run import Run
-from _timing import Budget, Clock, interleave, spread, threads
+from benchmarks.common import machine as this_machine
+from benchmarks.common.backward import backward_answer
+from benchmarks.common.cases import DTYPES, Case, Geometry, Inputs
+from benchmarks.common.oracle import (
+    ROWS_CHECKED,
+    TOLERANCE_TEXT,
+    Answer,
+    attention_answer,
+    rope_answer,
+)
+from benchmarks.common.report import (
+    Ratio,
+    Result,
+    milliseconds,
+    notes,
+    ratio_table,
+    save_json,
+    save_plot,
+    table,
+)
+from benchmarks.common.run import Run
+from benchmarks.common.timing import Budget, Clock, interleave, spread, threads
+from benchmarks.peers.registry import PROVIDERS, ROPE_APPEND, Provider
 
 # -- options -----------------------------------------------------------------------------
 
@@ -123,7 +141,7 @@ class Runner:
         self._options, self._after_group = options, after_group
         self._groups = groups
         dtype = DTYPES[options.dtype]
-        self.ceilings = _machine.Ceilings(options.device, dtype, options.small)
+        self.ceilings = this_machine.Ceilings(options.device, dtype, options.small)
         self._clock = Clock(options.device, self.ceilings.buffer)
         self._budget = Budget(options.budget, [g.weight for g in groups])
 
@@ -284,7 +302,7 @@ def _time_text(r: Result) -> str:
     return f"{milliseconds(r.ms)} ms ±{100 * (r.spread or 0):.0f}%"
 
 
-def make_ratios(results: list[Result], ceilings: _machine.Ceilings) -> list[Ratio]:
+def make_ratios(results: list[Result], ceilings: this_machine.Ceilings) -> list[Ratio]:
     """The lines of "also measured" that have their numbers."""
     ratios = []
     for name in MORE_CASES:
@@ -370,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = make_groups(options, g)
     if not groups:
         raise SystemExit("nothing to run: no chosen provider serves a chosen case on this device")
-    machine = _machine.describe(options.device)
+    machine = this_machine.describe(options.device)
     show([*machine, *describe(options, g)])
 
     def save(results: list[Result]) -> None:
@@ -392,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nnotes")
         print("\n".join(f"  {line}" for line in remarks))
     if options.plot:
-        title = f"{describe(options, g)[0][1]}\n{_machine.describe(options.device)[0][1]}"
+        title = f"{describe(options, g)[0][1]}\n{this_machine.describe(options.device)[0][1]}"
         save_plot(options.plot, results, title, runner.ceilings.product_name)
     wrong = sum(r.ok is False and r.ours for r in results)
     if wrong:

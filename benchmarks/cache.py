@@ -18,12 +18,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import _machine
 import torch
-from _cases import DTYPES, Geometry
-from _report import Ratio, ratio_table
-from _timing import Clock, interleave, spread
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from benchmarks.common import machine
+from benchmarks.common.cases import DTYPES, Geometry
+from benchmarks.common.report import Ratio, ratio_table
+from benchmarks.common.timing import Clock, interleave, spread
 from vxl_kernels import CacheBatch, ChunkLayout, VstCache, rope_append, vst_attention
 from vxl_kernels.testing import inverse_frequencies
 
@@ -408,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{g.kv_heads} KV heads of {g.head_dim}, {options.dtype}, pages of {options.page_size}, "
         f"{options.tokens} tokens, {options.layers} layers"
     )
-    for name, text in [*_machine.describe(options.device), ("shape", shape)]:
+    for name, text in [*machine.describe(options.device), ("shape", shape)]:
         print(f"{name:<9} {text}", flush=True)
     found: list[Ratio] = []
     with torch.no_grad():

@@ -35,13 +35,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
-import _machine  # noqa: E402
-
-from vxl_kernels import _ext  # noqa: E402
-from vxl_kernels._files import write_beside  # noqa: E402
+from benchmarks.common import machine as this_machine
+from vxl_kernels import _ext
+from vxl_kernels._files import write_beside
 
 # By name: collecting every test needs packages that a machine with a GPU may not have.
-TEST_FILES = ("tests/test_triton_gpu.py", "tests/test_cuda.py")
+TEST_FILES = ("tests/triton/test_gpu.py", "tests/cuda/test_cuda.py")
 
 
 def needs(*modules: str) -> str:
@@ -138,7 +137,7 @@ def result_path(out: Path | None) -> Path:
     if out is not None and out.suffix == ".json":
         return out.absolute()
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    state = _machine.git_state().replace(" ", "-")
+    state = this_machine.git_state().replace(" ", "-")
     return (out or ROOT / "benchmarks" / "results").absolute() / f"{gpu}-{state}.json"
 
 
@@ -162,7 +161,7 @@ def run(command: list[str], limit: float | None) -> tuple[int, str]:
 
 def begin(path: Path) -> dict:
     """The report of an earlier run, if it is of this GPU and these versions; else an empty one."""
-    machine = dict(_machine.describe("cuda"))
+    machine = dict(this_machine.describe("cuda"))
     try:
         known = json.loads(path.read_text())
         same = all(known["machine"][n] == machine[n] for n in ("gpu", "versions"))

@@ -18,11 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _machine
 import torch
-from _cases import DTYPES
-from _prefill_cases import encode, memory, peak_of, pipeline, questions
-from _prefill_report import encode_text, memory_text, pipeline_text, questions_text, save_plot
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from benchmarks.common import machine
+from benchmarks.common.cases import DTYPES
+from benchmarks.model.cases import encode, memory, peak_of, pipeline, questions
+from benchmarks.model.report import (
+    encode_text,
+    memory_text,
+    pipeline_text,
+    questions_text,
+    save_plot,
+)
 
 CASES = {"encode": encode, "questions": questions, "pipeline": pipeline, "memory": memory}
 TEXTS = {
@@ -115,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     g = options.geometry
     for name, text in [
-        *_machine.describe(options.device),
+        *machine.describe(options.device),
         (
             "shape",
             f"{g['heads']} query / {g['kv_heads']} KV heads of {g['hidden'] // g['heads']}, "

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+collect_ignore = ["helpers"]
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # the GPU's tests run on machines that have only torch, triton and pytest

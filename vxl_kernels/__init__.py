@@ -6,7 +6,7 @@ installed and what runs where.
 
 from ._version import __version__
 from .api import backends, rope_append, vst_attention, vst_linear
-from .cache import CacheBatch, HostSequence, PoolExhausted, VstCache
+from .cache.pool import CacheBatch, HostSequence, PoolExhausted, VstCache
 from .layout import ChunkLayout
 
 __all__ = [

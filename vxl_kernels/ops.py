@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import _ext, _pages, _triton
+from . import _ext, _triton
+from .cache import page_ops
 from .layout import ChunkLayout
 
 __all__ = ["layout_from_ints", "layout_to_ints"]
@@ -157,7 +158,7 @@ def _(cache, block_table_row, first, rows):
 # -- pages: plain PyTorch wherever the extension registers nothing better --------------------
 
 for _name in ("copy_pages_", "gather_rows", "scatter_rows_"):
-    _library.impl(_name, getattr(_pages, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, getattr(page_ops, _name), "CompositeExplicitAutograd")
 
 
 # -- vst_linear: two dense products, the same on every device -----------------------------

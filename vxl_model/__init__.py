@@ -5,13 +5,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from .checkpoint import apply_vst_to_qwen2
-from .configuration import VideoXLConfig
-from .layers import VideoXLModel
-from .memory import VideoMemory
+from .convert import apply_vst_to_qwen2
+from .decoder.configuration import VideoXLConfig
+from .decoder.layers import VideoXLModel
 from .modeling import VideoXLForConditionalGeneration, VideoXLOutput
-from .ratios import WindowRatios
-from .steps import ExecutionSettings
+from .settings import ExecutionSettings
+from .streaming.memory import VideoMemory
+from .streaming.ratios import WindowRatios
 
 __all__ = [
     "ExecutionSettings",

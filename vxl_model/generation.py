@@ -13,8 +13,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .inputs import IMAGE_TOKEN, fail
-from .memory import VideoMemory
+from .errors import fail
+from .inputs.arguments import IMAGE_TOKEN
+from .streaming.memory import VideoMemory
 
 __all__ = ["VideoXLGenerationMixin", "VideoXLOutput", "given_cache"]
 

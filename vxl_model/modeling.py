@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from . import train_pass
+from . import training_forward
 from .checkpoint import CheckpointMixin
-from .configuration import VideoXLConfig
-from .encoder import Encoder, Stream, make_plan
+from .decoder.configuration import VideoXLConfig
+from .decoder.layers import VideoXLModel, VideoXLPreTrainedModel
+from .errors import fail
 from .generation import VideoXLGenerationMixin, VideoXLOutput, given_cache
-from .inputs import IMAGE_TOKEN, TextRow, VisualSource, fail, text_rows, visual_sources
-from .layers import VideoXLModel, VideoXLPreTrainedModel
-from .memory import SLACK_TOKENS, VideoMemory
-from .prefetch import prefetch
-from .ratios import RatioPlan, WindowRatios
-from .steps import ExecutionSettings
+from .inputs.arguments import IMAGE_TOKEN, TextRow, VisualSource, text_rows, visual_sources
+from .settings import ExecutionSettings
+from .streaming.encoder import Encoder
+from .streaming.memory import SLACK_TOKENS, VideoMemory
+from .streaming.ratios import RatioPlan, WindowRatios, make_plan
+from .streaming.stream import Stream
+from .video.prefetch import prefetch
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLOutput"]
 
@@ -68,7 +70,7 @@ class VideoXLForConditionalGeneration(
         if self._processor is None:
             if not self.config.name_or_path:
                 fail("processor", "a model without a checkpoint", "model.processor = ... first")
-            from .processing import VideoXLProcessor
+            from .inputs.processing import VideoXLProcessor
 
             self._processor = VideoXLProcessor.from_pretrained(self.config.name_or_path)
         return self._processor
@@ -87,7 +89,7 @@ class VideoXLForConditionalGeneration(
     def encode_pixels(self, pixel_values: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Visual tokens `(tokens, hidden)` of frames `(frames, 3, size, size)`, some frames at a
         time."""
-        from .vision import encode_frames
+        from .decoder.vision_tower import encode_frames
 
         return encode_frames(pixel_values, self._tower, self.model.mm_projector)
 
@@ -304,7 +306,7 @@ class VideoXLForConditionalGeneration(
     ) -> VideoXLOutput:
         if labels is not None:
             labels = labels.to(input_ids.device)
-            train_pass.check_labels(labels, input_ids, self.config.vocab_size)
+            training_forward.check_labels(labels, input_ids, self.config.vocab_size)
         # FSDP gathers each layer's weights around it; nothing gathers tensor parallelism's.
         if torch.is_grad_enabled() and not isinstance(self, FSDPModule):
             first_layer: Any = self.model.layers[0]  # tensor parallelism cuts them all
@@ -314,12 +316,12 @@ class VideoXLForConditionalGeneration(
         keep = not torch.is_grad_enabled()
         first = min(row.tail_start for row in rows)
         features = [self._whole_features(x) for x in sources or [VisualSource()] * len(rows)]
-        by_row: dict[int, train_pass.SequencePass] = {}
-        for members in train_pass.alike(rows, features, plans, self.settings):
+        by_row: dict[int, training_forward.SequencePass] = {}
+        for members in training_forward.alike(rows, features, plans, self.settings):
             texts = [rows[i] for i in members]
             visual = [features[i] for i in members]
             plan = plans[members[0]].copy()
-            passed = train_pass.train_pass(encoder, texts, visual, plan, keep)
+            passed = training_forward.train_pass(encoder, texts, visual, plan, keep)
             by_row.update(zip(members, passed, strict=True))
         passes = [by_row[i] for i in range(len(rows))]
         columns = []
@@ -329,7 +331,7 @@ class VideoXLForConditionalGeneration(
                 columns.append(nn.functional.pad(self.lm_head(one.hidden[one.tail]), pad))
         loss = None
         if labels is not None:
-            loss = train_pass.loss_of(passes, rows, labels, self.lm_head, tokens)
+            loss = training_forward.loss_of(passes, rows, labels, self.lm_head, tokens)
             if self.training and torch.is_grad_enabled():
                 loss = loss + self._idle_vision(rows)
         memory = self._kept(encoder, passes, plans) if keep else None
@@ -358,7 +360,7 @@ class VideoXLForConditionalGeneration(
     def _kept(
         self,
         encoder: Encoder,
-        passes: list[train_pass.SequencePass],
+        passes: list[training_forward.SequencePass],
         plans: list[RatioPlan],
     ) -> VideoMemory:
         """A memory of what a training pass has kept."""
@@ -462,7 +464,7 @@ class VideoXLForConditionalGeneration(
         """Features of a file or of uint8 frames, piece by piece; frames in all; tokens a
         frame. Decoding and preprocessing run in threads of their own."""
         if isinstance(video, str | os.PathLike):
-            from .video import open_video
+            from .video.reader import open_video
 
             size = self._tower.config.image_size
             video = open_video(Path(video), frames=frames, fps=fps, size=size)

@@ -1,7 +1,7 @@
 """The Triton kernels on a CPU, under Triton's interpreter.
 
 TRITON_INTERPRET=1 has to be set before triton is imported and turns every kernel of the process
-into Python, so these tests run in a process of their own: `tests/test_triton_interpreter.py`
+into Python, so these tests run in a process of their own: `tests/triton/test_interpreter.py`
 starts it, or by hand
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter
@@ -17,7 +17,6 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*.py"]
 else:
-    collect_ignore = ["guarded.py"]  # a script
     torch.set_num_threads(1)  # the interpreter is one thread of Python; leave it the cores
 
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, HALF, WITHOUT_CACHE, attend, call
+from helpers.strategies import calls
+from helpers.triton_cases import CASES, HALF, WITHOUT_CACHE, attend, call
 from hypothesis import HealthCheck, given, settings
-from strategies import calls
 
 from vxl_kernels import ChunkLayout, ops, vst_attention
 from vxl_kernels._triton import configs, launch

@@ -6,18 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from backward_cases import CASES, HALF, SMALL, WITHOUT_CACHE, backward, call
-from step_gradients import step_gradients
+from helpers.step_gradients import step_gradients
+from helpers.triton_backward_cases import CASES, HALF, SMALL, WITHOUT_CACHE, backward, call
 
 from vxl_kernels import ChunkLayout, ops
 from vxl_kernels._triton import backward as kernels
 from vxl_kernels._triton import configs, launch, launch_backward, primitives
-from vxl_kernels.testing import (
-    check_gradients,
-    inverse_frequencies,
-    make_inputs,
-    poisoned_memory,
-)
+from vxl_kernels.testing import check_gradients, inverse_frequencies, make_inputs, poisoned_memory
 
 core = pytest.mark.triton_core  # also with the oldest Triton
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import attend
+from helpers.triton_cases import attend
 
 from vxl_kernels import rope_append
 from vxl_kernels.testing import make_inputs

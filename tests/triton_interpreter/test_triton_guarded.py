@@ -1,21 +1,22 @@
 """No kernel touches memory outside its tensors, not even to throw away what it reads."""
 
+import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
+from helpers.paths import ROOT, TESTS
 
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, str(HERE / "guarded.py"), *arguments],
+        [sys.executable, "-m", "helpers.triton_guarded", *arguments],
         capture_output=True,
         text=True,
         check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, ROOT)))},
     )
 
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.strategies import calls
 from hypothesis import HealthCheck, given, settings
-from strategies import calls
 
 from vxl_kernels import ChunkLayout, reference, rope_append
 from vxl_kernels.testing import inverse_frequencies, make_inputs, poisoned_memory

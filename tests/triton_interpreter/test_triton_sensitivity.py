@@ -3,7 +3,7 @@
 import pytest
 import triton
 import triton.language as tl
-from cases import attend, call
+from helpers.triton_cases import attend, call
 
 from vxl_kernels._triton import decode, prefill, primitives
 from vxl_kernels.testing import check_attention

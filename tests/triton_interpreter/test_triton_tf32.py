@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import triton
-from backward_cases import SMALL, backward
-from backward_cases import call as backward_call
-from cases import attend, call
+from helpers.triton_backward_cases import SMALL, backward
+from helpers.triton_backward_cases import call as backward_call
+from helpers.triton_cases import attend, call
 from triton.runtime import interpreter
 
 from vxl_kernels._triton import configs

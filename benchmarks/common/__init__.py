@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases, inputs, clocks, the machine, the oracle, tables."""

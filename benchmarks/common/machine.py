@@ -1,0 +1,184 @@
+"""The machine: what it is, and its ceilings, read again and again during the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import vxl_kernels
+from benchmarks.common.timing import Clock
+
+__all__ = ["Ceilings", "describe", "git_state"]
+
+_MIB = 1 << 20
+_CACHE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _last_level_bytes() -> int:
+    try:
+        return int(_CACHE_FILE.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 * _MIB
+
+
+def git_state() -> str:
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # Results that gpu_check.py keeps here change no code.
+        changed = git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(device: str) -> list[tuple[str, str]]:
+    """Header lines, name and text."""
+    extension = vxl_kernels._ext.extension
+    isa = f"vxl {extension.cpu_isa()}" if extension is not None else "vxl extension not loaded"
+    count = torch.get_num_threads()
+    cores = f"{count} thread{'s' if count > 1 else ''}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines = [("machine", f"{_cpu_model()}, {cores}; torch {capability}, {isa}")]
+    if device == "cuda":
+        lines.append(("gpu", torch.cuda.get_device_name()))
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    if device == "cuda":  # the wheel's version of Triton, and of the peers that are there
+        for name in ("triton", "flash-attn", "flashinfer-python", "transformers"):
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions += f", {name} {importlib.metadata.version(name)}"
+    lines.append(("versions", f"{versions}, vxl {vxl_kernels.__version__}, git {git_state()}"))
+    lines.append(("command", " ".join(["python", *sys.argv])))
+    return lines
+
+
+class Ceilings:
+    """What the machine reaches: matrix product in FLOP/s, read and copy in bytes/s.
+
+    On a CPU the matrix product is sgemm for every dtype, as storage of 16 bits is computed
+    in float32. MKL's own is slow on some CPUs, so oneDNN's with a prepacked weight runs too
+    and the better one is the ceiling. On a GPU it is torch.mm of the dtype.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype, small: bool) -> None:
+        self._readings: dict[str, list[float]] = {}
+        least = 16 * _MIB if small else 256 * _MIB
+        size = least if small else max(least, min(2048 * _MIB, 8 * _last_level_bytes()))
+        # Far larger than the last-level cache; reading it also empties that cache.
+        self.buffer = torch.ones(size // 4, device=device)
+        self._copy = torch.empty_like(self.buffer)
+        self._clock = Clock(device, torch.empty(0, device=device))
+        self._products = _cuda_products(dtype, small) if device == "cuda" else _cpu_products(small)
+
+    def read(self) -> None:
+        """One more reading of every ceiling."""
+        for name, (flops, call) in self._products.items():
+            self._add(name, flops / self._best(call))
+        buffer, copy = self.buffer, self._copy
+        size = buffer.numel() * buffer.element_size()
+        self._add("read", size / self._best(buffer.sum))
+        self._add("copy", 2 * size / self._best(lambda: copy.copy_(buffer)))
+
+    def sample(self, kind: str) -> float:
+        """One reading of "read", "copy" or "product" (the best so far) in the midst of a
+        case's repeats; returns its rate."""
+        size = self.buffer.numel() * self.buffer.element_size()
+        if kind == "product":
+            name = self.product_name
+            flops, call = self._products[name]
+            rate = flops / self._clock.seconds(call)
+        elif kind == "read":
+            name, rate = kind, size / self._clock.seconds(self.buffer.sum)
+        else:
+            copy = partial(self._copy.copy_, self.buffer)
+            name, rate = kind, 2 * size / self._clock.seconds(copy)
+        self._add(name, rate)
+        return rate
+
+    def _best(self, call: Callable[[], object]) -> float:
+        # The better of two, as a short first one pays for waking threads and frequency.
+        first = self._clock.seconds(call)
+        return first if first > 0.3 else min(first, self._clock.seconds(call))
+
+    def _add(self, name: str, value: float) -> None:
+        self._readings.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self._readings[name])
+
+    @property
+    def product_name(self) -> str:
+        return max(self._products, key=self.median)
+
+    @property
+    def product(self) -> float:
+        return self.median(self.product_name)
+
+    def describe(self) -> list[tuple[str, str]]:
+        def text(name: str, unit: str) -> str:
+            values = [v / 1e9 for v in self._readings[name]]
+            low, high = min(values), max(values)
+            middle = statistics.median(values)
+            return f"{name} {middle:.0f} {unit} ({low:.0f} to {high:.0f})"
+
+        count = sum(len(values) for values in self._readings.values())
+        products = "; ".join(text(name, "GFLOP/s") for name in self._products)
+        memory = "; ".join(text(name, "GB/s") for name in ("read", "copy"))
+        return [
+            ("matmul", f"{products}; 100 % is {self.product_name}"),
+            ("memory", f"{memory}; copy counts bytes read and written"),
+            ("", f"medians (range) of {count} readings; a case counts those between its repeats"),
+        ]
+
+
+def _cpu_products(small: bool) -> dict[str, tuple[int, Callable[[], object]]]:
+    n = 256 if small else 2048  # 4096 measures 2 % less for MKL and takes 8 times as long
+    a, b, out = torch.ones(n, n), torch.ones(n, n), torch.empty(n, n)
+    products: dict[str, tuple[int, Callable[[], object]]] = {
+        f"sgemm {n}": (2 * n**3, partial(torch.mm, a, b, out=out))
+    }
+    try:
+        x = torch.ones(n, n)
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(n, n), n)
+        linear = torch.ops.mkldnn._linear_pointwise
+
+        def call() -> object:
+            return linear(x, packed, None, "none", [], "")
+
+        call()
+        products[f"oneDNN prepacked {n}"] = (2 * n**3, call)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        pass  # a build of torch without oneDNN
+    return products
+
+
+def _cuda_products(dtype: torch.dtype, small: bool) -> dict[str, tuple[int, Callable[[], object]]]:
+    n = 256 if small else 8192
+    a = torch.randn(n, n, device="cuda", dtype=dtype)
+    out = torch.empty_like(a)
+    return {f"mm {n}": (2 * n**3, lambda: torch.mm(a, a, out=out))}

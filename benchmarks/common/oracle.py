@@ -1,0 +1,159 @@
+"""Is a result right? A float64 answer and a derived tolerance.
+
+A subset of rows (random ones, and those at the edges of chunks and VSTs) is computed in
+float64 from the same quantised inputs. With errors measured relative to the largest output
+of their row, a provider may err, in each row, at most
+
+    2 * (the worst error of a plain evaluation of these rows) + 8 * eps(float32)
+
+The plain evaluation is one dense softmax in float32. With 16 bits of storage it rounds what
+its peers round: the weights before the second product, the result, and RoPE's tables and
+steps (`published`). So the first term is what one honest evaluation costs for these very
+numbers, and twice that leaves room for another order of summation. The floor is a few
+roundings, where the plain evaluation is exact (one row that sees one key). Rows that see
+many keys have small outputs, so relative errors hold them to a small absolute one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.common.cases import Case, Inputs
+from vxl_kernels import reference
+
+__all__ = ["ROWS_CHECKED", "TOLERANCE_TEXT", "Answer", "Verdict", "attention_answer", "rope_answer"]
+
+ROWS_CHECKED = 96
+TOLERANCE_TEXT = "error <= 2x that of a plain softmax + 8 eps, relative to each row"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    max_error: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Exact rows of an output, and the plain low-precision evaluation of the same."""
+
+    rows: torch.Tensor
+    exact: torch.Tensor  # (batch, rows, heads, head_dim), float64
+    plain: torch.Tensor
+
+    def judge(self, output: torch.Tensor) -> Verdict:
+        """output: all rows, `(batch, rows, heads, head_dim)`."""
+        error = (output[:, self.rows].double() - self.exact).abs().amax((2, 3))
+        plain_error = (self.plain.double() - self.exact).abs().amax((2, 3))
+        largest = self.exact.abs().amax((2, 3))
+        allowed = 2 * (plain_error / largest).max() + 8 * torch.finfo(torch.float32).eps
+        # A NaN compares false, so it fails.
+        ok = bool((error <= allowed * largest).all()) and bool(output.isfinite().all())
+        return Verdict(error.max().item(), ok)
+
+
+def rows_to_check(case: Case) -> torch.Tensor:
+    """Rows at the edges of every chunk and around its first and last VST, and random ones."""
+    sequence = case.sequence_rows().cpu()
+    length = sequence.shape[1]
+    edges = {0, 1, length - 2, length - 1}
+    if case.layout is not None:
+        step = case.layout.ratio + 1
+        last = (case.layout.vsts_per_chunk - 1) * step
+        edges |= {at + step + d for at in (0, last) for d in (-2, -1, 0, 1)}
+    inside = sorted(e for e in edges if 0 <= e < length)
+    random = torch.randperm(case.rows, generator=torch.Generator().manual_seed(2))
+    rows = torch.cat([sequence[:, inside].flatten(), random[:ROWS_CHECKED]]).unique()
+    if len(rows) > ROWS_CHECKED:
+        # Keep all edges; drop random rows.
+        edge = torch.isin(rows, sequence[:, inside])
+        others = rows[~edge][: max(0, ROWS_CHECKED - int(edge.sum()))]
+        rows = torch.cat([rows[edge], others]).sort().values
+    return rows.to(case.device)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    dtype: torch.dtype,
+    storage: torch.dtype,
+) -> torch.Tensor:
+    """Dense softmax attention in `dtype`, its weights and result rounded to `storage`. One
+    KV head at a time, to bound the scores."""
+    batch, rows, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    out = torch.empty(q.shape, dtype=storage, device=q.device)
+    for b in range(batch):
+        for h in range(k.shape[2]):
+            packed = slice(h * group, (h + 1) * group)
+            queries = q[b, :, packed].to(dtype).reshape(rows * group, head_dim)
+            scores = queries @ k[b, :, h].to(dtype).T / math.sqrt(head_dim)
+            scores = scores.view(rows, group, -1).masked_fill_(~mask[:, None], -math.inf)
+            # Not divided by the sum yet: small weights would be subnormal in float16.
+            weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+            total = weights.sum(-1, keepdim=True)
+            out[b, :, packed] = weights.to(storage).to(dtype) @ v[b, :, h].to(dtype) / total
+    return out
+
+
+def _rotate64(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """RoPE in float64, at angles rounded to float32: that rounding is part of the model as
+    trained, and near position 20000 worth 1e-3."""
+    angle = (positions.float()[:, None] * inv_freq[None, :]).double()
+    cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
+    first, second = x.double().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _rotate_plain(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """RoPE with tables and steps in the storage dtype, as transformers does it."""
+    angle = positions.float()[:, None] * inv_freq[None, :]
+    cos, sin = (t.to(x.dtype)[None, :, None] for t in (angle.cos(), angle.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention_answer(inputs: Inputs, with_rope: bool) -> Answer:
+    """What attention over the rotated inputs gives; `with_rope`: what RoPE and attention
+    together give from the unrotated ones."""
+    case = inputs.case
+    rows = rows_to_check(case)
+    mask = case.mask()[rows]
+    v = torch.cat([inputs.v_seen, inputs.v], dim=1)
+    if not with_rope:
+        q = q_plain = inputs.q_rotated[:, rows]
+        k = k_plain = torch.cat([inputs.k_seen, inputs.k_rotated], dim=1)
+    else:
+        at, turn = case.positions(), inputs.inv_freq
+        kept = inputs.with_earlier_vsts(inputs.k_kept, inputs.k)
+        places = torch.cat([torch.arange(kept.shape[1], device=at.device), at])
+        q, k = inputs.q[:, rows], torch.cat([kept, inputs.k], dim=1)
+        q_plain, k_plain = _rotate_plain(q, at[rows], turn), _rotate_plain(k, places, turn)
+        q, k = _rotate64(q, at[rows], turn), _rotate64(k, places, turn)
+    plain = _attend(q_plain, k_plain, v, mask, torch.float32, case.dtype)
+    return Answer(rows, _attend(q, k, v, mask, torch.float64, torch.float64), plain)
+
+
+def rope_answer(inputs: Inputs) -> Answer:
+    """What `rope_append` gives, all of it: rotated q and k, side by side as heads, and of the
+    rows that are kept the cached K and V (of the others, their own k and v in that place)."""
+    case, turn, at = inputs.case, inputs.inv_freq, inputs.case.positions()
+    rows = torch.arange(case.rows, device=case.device)
+    kept = rows if case.layout is None else case.layout.vst_rows(case.device)
+    place = at.clone()
+    place[kept] = case.cache_len + torch.arange(len(kept), device=case.device)
+
+    def both(rotate) -> torch.Tensor:
+        v = inputs.v.double()
+        parts = [rotate(inputs.q, at), rotate(inputs.k, at), rotate(inputs.k, place), v]
+        return torch.cat([p.double() for p in parts], dim=2)
+
+    def low(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return torch.stack([reference.rotate(one, positions, turn) for one in x])
+
+    return Answer(rows, both(lambda x, p: _rotate64(x, p, turn)), both(low))

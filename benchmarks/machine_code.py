@@ -1,0 +1,199 @@
+"""Proof of the GPU kernels' quality without a GPU: compile, disassemble, count, model.
+
+    python benchmarks/machine_code.py                        every kernel, every target
+    python benchmarks/machine_code.py --target cuda:90 --kernel prefill
+    python benchmarks/machine_code.py --check --json sass.json
+
+Compiles every shipped configuration (`vxl_kernels._triton.catalog`) and a plain flash attention
+2 (`_plain_flash.py`) ahead of time, with the tools in Triton's package; no device is needed.
+`_sass_loops.py` says how the loop over full tiles is found, `_sass_model.py` what its counts mean,
+`_gpu_limits.py` what is assumed of each architecture.
+
+The plain kernel is given its best: of every configuration in its sweep that keeps the loop free
+of spilled registers, the one that this model likes most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from benchmarks.codegen.compile import Kernel, compile_kernel
+from benchmarks.codegen.limits import LIMITS, TARGETS
+from benchmarks.codegen.model import Measured, measure
+from benchmarks.codegen.parse import ParseError
+from benchmarks.codegen.table import (
+    COMPILE_PROCESSES,
+    LEGEND,
+    RELATION,
+    compile_times,
+    kv_table,
+    save_json,
+    table,
+    violations,
+)
+
+Job = tuple[str, str, int, int, str]
+"""(source, arch, index, head_dim, dtype): kernels themselves do not travel between processes."""
+
+
+def kernels(source: str, arch: str, head_dim: int = 128, dtype: str = "bf16") -> Sequence[Kernel]:
+    """Of "plain" or "shipped"."""
+    if source == "plain":
+        from benchmarks.codegen.plain_flash import sweep
+
+        return sweep(arch, head_dim=head_dim, dtype=dtype)
+    from vxl_kernels._triton.catalog import shipped
+
+    return shipped(arch)
+
+
+def run(job: Job) -> Measured:
+    """Compiles and measures one kernel. A loop that cannot be read is an error in the line, for
+    the table to go on and the exit status to say so."""
+    source, arch, index, head_dim, dtype = job
+    kernel = kernels(source, arch, head_dim, dtype)[index]
+    failed = Measured(
+        kernel.kernel,
+        kernel.config,
+        LIMITS[arch].name,
+        0,
+        0,
+        0,
+        0,
+        tile=dict(kernel.tile),
+        head_dim=kernel.head_dim,
+        dtype=kernel.dtype,
+    )
+    try:
+        compiled = compile_kernel(kernel, arch)
+    except Exception as error:  # whatever Triton, LLVM or ptxas throw
+        first = (str(error).splitlines() or [""])[0]
+        return replace(failed, error=f"does not compile: {type(error).__name__}: {first}")
+    try:
+        return measure(kernel, arch, compiled)
+    except ParseError as error:
+        return replace(failed, error=str(error), compile_seconds=compiled.seconds)
+
+
+def comparable(target: str, dtype: str) -> str:
+    """The type in which the plain kernel is compiled to be compared with `dtype`. NVIDIA's code
+    for both 16-bit types is the same instruction by instruction; AMD's rounds to bf16 by hand."""
+    return "bf16" if dtype == "fp16" and not target.endswith("gfx942") else dtype
+
+
+def jobs(targets: Sequence[str], wanted: str | None) -> list[Job]:
+    """The shipped kernels, then the plain one for each head size and 16-bit type among them."""
+    result: list[Job] = []
+    for arch in targets:
+        compared = {(128, "bf16")}
+        for i, k in enumerate(kernels("shipped", arch)):
+            if wanted is None or wanted in k.kernel:
+                result.append(("shipped", arch, i, 0, ""))
+                forward = "keys" in k.tile and "products" not in k.tile
+                if forward and k.dtype != "fp32" and k.tile["rows"] >= 64:
+                    compared.add((k.head_dim, comparable(arch, k.dtype)))
+        for head_dim, dtype in sorted(compared):
+            count = len(kernels("plain", arch, head_dim, dtype))
+            result += [("plain", arch, i, head_dim, dtype) for i in range(count)]
+    return result
+
+
+def with_baseline(rows: Sequence[Measured]) -> list[Measured]:
+    """Fills `baseline`, and drops of the plain kernel all but its best configuration."""
+    best: dict[tuple[str, int, str], Measured] = {}
+    for r in rows:
+        key = (r.target, r.head_dim, r.dtype)
+        if r.kernel != "plain_flash" or r.share_of_peak is None or r.counts.get("local"):
+            continue
+        if key not in best or r.share_of_peak > (best[key].share_of_peak or 0.0):
+            best[key] = r
+    result = []
+    for r in rows:
+        plain = best.get((r.target, r.head_dim, comparable(r.target, r.dtype)))
+        if r.kernel == "plain_flash" and r is not plain:
+            continue
+        forward = "keys" in r.tile and "products" not in r.tile
+        if plain is not None and r.share_of_peak is not None and forward:
+            r = replace(
+                r,
+                baseline=r.share_of_peak / (plain.share_of_peak or 1.0),
+                baseline_config=plain.config,
+                baseline_share=plain.share_of_peak,
+                baseline_instructions_per_mflop=plain.instructions_per_mflop,
+            )
+        result.append(r)
+    return result
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--kernel", help="only kernels whose name holds this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table's numbers")
+    parser.add_argument("--check", action="store_true", help="fail if a kernel has a fault")
+    parser.add_argument("--strict", action="store_true", help="fail if a goal is not reached")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile"
+    )
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    return options
+
+
+def collect(todo: Sequence[Job], workers: int) -> list[Measured]:
+    """Compiles in a cache of its own, so that times are those of compiling."""
+    with tempfile.TemporaryDirectory() as folder:
+        old = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            if workers == 1:
+                return [run(job) for job in todo]
+            with ProcessPoolExecutor(workers) as pool:
+                return list(pool.map(run, todo))
+        finally:
+            if old is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = old
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    began = time.perf_counter()
+    rows = with_baseline(collect(jobs(options.target or TARGETS, options.kernel), options.jobs))
+    for name in dict.fromkeys(r.target for r in rows):
+        print(f"{name}\n{table([r for r in rows if r.target == name])}\n")
+    print(f"{LEGEND}\n\n{RELATION}\n")
+    print(
+        "K and V fetched per key and output row, Qwen2-7B (28 query / 4 KV heads of 128), 16 bits,"
+    )
+    print(f"tiles of 128 rows, by the number of blocks in a launch:\n{kv_table(28, 4, 128, 128)}\n")
+    processes = min(options.jobs, COMPILE_PROCESSES)
+    times = ", ".join(
+        f"{name} {seconds:.0f} s ({seconds / processes:.0f} s)"
+        for name, seconds in compile_times(rows).items()
+    )
+    print(f"compiling what is shipped, processor time (shared by {processes}): {times or '-'}")
+    print(f"this run: {time.perf_counter() - began:.0f} s with {options.jobs} processes")
+    if options.json:
+        save_json(options.json, rows)
+    faults, goals = violations(rows, processes)
+    for what, found in (("faults", faults), ("goals not reached", goals)):
+        if found:
+            print(f"\n{len(found)} {what}:", *found, sep="\n  ", file=sys.stderr)
+    return int(bool((faults and (options.check or options.strict)) or (goals and options.strict)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

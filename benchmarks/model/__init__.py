@@ -1,0 +1,1 @@
+"""Parts of prefill.py: whole windows through the language model."""

@@ -1,0 +1,343 @@
+"""What `prefill.py` measures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import vxl_model.decoder.context
+import vxl_model.decoder.layers
+from benchmarks.peers.upstream_model import PublishedModel
+from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
+
+__all__ = ["PARTS", "encode", "make_model", "memory", "peak_of", "pipeline", "questions"]
+
+PARTS = ("projections", "append", "attention", "MLP")
+TOLERANCE = 1e-4  # relative; both are float32, summed in other orders over thousands of keys
+TOKENS_PER_FRAME = 144
+
+
+def make_model(options: argparse.Namespace, layers: int) -> Any:
+    """Random weights; residuals stay near 1, as in a trained model."""
+    torch.manual_seed(0)
+    g = options.geometry
+    config = VideoXLConfig(
+        hidden_size=g["hidden"],
+        intermediate_size=g["intermediate"],
+        num_hidden_layers=layers,
+        num_attention_heads=g["heads"],
+        num_key_value_heads=g["kv_heads"],
+        vocab_size=g["vocab"],
+        beacon_window=g["window"],
+        beacon_ratio=options.alpha,
+        eos_token_id=None,
+        rope_theta=1e6,
+        head_dim=g["hidden"] // g["heads"],
+    )
+    with torch.device("meta"):
+        model = VideoXLForConditionalGeneration(config)
+    # dtype first: in float32 all of Qwen2-7B would not fit beside its own copy
+    model.to(options.dtype).to_empty(device=options.device).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):
+            weight.fill_(1.0)
+        else:
+            weight.normal_(std=0.6 * weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.1)
+    model.settings.chunks_per_step = options.chunks_per_step
+    return model
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+class Stopwatch:
+    """Seconds of the parts of a pass, by wrapping what computes them."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+
+    def wrap(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            synchronize(self.device)
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            synchronize(self.device)
+            self.seconds[part] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        functions = (
+            (vxl_model.decoder.layers, "vst_linear", "projections"),
+            (vxl_model.decoder.context, "rope_append", "append"),
+            (vxl_model.decoder.context, "vst_attention", "attention"),
+        )
+        with ExitStack() as stack:
+            for module, name, part in functions:
+                wrapped = self.wrap(part, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, wrapped))
+            for layer in model.model.layers:
+                for inner, part in ((layer.mlp, "MLP"), (layer.self_attn.o_proj, "projections")):
+                    wrapped = self.wrap(part, inner.forward)
+                    stack.enter_context(mock.patch.object(inner, "forward", wrapped))
+            yield
+
+
+def relative(x: Tensor, truth: Tensor) -> float:
+    return float((x - truth).float().abs().max() / truth.float().abs().max())
+
+
+def random_window(options: argparse.Namespace, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    g = options.geometry
+    features = torch.randn(g["window"], g["hidden"], generator=generator)
+    return features.to(options.device, options.dtype)
+
+
+# -- encode -------------------------------------------------------------------------------
+
+
+def encode(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every window for each entrant; windows in turns, so that drift of the machine
+    hits all alike."""
+    model = make_model(options, options.layers)
+    prompt = torch.arange(14, device=options.device) % options.geometry["vocab"]
+    watch = Stopwatch(options.device)
+    published = PublishedModel(model)
+    published.read(prompt)
+    ours = {True: _memory(model, prompt), False: _memory(model, prompt)}
+    entrants = {
+        "vxl": lambda x: _append(model, ours[True], x, shortcut=True),
+        "vxl, last layer in full": lambda x: _append(model, ours[False], x, shortcut=False),
+        "published": lambda x: published.watch(x, options.alpha),
+    }
+    names = list(entrants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    parts: list[dict[str, float]] = []
+    for name in names:  # a first call pays for pages and code
+        if name == "published":
+            PublishedModel(model).watch(
+                random_window(options, 0)[: options.alpha * 8], options.alpha
+            )
+    _append(model, _memory(model, prompt), random_window(options, 0), shortcut=False)
+    for chunk in range(options.chunks):
+        window = random_window(options, chunk)
+        names = names[1:] + names[:1]
+        for name in names:
+            watch.seconds = dict.fromkeys(PARTS, 0.0)
+            with watch.watching(model) if name == "vxl" else ExitStack():
+                synchronize(options.device)
+                start = time.perf_counter()
+                entrants[name](window)
+                synchronize(options.device)
+                seconds[name].append(time.perf_counter() - start)
+            if name == "vxl":
+                rest = seconds[name][-1] - sum(watch.seconds.values())
+                parts.append({**watch.seconds, "norms, residuals": rest})
+    tail = torch.arange(20, device=options.device) % options.geometry["vocab"]
+    want = published.read(tail)
+    errors = {"tail logits": relative(model(tail[None], memory=ours[True]).logits[0], want)}
+    last = options.layers - 1
+    mine = ours[True].keys_values(last)[0]
+    errors["kept K"] = relative(mine, published.rotated_keys(last)[: len(mine)])
+    return {
+        "seconds": seconds,
+        "parts": parts,
+        "errors": errors,
+        "match": max(errors.values()) < TOLERANCE or options.dtype != torch.float32,
+    }
+
+
+def _memory(model: Any, prompt: Tensor) -> Any:
+    return model.watch(input_ids=prompt, visual_features=[], tokens=20 * 1440)
+
+
+def _append(model: Any, memory: Any, window: Tensor, shortcut: bool) -> None:
+    model.settings.skip_last_layer_outputs = shortcut
+    memory.append(visual_features=window)
+    model.settings.skip_last_layer_outputs = True
+
+
+# -- questions ----------------------------------------------------------------------------
+
+
+def questions(options: argparse.Namespace) -> dict[str, Any]:
+    """One video, many questions, against encoding it again for each."""
+    model = make_model(options, options.layers)
+    windows = -(-options.frames * TOKENS_PER_FRAME // options.geometry["window"])
+    tokens = options.frames * TOKENS_PER_FRAME
+    features = torch.cat([random_window(options, i) for i in range(windows)])[:tokens]
+    prompt = torch.arange(14) % options.geometry["vocab"]
+    start = time.perf_counter()
+    memory = model.watch(input_ids=prompt, visual_features=features)
+    synchronize(options.device)
+    watched = time.perf_counter() - start
+    cache = memory._streams[0].sequence.pool.cache
+    used = cache.num_pages - cache.free_pages
+    generator = torch.Generator().manual_seed(1)
+    asked = []
+    for _ in range(options.questions):
+        tail = torch.randint(0, options.geometry["vocab"], (20,), generator=generator)
+        start = time.perf_counter()
+        memory.ask(tail, max_new_tokens=8)
+        synchronize(options.device)
+        asked.append(time.perf_counter() - start)
+    every = sum(asked)
+    once = watched + every
+    again = options.questions * watched + every
+    return {
+        "frames": options.frames,
+        "questions": options.questions,
+        "watch_s": watched,
+        "question_s": every / options.questions,
+        "speedup": again / once,
+        "pages_video": used,
+        "pages_after": cache.stats()["peak_used_pages"],
+    }
+
+
+# -- memory -------------------------------------------------------------------------------
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory above the model's own for streams of several lengths, each in a process of its
+    own."""
+    rows = []
+    for frames in options.memory_frames:
+        command = [sys.executable, str(Path(__file__).with_name("prefill.py"))]
+        command += ["--peak-of", str(frames), "--alpha", str(options.alpha)]
+        command += ["--small"] if options.small else []
+        command += ["--device", options.device]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    first = rows[0]
+    for row in rows:
+        allowed = first["peak_mib"] + row["kept_mib"] - first["kept_mib"]
+        row["of_allowed"] = row["peak_mib"] / allowed
+    return {"rows": rows}
+
+
+def peak_of(options: argparse.Namespace, frames: int) -> dict[str, float]:
+    """MiB above what the process holds before the stream begins."""
+    model = make_model(options, 2)
+    tokens = frames * TOKENS_PER_FRAME
+    window = options.geometry["window"]
+
+    def stream() -> Iterator[Tensor]:
+        for start in range(0, tokens, window):
+            yield random_window(options, start)[: tokens - start]
+
+    prompt = torch.arange(14) % options.geometry["vocab"]
+    # A first stream of one window loads code and warms the allocator.
+    model.watch(input_ids=prompt, visual_features=[random_window(options, 0)])
+    before = _peak_bytes(options.device, reset=True)
+    watched = model.watch(input_ids=prompt, visual_features=stream(), tokens=tokens)
+    peak = _peak_bytes(options.device, reset=False) - before
+    mib = 1 << 20
+    return {"frames": frames, "peak_mib": peak / mib, "kept_mib": watched.bytes / mib}
+
+
+def _peak_bytes(device: str, reset: bool) -> int:
+    if device != "cpu":
+        module = torch.get_device_module(device)
+        if reset:
+            module.reset_peak_memory_stats()
+            return module.memory_allocated()
+        return module.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    name = "VmRSS" if reset else "VmHWM"
+    status = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+# -- decode, vision, projector ------------------------------------------------------------
+
+
+def pipeline(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds a frame of what comes before the language model: decoding a clip made on the
+    spot, preprocessing, CLIP-ViT-L/14-336 and the projector with random weights."""
+    from transformers import CLIPVisionConfig
+
+    from vxl_model.decoder.vision_tower import VisionTower, project_and_pool
+
+    shape: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
+    if options.small:
+        shape |= {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        }
+    tower = VisionTower(CLIPVisionConfig(**shape)).to(options.device, options.dtype).eval()
+    hidden = options.geometry["hidden"]
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(shape["hidden_size"], hidden),
+        torch.nn.GELU(),
+        torch.nn.Linear(hidden, hidden),
+    ).to(options.device, options.dtype)
+    frames = options.vision_frames
+    pixels = torch.randn(frames, 3, 336, 336, device=options.device, dtype=options.dtype)
+    seconds: dict[str, float] = {}
+    seconds |= _decode_seconds(options)
+    for _ in range(2):  # the second counts
+        start = time.perf_counter()
+        features = tower(pixels)
+        synchronize(options.device)
+        middle = time.perf_counter()
+        project_and_pool(features, projector)
+        synchronize(options.device)
+        seconds["vision"] = (middle - start) / frames
+        seconds["projector"] = (time.perf_counter() - middle) / frames
+    return seconds
+
+
+def _decode_seconds(options: argparse.Namespace) -> dict[str, float]:
+    """Decoding with resizing, and normalising; nothing where no decoder is installed."""
+    try:
+        from examples.demo_clip import write_demo_clip
+        from vxl_model.inputs.processing import VideoXLProcessor
+        from vxl_model.video.reader import open_video
+    except ImportError:
+        return {}
+    size = (320, 180) if options.small else (1920, 1080)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            clip = write_demo_clip(Path(folder) / "clip.mp4", seconds=8, fps=25, size=size)
+        except ImportError:
+            return {}
+        start = time.perf_counter()
+        batches = list(open_video(clip))
+        decoded = time.perf_counter() - start
+    frames = sum(len(batch) for batch in batches)
+    processor = VideoXLProcessor()
+    start = time.perf_counter()
+    for batch in batches:
+        processor.frames_to_pixels(batch)
+    normalised = time.perf_counter() - start
+    return {"decode": decoded / frames, "preprocess": normalised / frames}

@@ -1,0 +1,1 @@
+"""What is timed: our operators, PyTorch's, FlashAttention, FlashInfer, the published code."""

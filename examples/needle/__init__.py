@@ -1,0 +1,1 @@
+"""A needle in a haystack: the task, its training, the trained weights."""

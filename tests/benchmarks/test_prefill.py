@@ -1,0 +1,68 @@
+"""benchmarks/prefill.py on a tiny geometry: it runs, compares, and writes what it says. Its
+measurement of peak memory is a property worth holding, too."""
+
+import json
+import os
+import subprocess
+import sys
+
+from helpers.paths import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "prefill.py"
+
+
+def bench(*options):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--small", *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # nothing in it is large enough for two
+    )
+
+
+def test_small_run(tmp_path):
+    done = bench(
+        "--case",
+        "encode",
+        "--case",
+        "questions",
+        "--case",
+        "pipeline",
+        "--chunks",
+        "3",
+        "--questions",
+        "3",
+        "--frames",
+        "6",
+        "--vision-frames",
+        "1",
+        "--alpha",
+        "4",
+        "--json",
+        str(tmp_path / "a.json"),
+        "--plot",
+        str(tmp_path / "a.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "a.json").read_text())
+    encode = results["encode"]
+    assert encode["match"]
+    assert max(encode["errors"].values()) < 1e-5
+    assert set(encode["seconds"]) == {"vxl", "vxl, last layer in full", "published"}
+    assert all(len(v) == 3 and min(v) > 0 for v in encode["seconds"].values())
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert results["questions"]["pages_after"] <= results["questions"]["pages_video"] + 2
+    assert results["pipeline"]["vision"] > 0
+
+
+def test_peak_memory_does_not_grow_with_the_video(tmp_path):
+    done = bench(
+        "--case", "memory", "--memory-frames", "64,384", "--json", str(tmp_path / "a.json")
+    )
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads((tmp_path / "a.json").read_text())["memory"]["rows"]
+    assert long["kept_mib"] > 5 * short["kept_mib"]
+    # Tiny models: a MiB of the allocator's whim is much here.
+    assert long["peak_mib"] < 1.1 * (short["peak_mib"] + long["kept_mib"]) + 4

@@ -1,0 +1,230 @@
+"""Saved sequences: round trips, damage of every kind, a process killed while writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from vxl_kernels import PoolExhausted, VstCache
+from vxl_kernels.cache import file_format
+from vxl_kernels.cache.file_format import read_metadata
+
+GEOMETRY = {"num_layers": 2, "kv_heads": 2, "head_dim": 16}
+
+
+def filled(length: int, dtype=torch.float32, page_size: int = 4) -> tuple[VstCache, int]:
+    cache = VstCache(**GEOMETRY, num_pages=16, page_size=page_size, dtype=dtype)
+    torch.manual_seed(length)
+    cache.k_cache.copy_(torch.randn(cache.k_cache.shape))
+    cache.v_cache.copy_(torch.randn(cache.v_cache.shape))
+    seq = cache.new()
+    cache.reserve(seq, length)
+    cache.commit(seq, length)
+    return cache, seq
+
+
+def assert_same(cache, seq, other, other_seq):
+    assert cache.length(seq) == other.length(other_seq)
+    for i in range(cache.num_layers):
+        for a, b in zip(cache.gather(seq, i), other.gather(other_seq, i), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [0, 1, 4, 23])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_round_trip_into_other_pages(tmp_path, dtype, length, page_size):
+    cache, seq = filled(length, dtype)
+    cache.save(tmp_path / "video", seq, {"model": "Video-XL", "frames": "128"})
+    other = VstCache(**GEOMETRY, num_pages=32, page_size=page_size, dtype=dtype)
+    assert_same(cache, seq, other, other.load(str(tmp_path / "video")))
+    assert read_metadata(tmp_path / "video") == {"model": "Video-XL", "frames": "128"}
+    assert os.listdir(tmp_path) == ["video"]
+    assert cache.stats()["sequences"] == 1
+
+
+def test_round_trip_in_many_pieces(tmp_path, monkeypatch):
+    """Pieces of seven rows; written and read in other sizes."""
+    cache, seq = filled(50)
+    row_bytes = 2 * 16 * 4
+    monkeypatch.setattr(file_format, "_PIECE_BYTES", 7 * row_bytes)
+    cache.save(tmp_path / "video", seq)
+    for rows in (7, 3, 1, 1000):
+        monkeypatch.setattr(file_format, "_PIECE_BYTES", rows * row_bytes)
+        other = VstCache(**GEOMETRY, num_pages=32, page_size=8)
+        assert_same(cache, seq, other, other.load(tmp_path / "video"))
+    content = bytearray((tmp_path / "video").read_bytes())
+    content[-20 * row_bytes] ^= 1  # in a piece that is neither first nor last
+    (tmp_path / "video").write_bytes(content)
+    monkeypatch.setattr(file_format, "_PIECE_BYTES", 7 * row_bytes)
+    refuse(tmp_path / "video", "tensor value.1 is damaged")
+
+
+def test_any_safetensors_reader_opens_it(tmp_path):
+    cache, seq = filled(10)
+    cache.save(tmp_path / "video", seq)
+    tensors = load_file(tmp_path / "video")
+    assert sorted(tensors) == ["key.0", "key.1", "value.0", "value.1"]
+    assert torch.equal(tensors["value.1"], cache.gather(seq, 1)[1])
+
+
+def refuse(path, message, **changes):
+    """`load` raises ValueError and the cache is as before."""
+    sizes = {**GEOMETRY, "dtype": torch.float32, **changes}
+    cache = VstCache(**sizes, num_pages=16, page_size=4)
+    before = cache.stats()
+    with pytest.raises(ValueError, match=message):
+        cache.load(path)
+    after = cache.stats()
+    assert (after["free_pages"], after["sequences"]) == (before["free_pages"], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 3}, "num_layers 2, expected num_layers 3"),
+        ({"kv_heads": 1}, "kv_heads 2, expected kv_heads 1"),
+        ({"head_dim": 32}, "head_dim 16, expected head_dim 32"),
+        ({"dtype": torch.bfloat16}, "dtype torch.float32, expected dtype torch.bfloat16"),
+        ({"kv_heads": 4, "head_dim": 8}, "kv_heads 2, head_dim 16, expected kv_heads 4, head_dim"),
+    ],
+)
+def test_another_geometry_is_refused(tmp_path, changes, message):
+    cache, seq = filled(10)
+    cache.save(tmp_path / "video", seq)
+    refuse(tmp_path / "video", message, **changes)
+
+
+def test_a_pool_too_small_is_as_before(tmp_path):
+    cache, seq = filled(50)
+    cache.save(tmp_path / "video", seq)
+    small = VstCache(**GEOMETRY, num_pages=12, page_size=4)
+    with pytest.raises(PoolExhausted):
+        small.load(tmp_path / "video")
+    assert small.free_pages == 12
+    assert small.stats()["sequences"] == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_changed_byte_is_noticed(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("damage") / "video"
+    cache, seq = filled(5)
+    cache.save(path, seq, {"note": "of the user"})
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    before = content[at]
+    content[at] ^= data.draw(st.integers(1, 255))
+    assume(not (content[at] in b"\t\n\r" and before == 0x20))  # white space for white space
+    path.write_bytes(content)
+    refuse(path, "path: got")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_truncated_file_is_refused(tmp_path, part):
+    path = tmp_path / "video"
+    cache, seq = filled(40)
+    cache.save(path, seq)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    refuse(path, "truncated, damaged")
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("hello")
+    refuse(path, "no safetensors")
+    save_file({"key.0": torch.zeros(3)}, path)
+    refuse(path, "of format None instead of 'vxl-cache-1'")
+    path.write_bytes(torch.zeros(4).numpy().tobytes())
+    refuse(path, "no safetensors")
+    cache = VstCache(**GEOMETRY, num_pages=4, page_size=4)
+    with pytest.raises(FileNotFoundError):
+        cache.load(tmp_path / "missing")
+    with pytest.raises(IsADirectoryError):
+        cache.load(tmp_path)
+
+
+def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path):
+    """Both the header's checksum and the tensors are right, but they do not fit each other."""
+    path = tmp_path / "video"
+    cache, seq = filled(6)
+    cache.save(path, seq)
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + size])
+    for name in ("key.0", "value.0", "key.1", "value.1"):
+        entries[name]["shape"] = [3, 4, 16]
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    refuse(path, "tensor key.0 is not what its header says")
+
+
+def test_metadata_of_no_strings_is_refused_before_anything_is_written(tmp_path):
+    cache, seq = filled(6)
+    with pytest.raises(ValueError, match="metadata: got 'frames': 128, expected"):
+        cache.save(tmp_path / "video", seq, {"frames": 128})
+    assert os.listdir(tmp_path) == []
+    assert cache.stats()["sequences"] == 1
+
+
+def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "video"
+    cache, seq = filled(6)
+    cache.save(path, seq)
+    older = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        cache.save(path, seq, {"newer": "yes"})
+    assert path.read_bytes() == older
+    assert os.listdir(tmp_path) == ["video"]
+
+
+KILLED = """
+    import sys, torch
+    from vxl_kernels import VstCache, cache_file
+
+    cache = VstCache(2, 2, 16, num_pages=1024, page_size=4)
+    seq = cache.new()
+    cache.reserve(seq, 4096)
+    cache.commit(seq, 4096)
+    print("ready", flush=True)
+    while True:
+        cache.save(sys.argv[1], seq, {"which": "new"})
+"""
+
+
+def test_killed_while_saving_leaves_a_whole_file(tmp_path):
+    """kill -9 at some moments: the name holds the old file or a complete new one."""
+    path = tmp_path / "video"
+    for moment in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(KILLED), str(path)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.006 * moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if path.exists():
+            cache = VstCache(**GEOMETRY, num_pages=1024, page_size=4)
+            assert cache.length(cache.load(path)) == 4096
+    assert path.exists(), "no save was ever complete: the test has shown nothing"

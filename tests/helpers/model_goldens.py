@@ -1,0 +1,70 @@
+"""The published implementation's models and numbers, for the tests of `vxl_model`."""
+
+import json
+
+import torch
+from helpers.paths import CHECKPOINT as TINY
+from helpers.paths import GOLDENS as FOLDER
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from vxl_kernels import reference
+from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
+
+GOLDENS = sorted(FOLDER.glob("*.safetensors"))
+TOLERANCE = 2e-5  # relative, what an independent implementation reached in float32
+IMAGE = torch.tensor([-200])
+
+
+def relative(x, truth):
+    """Largest difference over the largest number; where all are 0 the difference itself."""
+    scale = float(truth.detach().abs().max())
+    return float((x - truth).detach().abs().max()) / (scale or 1.0)
+
+
+def load_golden(name):
+    """The geometry, the tensors and the model of a golden."""
+    path = FOLDER / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        case = json.loads(file.metadata()["case"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    config = VideoXLConfig(
+        hidden_size=case["hidden"],
+        intermediate_size=case["intermediate"],
+        num_hidden_layers=case["layers"],
+        num_attention_heads=case["heads"],
+        num_key_value_heads=case["kv_heads"],
+        vocab_size=case["vocab"],
+        rms_norm_eps=case["rms_norm_eps"],
+        rope_theta=case["rope_theta"],
+        beacon_window=case["window"],
+        beacon_ratio=case["ratio"],
+    )
+    model = VideoXLForConditionalGeneration(config).eval()
+    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+    model.load_state_dict(weights, strict=True)
+    return case, tensors, model
+
+
+def input_ids(tensors):
+    return torch.cat([tensors["pre_ids"], IMAGE, tensors["post_ids"]])[None]
+
+
+def kept_of_golden(case, tensors, layer, name):
+    """K or V that the published code keeps of a whole sequence `(tokens, kv_heads, head_dim)`.
+    It holds K unrotated; here K is rotated to its final position."""
+    parts = [tensors[f"{kind}_{name}.{layer}"] for kind in ("sink", "vst", "raw")]
+    kept = torch.cat(parts, dim=1).transpose(0, 1)
+    if name == "key":
+        dim = case["head_dim"]
+        inv_freq = 1.0 / (case["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim))
+        kept = reference.rotate(kept, torch.arange(len(kept)), inv_freq)
+    return kept
+
+
+def tiny_model(**options):
+    return VideoXLForConditionalGeneration.from_pretrained(TINY, **options)
+
+
+def tiny_expected():
+    return load_file(TINY / "expected.safetensors")

@@ -1,0 +1,9 @@
+"""Where the tests find the project and their data."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+GOLDENS = TESTS / "goldens"
+CHECKPOINT = GOLDENS / "checkpoint_tiny"
+BENCHMARKS = ROOT / "benchmarks"

@@ -1,0 +1,107 @@
+"""Runs calls whose every tensor lies against a page that may not be touched: reading or writing
+one element outside ends the process. `python -m helpers.triton_guarded
+end|start [broken]`; "broken" looks one
+page too far ahead in the block table, to prove that the guard bites.
+"""
+
+import ctypes
+import dataclasses
+import mmap
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+import triton.language as tl
+from helpers.triton_backward_cases import CASES as BACKWARD_CASES
+from helpers.triton_backward_cases import SMALL, backward
+from helpers.triton_backward_cases import call as backward_call
+from helpers.triton_cases import CASES, WITHOUT_CACHE, attend, call
+
+from vxl_kernels import ChunkLayout, rope_append, vst_linear
+from vxl_kernels._triton import configs, launch, launch_backward, primitives
+from vxl_kernels.testing import check_attention, check_gradients, inverse_frequencies, make_inputs
+
+END = sys.argv[1] == "end"
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def empty(shape, dtype, device="cpu"):
+    """As torch.empty, NaN inside, a forbidden page before and behind; touching the one."""
+    x = torch.empty(0, dtype=dtype)
+    count = torch.Size(shape).numel()
+    size = count * x.element_size()
+    page = mmap.PAGESIZE
+    body = -(-max(size, 1) // page) * page
+    memory = mmap.mmap(-1, body + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for forbidden in (address, address + page + body):
+        if _libc.mprotect(ctypes.c_void_p(forbidden), page, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    offset = page + (body - size if END else 0)
+    x = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
+    return x.fill_(torch.nan if dtype.is_floating_point else 10**6).view(shape)
+
+
+def guard(x):
+    return empty(x.shape, x.dtype).copy_(x)
+
+
+class GuardedTorch:
+    """What the launcher takes for torch: the memory it asks for is guarded, too."""
+
+    empty = staticmethod(empty)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@triton.jit
+def unclamped_page_of(table_ptr, entry, max_pages):
+    return tl.load(table_ptr + entry).to(tl.int64)
+
+
+def main() -> None:
+    small = configs.AttentionConfig(32, 32, 16, 4, 2)
+    configs.prefill_config = configs.decode_config = lambda *args: small
+    configs.linear_config = lambda *args: configs.LinearConfig(32, 16, 16, 2, 4, 2)
+    configs.split_keys = lambda lanes: 64 if lanes <= 32 else None
+    configs.backward_config = lambda *args: SMALL
+    launch.torch = launch_backward.torch = GuardedTorch()
+    if "broken" in sys.argv:
+        primitives.page_of = unclamped_page_of
+    names = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
+    for name in CASES:
+        x = call(name)
+        # Entries of the table behind the length are as free as its memory: nothing valid.
+        x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
+        check_attention(x, *attend(x))
+    for name in WITHOUT_CACHE:
+        x = call(name)
+        x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
+        check_attention(x, *attend(x, cache=False))
+    for name in ("split, odd pages and head", "many chunks", "text"):
+        assert name in BACKWARD_CASES
+        x = backward_call(name)
+        x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
+        grads = guard(torch.randn(x.q.shape).to(x.q.dtype)), guard(torch.randn(*x.q.shape[:3])).mT
+        check_gradients(x, *grads, backward(x, grads)[2])
+    for layout in (None, ChunkLayout(7, 2, 2), ChunkLayout(7, 2, 1, "interleaved")):
+        x = make_inputs((5, 0), layout, rows=3, heads=6, head_dim=20, page_size=4)
+        x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
+        inv_freq = guard(inverse_frequencies(20))
+        for inplace in (False, True):
+            rope_append(*x.args(), inv_freq, inplace=inplace, backend="triton")
+            no_pages = dataclasses.replace(x, block_table=guard(x.block_table[:, :0]))
+            rope_append(*no_pages.args(), inv_freq, inplace=inplace, backend="triton")
+        rows = 3 if layout is None else layout.rows
+        shapes = ((2, rows, 20), (18, 20), (18,), (18, 20), (18,))
+        vst_linear(*(guard(torch.randn(s)) for s in shapes), layout, backend="triton")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,446 @@
+"""The command line: answers, files, one-line errors, and what the plan says against what is."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.paths import CHECKPOINT, ROOT
+
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+Image = pytest.importorskip("PIL.Image")
+
+from helpers.clips import picture, write_audio, write_clip
+
+from examples.demo import demo_model, print_demo
+from examples.demo import main as demo
+from examples.demo_clip import byte_tokenizer
+from vxl_kernels import _ext
+from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
+from vxl_model.cli.main import main
+from vxl_model.cli.plan import count_parameters, plan_video, released_config
+from vxl_model.cli.progress import Progress, clock
+from vxl_model.video.reader import open_video
+
+pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+
+QUESTION = "What is shown?"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the tiny checkpoint, a tokenizer of bytes in it, and a clip."""
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(CHECKPOINT, folder / "model")
+    byte_tokenizer(128).save_pretrained(folder / "model")
+    write_clip(folder / "clip.mp4", count=60, fps=10)
+    Image.fromarray(picture(5, 200, 120)).save(folder / "one.png")
+    Image.fromarray(picture(9, 120, 200)).save(folder / "two.png")
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    """Runs a command in that folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(place)
+
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+ASK = ("ask", "--model", "model", "--ratio", "4", "--max-new-tokens", "6")
+
+
+def expected_answer(place, memory_of):
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model")
+    processor = model.processor
+    memory = memory_of(model, processor)
+    tail = processor.tail_ids(QUESTION)[0]
+    ids = memory.ask(tail, max_new_tokens=6, do_sample=False, eos_token_id=processor.stop_ids)
+    return processor.decode(ids)
+
+
+def test_ask(run, place):
+    code, out, err = run(*ASK, "--video", "clip.mp4", QUESTION)
+    assert (code, err) == (0, "")
+    want = expected_answer(
+        place,
+        lambda model, processor: model.watch(
+            pixel_values=list(processor.video_pixels(place / "clip.mp4")),
+            input_ids=processor.prompt_ids(),
+            ratio=4,
+        ),
+    )
+    assert out.strip() == want
+
+
+def test_in_one_line_of_python(run, place):
+    """What the command does, by the names of the library, prompt and stops by default."""
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model", ratio=4)
+    answer = model.watch(place / "clip.mp4").ask(QUESTION, max_new_tokens=6, do_sample=False)
+    code, out, _ = run(*ASK, "--video", "clip.mp4", "--json", QUESTION)
+    assert code == 0
+    assert json.loads(out)["answer"] == answer
+
+
+def test_ask_json_and_memory(run):
+    code, out, err = run(*ASK, "--video", "clip.mp4", "--json", QUESTION, "And then?")
+    assert (code, err) == (0, "")
+    first, second = map(json.loads, out.splitlines())
+    assert (first["question"], second["question"]) == (QUESTION, "And then?")
+    assert first["frames"] == 6
+    assert first["visual_tokens"] == 6 * 144
+    assert first["kept_tokens"] > 6 * 144 // 4
+    assert 0 < first["new_tokens"] <= 6
+
+    code, out, err = run(
+        "watch", "--model", "model", "--video", "clip.mp4", "--ratio", 4, "--save", "m.vxl"
+    )
+    assert (code, err) == (0, "")
+    assert "6 frames, 864 visual tokens" in out
+    code, out, err = run(
+        "ask",
+        "--model",
+        "model",
+        "--memory",
+        "m.vxl",
+        "--max-new-tokens",
+        6,
+        "--json",
+        QUESTION,
+        "And then?",
+    )
+    assert (code, err) == (0, "")
+    again = [json.loads(line)["answer"] for line in out.splitlines()]
+    assert again == [first["answer"], second["answer"]]
+
+
+def test_frames_and_fps(run):
+    for options, frames in (
+        (["--frames", 3], 3),
+        (["--fps", 2], 12),
+        (["--fps", 2, "--frames", 5], 5),
+    ):
+        code, out, _ = run(*ASK, "--video", "clip.mp4", "--json", *options, QUESTION)
+        assert code == 0
+        assert json.loads(out)["frames"] == frames
+
+
+def test_images(run, place):
+    code, out, err = run(*ASK, "--image", "one.png", "--json", QUESTION)
+    assert (code, err) == (0, "")
+    one = json.loads(out)
+    assert one["frames"] == 2  # tiles; the whole picture is not used
+    want = expected_answer(
+        place,
+        lambda model, processor: model.watch(
+            pixel_values=processor.image_to_pixels(place / "one.png"),
+            image_sizes=(200, 120),
+            input_ids=processor.prompt_ids(),
+            ratio=4,
+        ),
+    )
+    assert one["answer"] == want
+    code, out, _ = run(*ASK, "--image", "one.png", "--image", "two.png", "--json", QUESTION)
+    assert code == 0
+    assert json.loads(out)["frames"] == 2
+
+
+def test_chat(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\nx<|im_end|>\nAnd then?\n"))
+    code, out, err = run(
+        "chat",
+        "--model",
+        "model",
+        "--video",
+        "clip.mp4",
+        "--max-new-tokens",
+        6,
+        "--ratio",
+        4,
+        "--json",
+    )
+    assert code == 0
+    assert [json.loads(line)["question"] for line in out.splitlines()] == [QUESTION, "And then?"]
+    assert err == "vxl: question: holds the control token '<|im_end|>'\n"
+
+
+def hostile(place):
+    """Arguments, and a word of what is said about them."""
+    (place / "broken.mp4").write_bytes(b"no video" * 100)
+    (place / "empty.mp4").write_bytes(b"")
+    (place / "text.vxl").write_text("no memory")
+    (place / "bare").mkdir(exist_ok=True)
+    write_audio(place / "sound.mp4")
+    model = ("--model", "model")
+    video = ("--video", "clip.mp4")
+    return {
+        "no command": ((), "COMMAND"),
+        "unknown command": (("sing",), "invalid choice"),
+        "no source": (("ask", *model, "Q"), "--video"),
+        "two sources": (("ask", *model, *video, "--image", "one.png", "Q"), "not allowed"),
+        "no question": (("ask", *model, *video), "QUESTION"),
+        "empty question": (("ask", *model, *video, " "), "question: got ' '"),
+        "control token": (("ask", *model, *video, "a<|im_end|>"), "control token"),
+        "no model": (("ask", *video, "Q"), "--model"),
+        "missing model": (("ask", "--model", "./none", *video, "Q"), "./none"),
+        "folder without a model": (("ask", "--model", "bare", *video, "Q"), "no checkpoint"),
+        "model is a file": (("ask", "--model", "clip.mp4", *video, "Q"), "clip.mp4"),
+        "missing video": (("ask", *model, "--video", "none.mp4", "Q"), "no such file"),
+        "empty video": (("ask", *model, "--video", "empty.mp4", "Q"), "is empty"),
+        "broken video": (("ask", *model, "--video", "broken.mp4", "Q"), "not a video"),
+        "sound": (("ask", *model, "--video", "sound.mp4", "Q"), "no video stream"),
+        "folder as video": (("ask", *model, "--video", "bare", "Q"), "a directory"),
+        "missing image": (("ask", *model, "--image", "none.png", "Q"), "none.png"),
+        "video as image": (("ask", *model, "--image", "clip.mp4", "Q"), "not a picture"),
+        "frames of an image": (("ask", *model, "--image", "one.png", "--frames", 2, "Q"), "--fps"),
+        "no frames": (("ask", *model, *video, "--frames", 0, "Q"), "--frames"),
+        "frames no number": (("ask", *model, *video, "--frames", "x", "Q"), "--frames"),
+        "fps 0": (("ask", *model, *video, "--fps", 0, "Q"), "fps: got 0.0"),
+        "ratio 0": (("ask", *model, *video, "--ratio", "0", "Q"), "--ratio"),
+        "ratio of words": (("ask", *model, *video, "--ratio", "4,big", "Q"), "--ratio"),
+        "ratio beyond the window": (("ask", *model, *video, "--ratio", "999", "Q"), "ratio: got"),
+        "device": (("ask", *model, *video, "--device", "toaster", "Q"), "--device"),
+        "device that is not there": (("ask", *model, *video, "--device", "cuda:77", "Q"), "cuda"),
+        "dtype": (("ask", *model, *video, "--dtype", "int8", "Q"), "--dtype"),
+        "missing memory": (("ask", *model, "--memory", "none.vxl", "Q"), "none.vxl"),
+        "text as memory": (("ask", *model, "--memory", "text.vxl", "Q"), "text.vxl"),
+        "ratio of a memory": (("ask", *model, "--memory", "text.vxl", "--ratio", 4, "Q"), "made"),
+        "save nowhere": (("watch", *model, *video, "--save", "no/where.vxl"), "no such folder"),
+        "save to a folder": (("watch", *model, *video, "--save", "bare"), "folder"),
+        "plan without frames": (("plan", "--ratio", 8), "--frames"),
+        "plan beyond the window": (("plan", "--frames", 9, "--ratio", 2000), "ratio: got 2000"),
+        "plan of nothing": (("plan", "--frames", 9, "--ratio", 8, "--model", "./none"), "./none"),
+    }
+
+
+HOSTILE = [
+    "no command",
+    "unknown command",
+    "no source",
+    "two sources",
+    "no question",
+    "empty question",
+    "control token",
+    "no model",
+    "missing model",
+    "folder without a model",
+    "model is a file",
+    "missing video",
+    "empty video",
+    "broken video",
+    "sound",
+    "folder as video",
+    "missing image",
+    "video as image",
+    "frames of an image",
+    "no frames",
+    "frames no number",
+    "fps 0",
+    "ratio 0",
+    "ratio of words",
+    "ratio beyond the window",
+    "device",
+    "device that is not there",
+    "dtype",
+    "missing memory",
+    "text as memory",
+    "ratio of a memory",
+    "save nowhere",
+    "save to a folder",
+    "plan without frames",
+    "plan beyond the window",
+    "plan of nothing",
+]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile(run, place, kind):
+    kinds = hostile(place)
+    assert set(kinds) == set(HOSTILE)
+    arguments, words = kinds[kind]
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_memory_of_another_model(run, place):
+    assert run("watch", "--model", "model", "--video", "clip.mp4", "--save", "a.vxl")[0] == 0
+    other = place / "other"
+    shutil.copytree(place / "model", other, dirs_exist_ok=True)
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    model.save_pretrained(other)
+    code, out, err = run("ask", "--model", other, "--memory", "a.vxl", "Q")
+    assert (code, out) == (2, "")
+    assert "another model" in err
+
+
+def test_model_without_tokenizer(run):
+    code, out, err = run("ask", "--model", CHECKPOINT, "--video", "clip.mp4", "Q")
+    assert (code, out) == (2, "")
+    assert "tokenizer: the checkpoint has none" in err
+
+
+def test_damage_is_a_warning(run, place):
+    data = write_clip(
+        place / "whole.mp4",
+        count=100,
+        gop=10,
+        size=(256, 256),
+        container_options={"movflags": "faststart"},
+    ).read_bytes()
+    begin = data.index(b"mdat")
+    (place / "cut.mp4").write_bytes(data[: begin + (len(data) - begin) // 2])
+    code, out, err = run(*ASK, "--video", "cut.mp4", "--json", QUESTION)
+    assert code == 0
+    assert 3 <= json.loads(out)["frames"] <= 8
+    assert err.startswith("vxl: warning: cut.mp4: ends after")
+    assert err.count("\n") == 1
+
+
+def test_as_a_process(place):
+    """The module runs, streams to stdout, and says nothing else there or on stderr."""
+    command = [sys.executable, "-m", "vxl_model", *ASK, "--video", "clip.mp4", QUESTION]
+    done = subprocess.run(
+        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+def environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_demo(place, capsys):
+    assert demo(["--frames", "12", "--max-new-tokens", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    print_demo(result)
+    shown = capsys.readouterr().out
+    assert "These words mean nothing" in shown
+    for stage in ("decode and resize", "vision tower", "projector", "language model, video"):
+        assert stage in shown
+    seconds = result["seconds"]
+    assert (result["frames"], result["visual_tokens"]) == (12, 12 * 144)
+    inside = seconds["vision tower"] + seconds["projector and pooling"]
+    assert 0 < inside + seconds["language model, video"] <= seconds["watch"]
+    assert 0 < seconds["language model, answer"] <= seconds["answer"]
+    assert seconds["watch"] + seconds["answer"] < seconds["total"]
+    needles = result["needles"]
+    assert needles["answers"] == needles["truth"]
+    assert all(words in shown for words in needles["questions"])
+
+
+# -- plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(2, 70), (4, 54), (8, 37), (16, 23)])
+def test_plan_of_the_released_model(ratio, share):
+    """Attention's share of the language model's arithmetic over 2,048 frames, and the cache's
+    bytes, as published measurements of the geometry have them."""
+    plan = plan_video(released_config(), 2048, ratio)
+    attention = plan.attention_flops / (plan.attention_flops + plan.dense_flops)
+    assert round(100 * attention) == share
+    gib = 2.0**30
+    assert plan.raw_cache_bytes / gib == pytest.approx(15.8, abs=0.2)
+    assert plan.cache_bytes / gib == pytest.approx(15.75 / ratio, abs=0.15)
+    assert plan.weight_bytes == 2 * plan.parameters
+    # Qwen2-7B 7.616 G, VST projections 28 * 3584 * 4608 + 28 * 4608 + 3584, projector, CLIP-L
+    assert plan.parameters == pytest.approx(7.616e9 + 0.462e9 + 0.0165e9 + 0.3035e9, rel=1e-3)
+
+
+def test_plan_is_what_watch_takes():
+    """Counted against a model that ran: parameters, tokens, the pool's bytes and its arithmetic
+    as torch counts it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = demo_model()
+    frames, ratio = 24, 8
+    plan = plan_video(model.config, frames, ratio, dtype=torch.float32, prompt=14)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.parameters == count_parameters(model.config)
+    pixels = torch.zeros(frames, 3, 336, 336)
+    prompt = torch.zeros(14, dtype=torch.long)
+    # The counter knows plain products; so CLIP's attention is made of such, and this package's
+    # own is left out on both sides.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        memory = model.watch(pixel_values=pixels, input_ids=prompt, ratio=ratio)
+    assert memory.visual_tokens == [plan.visual_tokens]
+    assert memory.kept_tokens == [plan.kept_tokens]
+    pool = memory._streams[0].sequence.pool.cache
+    assert abs(pool.bytes - plan.cache_bytes) <= 2 * pool.page_bytes
+    counted = counter.get_total_flops()
+    assert counted == pytest.approx(plan.vision_flops + plan.dense_flops, rel=0.01)
+
+
+def test_plan_command(run):
+    code, out, err = run("plan", "--frames", 900, "--ratio", 8, "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    assert "129600 visual tokens" in out
+    assert "kept K and V" in out
+    code, out, _ = run("plan", "--frames", 900, "--ratio", 8, "--model", "model", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    config = VideoXLConfig.from_pretrained("model")
+    assert plan["parameters"] == count_parameters(config)
+    assert plan["total_bytes"] == plan["weight_bytes"] + plan["cache_bytes"] + plan["step_bytes"]
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress():
+    bar = Progress("watching", stream=Terminal())
+    assert bar.line(64, 128, 16.0) == (
+        "watching [############............] 64/128 frames, 4.0 frames/s, 16 s left"
+    )
+    assert bar.line(128, 128, 32.0).endswith("128/128 frames, 4.0 frames/s")
+    assert bar.line(7, None, 7.0) == "watching 7 frames, 1.0 frames/s"
+    bar(128, 128)
+    bar.close()
+    assert bar.stream.getvalue().rstrip(" \r").count("\r") == 1
+    assert bar.stream.getvalue().endswith(" \r")
+    assert [clock(s) for s in (0.4, 59, 61, 3725)] == ["0 s", "59 s", "1:01 min", "1:02 h"]
+
+
+def test_progress_where_nobody_looks():
+    bar = Progress("watching", stream=io.StringIO())
+    bar(3, 4)
+    bar.close()
+    assert bar.stream.getvalue() == ""
+
+
+def test_reader_is_closed_when_the_model_fails(place, monkeypatch):
+    """An error between decoding and answer leaves no thread behind."""
+    import threading
+
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model")
+    monkeypatch.setattr(
+        model.model.mm_projector[0], "forward", lambda x: (_ for _ in ()).throw(ValueError("no"))
+    )
+    with pytest.raises(ValueError, match="no"):
+        model.watch(open_video(place / "clip.mp4", batch=1), input_ids=[1])
+    assert not [t for t in threading.enumerate() if t.name.startswith("vxl-")]

@@ -1,0 +1,261 @@
+"""Videos watched once: asked, forked, streamed into, saved, in a pool that grows."""
+
+import pytest
+import torch
+from helpers.model_goldens import load_golden, relative, tiny_expected, tiny_model
+
+from vxl_model import VideoMemory, WindowRatios
+
+WINDOW = 48
+PROMPT = [5, 6, 7]
+TAIL = torch.tensor([9, 10, 11])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_golden("tiny_r4_w48")[2]
+
+
+@pytest.fixture(scope="module")
+def features(model):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(205, model.config.hidden_size, generator=generator) * 0.1
+
+
+def watch(model, features, **options):
+    return model.watch(input_ids=PROMPT, visual_features=features, **options)
+
+
+def same_memory(a, b, exactly=True):
+    assert a.kept_tokens == b.kept_tokens
+    assert a.vst_counts == b.vst_counts
+    for layer in range(a.model.config.num_hidden_layers):
+        for x, y in zip(a.keys_values(layer), b.keys_values(layer), strict=True):
+            assert torch.equal(x, y) if exactly else relative(x, y) < 1e-6
+
+
+def test_ask_equals_generate_and_leaves_no_trace(model, features):
+    ids = torch.cat([torch.tensor(PROMPT), torch.tensor([-200]), TAIL])[None]
+    want = model.generate(ids, visual_features=features[None], max_new_tokens=8, do_sample=False)
+    memory = watch(model, features)
+    before = [memory.keys_values(i) for i in range(3)]
+    free = memory._streams[0].sequence.pool.cache.free_pages
+    for question in (TAIL, TAIL.tolist(), TAIL[None]):
+        answer = torch.as_tensor(memory.ask(question, max_new_tokens=8))
+        assert answer.reshape(-1).tolist() == want[0, -8:].tolist()
+    for i in range(3):
+        for a, b in zip(before[i], memory.keys_values(i), strict=True):
+            assert torch.equal(a, b)
+    assert memory._streams[0].sequence.pool.cache.free_pages == free
+
+
+def test_a_batch_of_questions_to_one_video(model, features):
+    memory = watch(model, features)
+    questions = torch.tensor([[9, 10], [11, 12], [9, 10]])
+    answers = memory.ask(questions, max_new_tokens=5)
+    for question, answer in zip(questions, answers, strict=True):
+        assert memory.ask(question, max_new_tokens=5).tolist() == answer.tolist()
+
+
+def test_questions_cost_one_video_and_their_tails(model, features):
+    memory = watch(model, features.repeat(8, 1))
+    cache = memory._streams[0].sequence.pool.cache
+    used = cache.num_pages - cache.free_pages
+    forks = [memory.fork() for _ in range(14)]
+    assert cache.num_pages - cache.free_pages == used
+    outs = [model(TAIL[None], memory=fork) for fork in forks]
+    assert memory._streams[0].sequence.pool.cache is cache  # planned, so it has not grown
+    tails = cache.num_pages - cache.free_pages - used
+    assert tails <= 14  # a page each
+    del outs, forks
+    assert cache.num_pages - cache.free_pages == used
+
+
+def test_forward_goes_on_from_a_memory(model, features):
+    ids = torch.cat([torch.tensor(PROMPT), torch.tensor([-200]), TAIL])[None]
+    whole = model(ids, visual_features=features[None])
+    memory = watch(model, features)
+    first = model(TAIL[None, :2], memory=memory)
+    second = model(TAIL[None, 2:], memory=first.memory)
+    assert relative(second.logits[0, -1], whole.logits[0, -1]) < 1e-5
+    assert first.memory.kept_tokens == [memory.kept_tokens[0] + 2]  # is not changed by second
+    assert second.memory.vst_counts[0][-2:] == [0, 0]
+
+
+@pytest.mark.parametrize("pieces", [[205], [1] * 205, [48, 48, 109], [100, 0, 105], [47, 2, 156]])
+@pytest.mark.parametrize("ratio", [4, [2, 4, 8], WindowRatios([2, 4, 8, 3, 5])])
+def test_streaming_equals_watching_at_once(model, features, pieces, ratio):
+    if isinstance(ratio, list):  # what is drawn has to divide the last window
+        features = features[:204]
+        pieces = [*pieces[:-1], pieces[-1] - 1]
+    at_once = watch(model, features, ratio=ratio)
+    stream = model.watch(input_ids=PROMPT, visual_features=[], ratio=ratio)
+    for piece in features.split(pieces):
+        if len(piece):
+            stream.append(visual_features=piece)
+    same_memory(stream, at_once)
+    assert stream.visual_tokens == [len(features)]
+
+
+def test_ask_in_the_middle_of_a_stream(model, features):
+    stream = model.watch(input_ids=PROMPT, visual_features=[], ratio=[2, 4, 8])
+    for cut in (60, 120, 204):
+        stream.append(visual_features=features[stream.visual_tokens[0] : cut])
+        so_far = watch(model, features[:cut], ratio=[2, 4, 8])
+        assert (
+            stream.ask(TAIL, max_new_tokens=5).tolist()
+            == so_far.ask(TAIL, max_new_tokens=5).tolist()
+        )
+        same_memory(stream, so_far)
+
+
+def test_forks_go_their_own_ways(model, features):
+    memory = watch(model, features[:100])
+    fork = memory.fork()
+    fork.append(visual_features=features[100:])
+    same_memory(fork, watch(model, features))
+    same_memory(memory, watch(model, features[:100]))
+    memory.append(visual_features=features[100:150])
+    same_memory(memory, watch(model, features[:150]))
+    same_memory(fork, watch(model, features))
+
+
+def test_a_pool_grows_and_keeps_what_is_shared(model, features, monkeypatch):
+    monkeypatch.setattr("vxl_model.modeling.SLACK_TOKENS", 0)
+    model.settings.page_size = 4
+    try:
+        stream = model.watch(input_ids=PROMPT, visual_features=[])
+        pool = stream._streams[0].sequence.pool
+        small = pool.cache.num_pages
+        forks = []
+        for piece in features.repeat(15, 1).split(300):
+            stream.append(visual_features=piece)
+            forks.append(stream.fork())
+        grown = pool.cache
+        assert grown.num_pages > small
+        used = grown.num_pages - grown.free_pages
+        longest = stream.kept_tokens[0]
+        # Every fork is a prefix: what they hold beyond the longest is a page or two each.
+        assert used <= -(-longest // 4) + 3 * len(forks)
+        del forks
+        same_memory(stream, watch(model, features.repeat(15, 1)))
+    finally:
+        model.settings.page_size = 128
+
+
+@pytest.mark.parametrize("tokens", [205, 192, 30])
+def test_save_and_load(model, features, tokens, tmp_path):
+    memory = watch(model, features[:tokens], ratio=WindowRatios([2, 4, 8, 3, 5]))
+    memory.save(tmp_path / "video.vxl")
+    loaded = model.load_memory(tmp_path / "video.vxl")
+    same_memory(loaded, memory)
+    assert (
+        loaded.ask(TAIL, max_new_tokens=5).tolist() == memory.ask(TAIL, max_new_tokens=5).tolist()
+    )
+    for each in (loaded, memory) if tokens < 205 else ():
+        each.append(visual_features=features[tokens:])
+    same_memory(loaded, memory)
+
+
+def test_a_saved_draw_goes_on(model, features, tmp_path):
+    features = features.repeat(3, 1)[:576]
+    memory = watch(model, features[:100], ratio=[2, 4, 8])
+    memory.save(tmp_path / "m")
+    loaded = VideoMemory.load(tmp_path / "m", model).append(visual_features=features[100:])
+    same_memory(loaded, watch(model, features, ratio=[2, 4, 8]))
+
+
+def test_a_memory_of_another_model_is_refused(model, features, tmp_path):
+    watch(model, features).save(tmp_path / "m")
+    other = load_golden("tiny_r4_w48")[2]
+    same_memory(other.load_memory(tmp_path / "m"), watch(model, features))  # equal weights
+    with torch.no_grad():
+        other.model.layers[1].self_attn.beacon_v_proj.weight[0, 0] += 1
+    for stranger in (other, tiny_model()):
+        with pytest.raises(ValueError, match="another model"):
+            stranger.load_memory(tmp_path / "m")
+
+
+def test_damaged_files_are_refused(model, features, tmp_path):
+    path = tmp_path / "m"
+    watch(model, features).save(path)
+    whole = path.read_bytes()
+    for name, damaged in {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"not a memory",
+        "flipped": whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:],
+    }.items():
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="path"):
+            model.load_memory(path)
+        assert name
+    with pytest.raises(FileNotFoundError):
+        model.load_memory(tmp_path / "nowhere")
+
+
+def test_a_memory_survives_a_failed_append(model, features, monkeypatch):
+    memory = watch(model, features[:100])
+    want = watch(model, features)
+    core = type(model.model)
+    forward = core.forward
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(core, "forward", fails)
+    with pytest.raises(RuntimeError, match="luck"):
+        memory.append(visual_features=features[100:])
+    monkeypatch.setattr(core, "forward", forward)
+    same_memory(memory, watch(model, features[:100]))
+    same_memory(memory.append(visual_features=features[100:]), want)
+
+
+def test_pixels_frame_by_frame():
+    expected, model = tiny_expected(), tiny_model(ratio=4)
+    at_once = model.watch(input_ids=expected["pre_ids"], pixel_values=expected["pixel_values"])
+    stream = model.watch(input_ids=expected["pre_ids"], visual_features=[])
+    for frame in expected["pixel_values"].split(2):
+        stream.append(pixel_values=frame)
+    same_memory(stream, at_once, exactly=False)
+
+
+def test_batch_memories_take_apart(model, features):
+    ids = torch.tensor([[*PROMPT, -200, 9, 10]] * 2)
+    out = model(ids, visual_features=[features, features[:61]])
+    assert len(out.memory) == 2
+    assert [len(m) for m in out.memory] == [1, 1]
+    same_memory(
+        out.memory[1],
+        model(ids[:1], visual_features=[features[:61]]).memory,
+    )
+    with pytest.raises(ValueError, match="read text"):
+        out.memory[0].append(visual_features=features)
+
+
+class Words:
+    """A processor whose words are numbers."""
+
+    stop_ids = ()
+
+    def prompt_ids(self):
+        return torch.tensor([PROMPT])
+
+    def tail_ids(self, question):
+        return torch.tensor([[int(word) for word in question.split()]])
+
+    def decode(self, ids):
+        return " ".join(str(int(i)) for i in ids)
+
+
+def test_questions_in_words(features):
+    model = load_golden("tiny_r4_w48")[2]
+    model.processor = Words()
+    memory = model.watch(visual_features=features)  # the processor's prompt
+    same_memory(memory, watch(model, features))
+    want = memory.ask(TAIL, max_new_tokens=6).tolist()
+    assert memory.ask("9 10 11", max_new_tokens=6) == " ".join(map(str, want))
+    model.processor.stop_ids = [want[2]]
+    assert memory.ask("9 10 11", max_new_tokens=6).split() == [
+        str(i) for i in want[: want.index(want[2]) + 1]
+    ]

@@ -1,0 +1,288 @@
+"""Loss and gradients beyond the goldens: batches, padding, prompts, checkpointing, odd ends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.model_goldens import load_golden, relative
+
+from vxl_model import WindowRatios, training_forward
+from vxl_model.inputs.arguments import text_rows
+
+
+@pytest.fixture
+def model():
+    return load_golden("tiny_r4_w48")[2]
+
+
+@pytest.fixture(scope="module")
+def features():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(n, 64, generator=generator) * 0.1 for n in (110, 61)]
+
+
+IDS = torch.tensor([[1, 5, 6, -200, 9, 10, 11], [5, 6, 7, -200, 12, 13, 1]])
+MASK = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
+LABELS = torch.tensor([[-100, 5, 6, -100, 9, -100, 11], [-100, 6, -100, -200, 12, 13, -100]])
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_batch_is_the_mean_over_its_tokens(model, features):
+    both = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+    total, tokens = 0.0, 0
+    for i in range(2):
+        keep = MASK[i].bool()
+        ids, labels = IDS[i : i + 1, keep], LABELS[i : i + 1, keep]
+        out = model(ids, visual_features=[features[i]], labels=labels)
+        # Row 0's first token is supervised too, and predicted by nothing.
+        count = int(((labels != -100) & (ids != -200))[0, 1:].sum())
+        total, tokens = total + float(out.loss.detach()) * count, tokens + count
+    assert float(both.loss.detach()) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_loss_by_hand(model, features):
+    """From the logits of forward; the prompt's from a pass over it alone."""
+    ids, labels = IDS[:1, 1:], LABELS[:1, 1:]
+    out = model(ids, visual_features=features[:1], labels=labels)
+    prompt = model(ids[:, :2]).logits[0]
+    # The first tail token is predicted by the last raw row, which no logits show: leave it out.
+    labels = labels.clone()
+    labels[0, 3] = -100
+    without_first = model(ids, visual_features=features[:1], labels=labels).loss
+    want = F.cross_entropy(torch.stack([prompt[0], out.logits[0, 1]]), torch.tensor([6, 11]))
+    assert float(without_first.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+
+
+def test_training_equals_inference(model, features):
+    with torch.no_grad():
+        trained = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+        plain = model(IDS, visual_features=features, attention_mask=MASK)
+    assert relative(trained.logits, plain.logits) < 1e-5
+    for i in range(2):
+        for layer in range(3):
+            pairs = zip(
+                trained.memory.keys_values(layer, i),
+                plain.memory.keys_values(layer, i),
+                strict=True,
+            )
+            assert all(relative(a, b) < 1e-5 for a, b in pairs)
+    assert trained.memory.vst_counts == plain.memory.vst_counts
+    more = torch.tensor([[20], [21]])
+    a, b = (model(more, memory=x.memory).logits for x in (trained, plain))
+    assert relative(a, b) < 1e-5
+
+
+def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
+    """And get the loss and gradients of passes of their own."""
+    ids = torch.tensor([[5, 6, -200, 9, 10], [7, 8, -200, 11, 12], [5, 6, -200, 9, 1]])
+    videos = [features[0], features[0].flip(0), features[1]]
+    groups = []
+    alike = training_forward.alike
+
+    def apart(rows, *rest):
+        return [[i] for i in range(len(rows))]
+
+    def noted(*rest):
+        groups.append(alike(*rest))
+        return groups[-1]
+
+    results = []
+    for grouping in (noted, apart):
+        monkeypatch.setattr(training_forward, "alike", grouping)
+        model.zero_grad()
+        out = model(ids, visual_features=videos, labels=ids)
+        out.loss.backward()
+        results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
+    assert groups == [[[0, 1], [2]]]
+    monkeypatch.setattr(training_forward, "alike", noted)
+    with torch.no_grad():  # there a row has the bits that it has alone
+        model(ids, visual_features=videos, labels=ids)
+        model.settings.batch_invariant = False
+        model(ids, visual_features=videos, labels=ids)
+    assert groups[1:] == [[[0], [1], [2]], [[0, 1], [2]]]
+    (together, grads), (alone, wanted) = results
+    assert float(together.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
+    assert relative(together.logits.detach(), alone.logits.detach()) < 1e-5
+    assert grads.keys() == wanted.keys()
+    assert max(relative(grads[k], wanted[k]) for k in grads) < 5e-5
+
+
+def test_what_sequences_must_have_in_common(model, features):
+    """Prompt, video and tail as long, and ratios that are drawn alike."""
+    plan, other = model.make_plan(4), model.make_plan([2, 4])
+    videos = [*features[:1] * 5, None]
+    ids = torch.tensor([[1, 5, -200, 9, 10, 11]] * 6)
+    mask = torch.ones_like(ids)
+    mask[1, 0] = mask[2, -1] = 0
+    ids[5, 2] = 7
+    rows = text_rows(ids, mask, 1000)
+    plans = [plan, plan, plan, other, plan, plan]
+    assert training_forward.alike(rows, videos, plans, model.settings) == [
+        [0, 4],
+        [1],
+        [2],
+        [3],
+        [5],
+    ]
+
+
+def test_gradient_checkpointing_changes_nothing(model, features):
+    model.train()
+    out = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+    out.loss.backward()
+    plain = {k: g.clone() for k, g in gradients(model).items()}
+    model.zero_grad()
+    # transformers 5.17 knows the old name alone, later ones warn of it
+    name = "checkpointing_enable"
+    getattr(model, f"activation_{name}", getattr(model, f"gradient_{name}"))()
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    again = model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK)
+    again.loss.backward()
+    assert float(again.loss.detach()) == float(out.loss.detach())
+    assert gradients(model).keys() == plain.keys()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_last_window_without_a_vst_still_predicts(model, features, tokens):
+    """Ratio 4 and 3 (or 48 + 2) tokens: no VST, yet the last raw row has a reader."""
+    visual = features[0][:tokens].clone().requires_grad_()
+    ids, labels = torch.tensor([[5, -200, 9]]), torch.tensor([[-100, -100, 9]])
+    out = model(ids, visual_features=[visual], labels=labels)
+    out.loss.backward()
+    assert float(visual.grad[-1].abs().max()) > 0
+    if tokens == 3:  # then the window is plain causal text
+        embeds = torch.cat([model.model.embed_tokens(ids[0, :1]), visual])
+        want = causal_logits(model, embeds)[-1]
+        assert float(out.loss.detach()) == pytest.approx(
+            float(F.cross_entropy(want, ids[0, 2]).detach()), rel=1e-5
+        )
+
+
+def causal_logits(model, embeds):
+    """Qwen2 itself on the same weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_parameters",
+    )
+    plain = Qwen2ForCausalLM(Qwen2Config(**{n: getattr(model.config, n) for n in names})).eval()
+    weights = {k: v for k, v in model.state_dict().items() if "beacon" not in k}
+    plain.load_state_dict(weights)
+    return plain(inputs_embeds=embeds[None]).logits[0]
+
+
+def test_nothing_supervised(model, features):
+    out = model(IDS[:1, 1:], visual_features=features[:1], labels=torch.full((1, 6), -100))
+    assert float(out.loss.detach()) == 0
+    out.loss.backward()
+
+
+def test_only_the_projector_learns(features):
+    """Stage 1: gradients reach the projector through frozen layers."""
+    from helpers.model_goldens import tiny_expected, tiny_model
+
+    model = tiny_model(ratio=4).train().requires_grad_(False)
+    model.model.mm_projector.requires_grad_(True)
+    pixels = tiny_expected()["pixel_values"]
+    ids = torch.tensor([[5, -200, 9, 10]])
+    model(ids, pixel_values=pixels, labels=ids).loss.backward()
+    found = gradients(model)
+    assert len(found) == 4
+    assert all("mm_projector" in k and float(g.abs().max()) > 0 for k, g in found.items())
+
+
+def test_loss_only_and_parts_of_a_batch(model, features):
+    """No logits; a sum over a part divided by the tokens of the whole adds up to the mean."""
+    arguments = {"visual_features": features, "attention_mask": MASK}
+    both = model(IDS, labels=LABELS, loss_only=True, **arguments)
+    assert both.logits is None
+    assert torch.equal(both.loss, model(IDS, labels=LABELS, **arguments).loss)
+    parts = []
+    for i in range(2):
+        keep = MASK[i].bool()
+        parts.append(
+            model(
+                IDS[i : i + 1, keep],
+                visual_features=[features[i]],
+                labels=LABELS[i : i + 1, keep],
+                loss_only=True,
+                num_items_in_batch=torch.tensor(6),
+            ).loss
+        )
+    # 6, 9 and 11 of the first row (its first token has no predictor), 6, 12 and 13 of the second.
+    assert float(sum(parts).detach()) == pytest.approx(float(both.loss.detach()), rel=1e-5)
+    with pytest.raises(ValueError, match="loss_only: got True without labels"):
+        model.train()(IDS, loss_only=True, **arguments)
+
+
+def test_text_alone_beside_a_video(model, features):
+    """Each row gets what it gets alone; every parameter gets a gradient, be it 0."""
+    model.train()
+    ids = torch.tensor([[5, 6, 7, -200, 12, 13], [5, 6, 9, 10, 11, 1]])
+    labels = ids.masked_fill(ids == -200, -100)
+    both = model(ids, visual_features=[features[0], None], labels=labels)
+    video = model(ids[:1], visual_features=features[:1], labels=labels[:1])
+    text = model(ids[1:], labels=labels[1:])
+    want = (float(video.loss.detach()) * 4 + float(text.loss.detach()) * 5) / 9
+    assert float(both.loss.detach()) == pytest.approx(want, rel=1e-5)
+    text.loss.backward()
+    found = gradients(model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    idle = [name for name, g in found.items() if not bool(g.any())]
+    assert idle
+    assert all("beacon" in name for name in idle)
+    with pytest.raises(ValueError, match=r"input_ids: got -200 in row 0, expected visual input"):
+        model(ids, visual_features=[None, features[0]], labels=labels)
+
+
+def test_ratios_for_each_row(model, features):
+    ratios = [WindowRatios([2, 8, 4]), WindowRatios([4, 2])]
+    with torch.no_grad():
+        both = model(
+            IDS, visual_features=features, labels=LABELS, attention_mask=MASK, ratio=ratios
+        )
+        assert both.memory.vst_counts == [[0, 24, 6, 3, 0], [0, 12, 6, 0]]
+        for i in range(2):
+            keep = MASK[i].bool()
+            one = model(
+                IDS[i : i + 1, keep],
+                visual_features=[features[i]],
+                labels=LABELS[i : i + 1, keep],
+                ratio=ratios[i],
+            )
+            rows = keep.nonzero().flatten()
+            assert relative(both.logits[i, rows[rows > 3] - 4], one.logits[0]) < 1e-5
+    with pytest.raises(ValueError, match="ratio: got 1 WindowRatios, expected 2"):
+        model(IDS, visual_features=features, labels=LABELS, attention_mask=MASK, ratio=ratios[:1])
+
+
+def test_compiled_layers(model, features):
+    """A layer is one graph, without a break, for all layers; loss and gradients are the same."""
+    model.train()
+    arguments = {"visual_features": features[:1], "labels": LABELS[:1, 1:], "loss_only": True}
+    plain = model(IDS[:1, 1:], **arguments)
+    plain.loss.backward()
+    want = {k: g.clone() for k, g in gradients(model).items()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    compiled = model(IDS[:1, 1:], **arguments)
+    compiled.loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(compiled.loss, plain.loss)
+    assert all(torch.equal(g, want[k]) for k, g in gradients(model).items())
+    torch._dynamo.reset()

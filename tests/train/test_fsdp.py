@@ -1,0 +1,117 @@
+"""FSDP2 by the shipped configuration: two processes on gloo against one, and going on."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("av")
+pytest.importorskip("PIL.Image")
+
+from helpers.paths import TESTS
+from helpers.training_place import QUICK, environment, make_place, settings
+
+from vxl_kernels import _ext
+from vxl_train.cli import CONFIGS
+from vxl_train.run import train
+from vxl_train.trainer import read_log
+
+pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+
+RATE, STEPS = 1e-3, 4
+
+
+def launch(place, *more):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "fsdp.yaml"),
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        str(port),
+        str(TESTS / "helpers" / "fsdp_worker.py"),
+        "run",
+        "--stage",
+        "finetune",
+        "--model",
+        "model",
+        "--data",
+        "data.json",
+        "--config",
+        "two.json",
+        "--output",
+        "two",
+        *more,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_are_one(tmp_path):
+    """Batches hold videos of several lengths, pictures and text alone, so processes differ in
+    what they run. Tolerances: float32 sums of a step in another order, 2 ** -23 relative each; Adam
+    turns that into a part of its step where a gradient is near 0, and never moves a weight by more
+    than the learning rate."""
+    place = make_place(tmp_path)
+    two = {
+        **QUICK,
+        "per_device_train_batch_size": 1,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": RATE,
+        "train_vision_tower": True,
+        "gradient_checkpointing": True,
+    }
+    (place / "two.json").write_text(json.dumps(two))
+    one = settings(**{**two, "per_device_train_batch_size": 2, "save_strategy": "no"})
+    train(place / "model", [place / "data.json"], place / "one", one)
+    tokens = sum(x["tokens"] for x in read_log(place / "one" / "train_log.jsonl"))
+    assert f"of 2 samples and {tokens / STEPS:.0f} tokens" in launch(place).stdout
+    want, got = (read_log(place / name / "train_log.jsonl") for name in ("one", "two"))
+    assert len(got) == STEPS
+    for a, b in zip(want, got, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=16 * 2**-23)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=64 * 2**-23)
+    want = load_file(place / "one" / "model" / "model.safetensors")
+    found = load_file(place / "two" / "model" / "model.safetensors")
+    assert found.keys() == want.keys()
+    start = load_file(place / "model" / "model.safetensors")
+    for name, weight in want.items():
+        off = float((found[name] - weight).abs().max())
+        assert off < 0.01 * RATE * STEPS, name
+    moved = max(float((want[k] - start[k]).abs().max()) for k in want)
+    assert moved > 0.5 * RATE * STEPS
+
+    # Killed after step 2, so to speak: from there it is the same, to the bit.
+    shutil.rmtree(place / "two" / f"checkpoint-{STEPS}")
+    shutil.rmtree(place / "two" / "model")
+    assert "resumed from checkpoint-2" in launch(place, "--resume").stderr
+    again = read_log(place / "two" / "train_log.jsonl")
+    assert [x["loss"] for x in again] == [x["loss"] for x in got]
+    final = load_file(place / "two" / "model" / "model.safetensors")
+    assert all(torch.equal(final[k], found[k]) for k in found)

@@ -1,0 +1,635 @@
+"""VICO: the right pictures of every clip, right answers, and runs that go on where they ended."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.paths import ROOT, TESTS
+
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+pytest.importorskip("PIL.Image")
+
+from helpers.captioner import WORDS, Reader
+from helpers.clips import write_audio, write_clip
+
+from vxl_model.video.decoders.choose import open_decoder
+from vxl_model.video.decoders.pyav import PyAvDecoder
+from vxl_model.video.reader import VideoError, VideoWarning
+from vxl_train.vico import build
+from vxl_train.vico.build import VicoSettings, find_videos, make_vico
+from vxl_train.vico.captions import Caption, Clip, cut, read_clips
+from vxl_train.vico.questions import FORMS, ask, clean, pick_clues
+
+CLIPS = 9  # of 128 s; what is left is less than half of one
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos of 128 s, 2 frames a second, that show the number of the frame."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_clip(folder / "a.mp4", count=256, fps=2, gop=4)
+    write_clip(folder / "b.mkv", count=200, fps=2, gop=4)
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers_of(clip, pictures, fps=2, count=256):
+    """The frames on show in the middles of a clip's parts."""
+    return [min(int(t * fps + 1e-6), count - 1) for t in clip.times(pictures)]
+
+
+# -- clips ---------------------------------------------------------------------------------------
+
+
+def test_clips_of_14_seconds(folder):
+    decoder = open_decoder(folder / "a.mp4", "pyav")
+    clips = cut(decoder, 14.0)
+    assert [(c.index, c.start, c.end) for c in clips] == [
+        (i, 14.0 * i, 14.0 * i + 14) for i in range(CLIPS)
+    ]
+    assert [c.end for c in cut(decoder, 50.0)] == [50, 100, 128]  # 28 s: more than half of one
+    assert len(cut(decoder, 128.0)) == 1
+    assert [c.end for c in cut(decoder, 200.0)] == [128]
+    assert cut(decoder, 257.0) == []
+    assert clips[2].times(2).tolist() == [31.5, 38.5]
+
+
+@pytest.mark.parametrize("pictures", [1, 4])
+def test_pictures_are_those_of_the_clip(folder, pictures):
+    decoder = open_decoder(folder / "a.mp4", "pyav")
+    clips = cut(decoder, 14.0)
+    reader = Reader()
+    for wanted in (clips, clips[3:4], clips[1::3]):  # all; after a resume: some
+        reader.seen.clear()
+        for _, shown, damaged in read_clips(decoder, "a", wanted, pictures, 768):
+            reader.caption(shown)
+            assert damaged == 0
+        assert reader.seen == [numbers_of(clip, pictures) for clip in wanted]
+        for seen, clip in zip(reader.seen, wanted, strict=True):
+            assert all(clip.start <= number / 2 < clip.end for number in seen)
+
+
+@pytest.mark.parametrize("name", ["x.mkv", "x.ts", "x.avi", "x.mpg"])
+def test_pictures_in_other_containers(tmp_path, name):
+    """To the frame; one beside in MPEG-PS, where FFmpeg guesses times after a seek."""
+    codec = {"x.mpg": "mpeg2video", "x.avi": "mpeg4"}.get(name, "libx264")
+    write_clip(tmp_path / name, count=250, fps=25, gop=12, codec=codec)
+    reader = Reader()
+    decoder = open_decoder(tmp_path / name, "pyav")
+    clips = cut(decoder, 2.0)
+    for _, shown, damaged in read_clips(decoder, name, clips, 3, 768):
+        reader.caption(shown)
+        assert damaged == 0
+    want = np.array([numbers_of(clip, 3, 25, 250) for clip in clips])
+    assert np.abs(np.array(reader.seen) - want).max() <= (name == "x.mpg")
+
+
+def test_seeks_instead_of_decoding_everything(folder, monkeypatch):
+    decoded = []
+    plain = PyAvDecoder._decoded
+
+    def counted(self, container, stream):
+        for item in plain(self, container, stream):
+            decoded.append(item[0])
+            yield item
+
+    monkeypatch.setattr(PyAvDecoder, "_decoded", counted)
+    decoder = open_decoder(folder / "a.mp4", "pyav")
+    decoded.clear()
+    clips = cut(decoder, 14.0)
+    assert len(list(read_clips(decoder, "a", clips, 1, 768))) == CLIPS
+    assert len(decoded) < 256 / 3  # of 256: a group of pictures each, and some before
+    decoded.clear()
+    list(read_clips(decoder, "a", clips[-1:], 1, 768))
+    assert len(decoded) <= 9
+
+
+def test_pictures_are_bounded(tmp_path):
+    path = write_clip(tmp_path / "wide.mp4", count=4, fps=1, size=(320, 160))
+    decoder = open_decoder(path, "pyav")
+    ((_, shown, _),) = read_clips(decoder, "wide", cut(decoder, 4.0), 2, 100)
+    assert [picture.size for picture in shown] == [(100, 50)] * 2
+
+
+def test_stretches_without_frames_make_no_clips(tmp_path):
+    """A picture that stands for an hour is not 257 clips."""
+    path = write_clip(tmp_path / "x.mkv", count=5, times=[0, 500, 1000, 3_600_000, 3_611_000])
+    decoder = open_decoder(path, "pyav")
+    assert [clip.index for clip in cut(decoder, 14.0)] == [0, 257]
+
+
+# -- clues ---------------------------------------------------------------------------------------
+
+
+def captions(*texts, damaged=()):
+    return [
+        Caption(Clip(i, 14.0 * i, 14.0 * i + 14), text, int(i in damaged))
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_clues_can_be_told_apart():
+    clues, dropped = pick_clues(
+        captions(
+            "A red fox sleeps under the old bridge.",
+            "a red fox  SLEEPS under an old bridge",  # the same again: one clue over both clips
+            "",
+            "Two women carry a ladder through the rain.",
+            "The.",
+            "A boat burns.",
+            "A dog in a yellow coat barks at a tram.",
+            "A boat burns!",  # back again, after something else: nobody can say when it is
+            "A green kettle whistles on a stove.",
+            damaged=(8,),
+        )
+    )
+    assert [(clue.text, clue.start, clue.end, clue.clips) for clue in clues] == [
+        ("A red fox sleeps under the old bridge", 0.0, 28.0, (0, 1)),
+        ("Two women carry a ladder through the rain", 42.0, 56.0, (3,)),
+        ("A dog in a yellow coat barks at a tram", 84.0, 98.0, (6,)),
+    ]
+    assert dropped == {"repeated": 1, "empty": 2, "recurring": 1, "damaged": 1}
+
+
+def test_clues_do_not_depend_on_the_order_of_captions():
+    given = captions(
+        *(f"{a} and {b} by {c}" for a, b, c in zip(WORDS, WORDS[1:], WORDS[3:], strict=False))
+    )
+    want = pick_clues(given)
+    assert len(want[0]) > 30
+    assert pick_clues(given[::-1]) == want
+
+
+def test_clues_of_scripts_without_spaces():
+    clues, _ = pick_clues(
+        captions("一只狐狸在桥下睡觉。", "一只狐狸在桥下睡觉", "两个女人在雨中抬梯子。")
+    )
+    assert [clue.text for clue in clues] == ["一只狐狸在桥下睡觉", "两个女人在雨中抬梯子"]
+
+
+def test_captions_are_cleaned():
+    assert clean(" A <image> man\n<|im_end|> waves </s>. ") == "A man waves"
+    assert clean("x < y and y > z") == "x < y and y > z"
+    sentence = "One two three four five six seven eight nine ten."
+    assert clean(" ".join([sentence] * 5)) == " ".join([sentence] * 4).rstrip(".")
+    assert clean("word " * 50) == "word " * 40 + "..."
+    assert clean(f"{sentence} " + "word " * 50) == sentence.rstrip(".")
+
+
+# -- questions -----------------------------------------------------------------------------------
+
+
+def check_sample(sample):
+    """Works the answer out anew from the question's words and the clues' times."""
+    human, gpt = sample["conversations"]
+    assert (human["from"], gpt["from"]) == ("human", "gpt")
+    assert human["value"].startswith("<video>\n")
+    assert human["value"].count("<video>") == 1
+    form, clues = sample["vico"]["form"], sample["vico"]["clues"]
+    start = {clue["text"]: clue["start"] for clue in clues}
+    assert len(start) == len({*start.values()}) == len(clues) >= 2
+    _, head, *rest = human["value"].split("\n")
+    entries = dict(
+        re.match(r"(\(\d+\)|[A-Z]\.|-) (.*)", line).groups()[::-1]
+        for line in rest
+        if re.match(r"\(\d+\)|[A-Z]\.|- ", line)
+    )
+    answer = gpt["value"]
+    by_time = sorted((text for text in entries if text in start), key=start.__getitem__)
+    if form == "next":
+        assert list(entries) == [clue["text"] for clue in clues[1:]]
+        assert f'"{clues[0]["text"]}"' in head
+        later = [text for text in by_time if start[text] > clues[0]["start"]]
+        assert answer == f"{entries[later[0]]} {later[0]}"
+        return
+    presented = [text for text in entries if text in start]
+    assert presented == [clue["text"] for clue in clues]
+    if form == "retell":
+        assert answer == "\n".join(f"{n}. {text}" for n, text in enumerate(by_time, 1))
+    elif form in ("first", "last"):
+        right = by_time[0 if form == "first" else -1]
+        assert answer == f"{entries[right]} {right}"
+    else:
+        order = ", ".join(entries[text] for text in by_time)
+        if form == "order":
+            assert answer == order
+        else:
+            assert form == "choice"
+            options = [entry for entry in entries if entry not in start]
+            assert len(options) == 4  # a dict: all different
+            assert all(sorted(o.split(", ")) == sorted(order.split(", ")) for o in options)
+            assert entries[order] == f"{answer}."
+
+
+def clues_of(count):
+    texts = [f"{WORDS[i]} {WORDS[i + 1]}" for i in range(count)]
+    return pick_clues(captions(*texts))[0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 12, 30])
+def test_questions(count):
+    clues = clues_of(count)
+    assert len(clues) == count
+    forms = set()
+    for seed in range(20):
+        questions = ask(clues, "v", seed, samples=8, most=26)
+        assert len(questions) == 8 or count == 2
+        asked = {(q.form, q.question, q.answer) for q in questions}
+        assert len(asked) == len(questions)
+        forms |= {question.form for question in questions}
+        for q in questions:
+            assert {clue.text for clue in q.clues} <= {clue.text for clue in clues}
+            check_sample(
+                {
+                    "conversations": [
+                        {"from": "human", "value": f"<video>\n{q.question}"},
+                        {"from": "gpt", "value": q.answer},
+                    ],
+                    "vico": {"form": q.form, "clues": [vars(clue) for clue in q.clues]},
+                }
+            )
+    assert forms == {form for form, it in FORMS.items() if it.least <= count}
+
+
+def test_letters_and_places_are_fair():
+    """A model that always answers A, or with the order as printed, learns nothing."""
+    clues = clues_of(12)
+    letters, as_printed = [], []
+    for seed in range(300):
+        for question in ask(clues, "v", seed, samples=6, most=4):
+            if question.form == "choice":
+                letters.append(question.answer)
+            if question.form == "order":
+                as_printed.append(question.answer == "(1), (2), (3), (4)"[: len(question.answer)])
+    assert all(0.15 < letters.count(letter) / len(letters) < 0.35 for letter in "ABCD")
+    assert np.mean(as_printed) < 0.35
+
+
+def test_no_questions_about_one_clue():
+    assert ask(clues_of(1), "v", 0, 4, 5) == []
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_folder(folder, tmp_path):
+    reader = Reader()
+    summary = make_vico([folder], reader, tmp_path / "out.jsonl", VicoSettings(samples=6))
+    assert (summary.videos, summary.clips, summary.captioned) == (2, CLIPS + 7, CLIPS + 7)
+    samples = lines(tmp_path / "out.jsonl")
+    assert len(samples) == summary.samples == 12
+    assert len({sample["id"] for sample in samples}) == 12
+    assert {sample["vico"]["form"] for sample in samples} == set(FORMS)
+    for sample in samples:
+        check_sample(sample)
+        about = sample["vico"]
+        assert sample["duration"] == (128.0 if sample["video"].endswith("a.mp4") else 100.0)
+        assert (about["seed"], about["captioner"], about["clip_seconds"]) == (0, "reader", 14.0)
+        for clue in about["clues"]:  # what is said was seen at that time
+            numbers = [WORDS.index(word) for word in clue["text"].split()[1:]]
+            clip = Clip(0, clue["start"], clue["end"])
+            assert numbers == [n % len(WORDS) for n in numbers_of(clip, 4)]
+    assert [sample["video"] for sample in samples[::6]] == [
+        str(folder / "a.mp4"),
+        str(folder / "b.mkv"),
+    ]
+
+
+def test_video_is_named_from_the_output(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    make_vico([tmp_path], Reader(), tmp_path / "out.jsonl")
+    assert {sample["video"] for sample in lines(tmp_path / "out.jsonl")} == {"in/a.mp4"}
+
+
+def test_same_bytes(folder, tmp_path, monkeypatch):
+    """From seed and captions alone: not from other videos, nor from the order of a folder."""
+
+    def run(name, videos, **settings):
+        make_vico(videos, Reader(), tmp_path / name, VicoSettings(**settings))
+        return (tmp_path / name).read_bytes().splitlines()
+
+    both = run("1", [folder])
+    assert run("2", [folder]) == both
+    alone = run("3", [folder / "b.mkv"])
+    assert both[-len(alone) :] == alone
+    assert run("4", [folder / "b.mkv", folder, folder / "a.mp4"]) == alone + both[: -len(alone)]
+    assert run("5", [folder], seed=1) != both
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda path: [(a, b, c[::-1]) for a, b, c in walk(path)])
+    assert run("6", [folder]) == both
+
+
+def test_captions_are_kept(folder, tmp_path):
+    video, out = tmp_path / "v.mp4", tmp_path / "out.jsonl"
+    video.write_bytes((folder / "a.mp4").read_bytes())
+
+    def calls(settings=None, **reader):
+        captioner = Reader(**reader)
+        make_vico([video], captioner, out, settings)
+        return len(captioner.seen)
+
+    assert calls() == CLIPS
+    first = out.read_bytes()
+    assert calls() == 0
+    assert calls(VicoSettings(seed=3, samples=2)) == 0  # other questions, the same captions
+    assert calls(identity="reader 2") == CLIPS
+    assert calls(VicoSettings(pictures=2)) == CLIPS
+    assert calls(VicoSettings(edge=32)) == CLIPS
+    assert calls(VicoSettings(clip_seconds=20)) == 6
+    os.utime(video, (1, 1))
+    assert calls() == CLIPS
+    with video.open("ab") as file:  # MP4 takes bytes at its end for a box
+        file.write(b"\0\0\0\x08free")
+    os.utime(video, (1, 1))
+    assert calls() == CLIPS
+    assert out.read_bytes() == first
+
+
+def test_complete_videos_are_not_opened_again(folder, tmp_path, monkeypatch):
+    make_vico([folder], Reader(), tmp_path / "out.jsonl")
+    monkeypatch.setattr("vxl_train.vico.build.open_decoder", None)
+    make_vico([folder], Reader(), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("cut_off", [1, 9, 60, 500, None])
+def test_torn_captions(folder, tmp_path, cut_off):
+    out = tmp_path / "out.jsonl"
+    make_vico([folder], Reader(), out)
+    want, kept = out.read_bytes(), tmp_path / "out.jsonl.captions"
+    whole = kept.read_bytes()
+    said = []
+    if cut_off:
+        kept.write_bytes(whole[:-cut_off])
+        lost = whole.count(b"\n") - whole[:-cut_off].count(b"\n")
+    else:  # damage in the middle: zeros where two lines were, and one that is no caption
+        rows = whole.splitlines(keepends=True)
+        rows[2], rows[4] = b"\0" * len(rows[2][:-1]) + b"\n", b"[1]\n"
+        kept.write_bytes(b"".join(rows))
+        lost = 2
+    reader = Reader()
+    make_vico([folder], reader, out, report=said.append)
+    assert len(reader.seen) == lost
+    assert "damaged lines" in said[0]
+    assert out.read_bytes() == want
+    assert sorted(kept.read_bytes().splitlines()) == sorted(whole.splitlines()) or not cut_off
+    again = Reader()
+    make_vico([folder], again, out, report=said.append)
+    assert again.seen == []
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from helpers.captioner import Reader
+from vxl_model.vico import make_vico
+class Slow(Reader):
+    def caption(self, pictures):
+        time.sleep(0.05)
+        return super().caption(pictures)
+make_vico([sys.argv[2]], Slow(), sys.argv[3])
+"""
+
+
+def test_killed_run_goes_on(folder, tmp_path):
+    out, kept = tmp_path / "out.jsonl", tmp_path / "out.jsonl.captions"
+    out.write_text("old\n")
+    (tmp_path / ".out.jsonl.part").write_text("left by a run that was killed while it wrote")
+    arguments = [sys.executable, "-c", KILLED, str(TESTS), str(folder), str(out)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": path})
+    deadline = time.monotonic() + 120
+    while not (kept.exists() and kept.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert out.read_text() == "old\n"
+    done = sum(b'"caption"' in line for line in kept.read_bytes().split(b"\n")[:-1])
+    assert 4 <= done < CLIPS
+    reader = Reader()
+    make_vico([folder], reader, out)
+    assert len(reader.seen) == CLIPS + 7 - done
+    make_vico([folder], Reader(), tmp_path / "whole.jsonl")
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "out.jsonl",
+        "out.jsonl.captions",
+        "whole.jsonl",
+        "whole.jsonl.captions",
+    }
+
+
+def test_one_run_at_a_time(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+
+    class Nested(Reader):
+        def caption(self, pictures):
+            with pytest.raises(ValueError, match="another run"):
+                make_vico([folder], Reader(), out)
+            return super().caption(pictures)
+
+    make_vico([folder / "a.mp4"], Nested(), out, VicoSettings(clip_seconds=60))
+
+
+def test_failing_captioner_loses_nothing(folder, tmp_path):
+    def fail(numbers):
+        if numbers[0] > 60:
+            raise RuntimeError("out of memory")
+        return f"{WORDS[numbers[0] % 40]} {WORDS[numbers[1] % 40]}"
+
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_vico([folder / "a.mp4"], Reader(fail), out)
+    assert not out.exists()
+    reader = Reader()
+    make_vico([folder / "a.mp4"], reader, out)
+    assert len(reader.seen) == CLIPS - 3  # three clips begin before frame 60
+
+
+def test_captioner_without_words(folder, tmp_path):
+    with pytest.raises(TypeError, match="caption\\(\\) gave a NoneType"):
+        make_vico([folder], Reader(lambda numbers: None), tmp_path / "out.jsonl")
+    assert make_vico([folder], Reader(), tmp_path / "out.jsonl").captioned == CLIPS + 7
+
+
+# -- videos that give nothing ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(folder, tmp_path):
+    """One good video, four that cannot be read, and two short ones."""
+    place = tmp_path / "mixed"
+    place.mkdir()
+    (place / "good.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    (place / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:2000])
+    (place / "empty.mp4").write_bytes(b"")
+    (place / "noise.mkv").write_bytes(os.urandom(5000))
+    write_audio(place / "sound.mp4")
+    write_clip(place / "short.mp4", count=40, fps=2)
+    write_clip(place / "tiny.mp4", count=3, fps=2)
+    (place / "notes.txt").write_text("no video")
+    return place
+
+
+def test_bad_videos_are_counted(mixed, tmp_path):
+    said = []
+    summary = make_vico([mixed], Reader(), tmp_path / "o", report=said.append)
+    names = {Path(name).name for name in summary.bad}
+    assert names == {"cut.mp4", "empty.mp4", "noise.mkv", "sound.mp4"}
+    skipped = {Path(name).name: reason for name, reason in summary.skipped.items()}
+    assert skipped == dict.fromkeys(("short.mp4", "tiny.mp4"), "shorter than two clips of 14 s")
+    assert len(said) == 6
+    assert all(any(name in line for line in said) for name in [*names, *skipped])
+    make_vico([mixed / "good.mp4"], Reader(), tmp_path / "alone")
+    assert (tmp_path / "o").read_bytes() == (tmp_path / "alone").read_bytes()
+
+
+def test_stop_at_a_bad_video(mixed, tmp_path):
+    out = tmp_path / "out.jsonl"
+    videos = [mixed / "good.mp4", mixed / "noise.mkv"]
+    with pytest.raises(VideoError, match=r"noise\.mkv"):
+        make_vico(videos, Reader(), out, on_error="stop")
+    assert not out.exists()
+    reader = Reader()
+    make_vico(videos, reader, out)
+    assert reader.seen == []  # the good one's captions were kept
+
+
+def test_nothing_to_write(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    for says, why in (
+        (lambda n: "the same words again", "8 repeated"),
+        (lambda n: "", "9 empty"),
+        (
+            lambda n: ("up and down" if n[0] // 28 % 2 else "left or right") + " twice",
+            "2 recurring",
+        ),
+    ):
+        said = []
+        captioner = Reader(says, identity=why)
+        with pytest.raises(ValueError, match=r"videos: none of 1 gave a sample .*not written"):
+            make_vico([folder / "a.mp4"], captioner, out, report=said.append)
+        assert why in said[0]
+        assert out.read_text() == "old"
+
+
+def test_damaged_clips_are_not_captioned(tmp_path):
+    """Another clip's pictures would stand for theirs."""
+    path = write_clip(
+        tmp_path / "x.mp4",
+        count=250,
+        fps=2,
+        gop=8,
+        size=(128, 128),
+        container_options={"movflags": "faststart"},
+    )
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    length = len(data) // 6
+    data[middle : middle + length] = b"\0" * length
+    path.write_bytes(bytes(data))
+    reader = Reader()
+    summary = make_vico([path], reader, tmp_path / "out.jsonl")
+    assert 0 < summary.dropped["damaged"] < CLIPS
+    assert len(reader.seen) == summary.clips - summary.dropped["damaged"]
+    captioned = [
+        json.loads(line) for line in (tmp_path / "out.jsonl.captions").read_text().splitlines()[1:]
+    ]
+    clips = cut(open_decoder(path, "pyav"), 14.0)
+    seen = iter(reader.seen)
+    for entry in captioned:
+        if not entry.get("damaged"):
+            assert next(seen) == numbers_of(clips[entry["clip"]], 4, count=250)
+    for sample in lines(tmp_path / "out.jsonl"):
+        check_sample(sample)
+
+
+def test_truncated_video(folder, tmp_path):
+    """Matroska needs no end: what is there counts."""
+    data = (folder / "b.mkv").read_bytes()
+    (tmp_path / "x.mkv").write_bytes(data[: len(data) // 2])
+    with pytest.warns(VideoWarning, match="truncated"):
+        summary = make_vico([tmp_path / "x.mkv"], Reader(), tmp_path / "out.jsonl")
+    assert 2 <= summary.clips < 7
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"samples": 0}, "samples: got 0"),
+        ({"clues": 1}, "clues: got 1, expected 2 to 26"),
+        ({"clues": 27}, "clues: got 27"),
+        ({"pictures": 0}, "pictures: got 0"),
+        ({"edge": 0}, "edge: got 0"),
+        ({"clip_seconds": 0.0}, "clip_seconds: got 0.0"),
+        ({"clip_seconds": float("nan")}, "clip_seconds: got nan"),
+    ],
+)
+def test_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        VicoSettings(**settings)
+
+
+def test_find_videos(folder, tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("z.MP4", "a.txt", "deep/b.webm", "deep/er/c.mov"):
+        (tmp_path / name).write_bytes(b"x")
+    found = find_videos([tmp_path / "deep" / "b.webm", tmp_path, f"{tmp_path}/deep/../z.MP4"])
+    assert [file.relative_to(tmp_path).as_posix() for file in found] == [
+        "deep/b.webm",
+        "deep/er/c.mov",
+        "z.MP4",
+    ]
+    for paths in ([], [tmp_path / "none"], [tmp_path / "deep" / "none.mp4"]):
+        with pytest.raises(ValueError, match="videos: "):
+            find_videos(paths)
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(ValueError, match="on_error"):
+        make_vico([folder], Reader(), tmp_path / "x", on_error="ask")
+
+
+# -- command line --------------------------------------------------------------------------------
+
+
+def test_json_with_dropped_captions(folder, tmp_path, monkeypatch, capsys):
+    import argparse
+
+    import torch
+
+    reader = Reader()
+    says = reader.says
+    reader.says = lambda numbers: "" if min(numbers) < 28 else says(numbers)
+    monkeypatch.setattr(build, "TransformersCaptioner", lambda *args, **options: reader)
+    parser = argparse.ArgumentParser()
+    build.add_arguments(parser, int)
+    options = [
+        "--videos",
+        str(folder / "a.mp4"),
+        "--captioner",
+        "any",
+        "--json",
+        "--output",
+        str(tmp_path / "out.jsonl"),
+    ]
+    build.command(parser.parse_args(options), torch.device("cpu"), torch.float32)
+    summary = json.loads(capsys.readouterr().out)
+    assert sum(summary["dropped"].values()) == 1
+    assert all(isinstance(reason, str) for reason in summary["dropped"])
+    assert summary["samples"] > 0

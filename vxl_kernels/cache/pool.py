@@ -1,0 +1,465 @@
+"""The VST cache: K/V pages of all layers in one pool, and the sequences that share them.
+
+A step of a model over a cache::
+
+    batch = cache.batch([seq])
+    batch.reserve(rows)                      # room for what the step appends
+    for i, layer in enumerate(layers):
+        q, k = rope_append(q, k, v, *batch.layer(i), layout, inv_freq)
+        out = vst_attention(q, k, v, *batch.layer(i), layout)
+    batch.commit(rows)                       # now it counts
+
+Which sequence holds which page is decided by `PageManager` (C++; rules in
+`csrc/cache/page_manager.h`); this module owns the tensors and does the copies it asks for.
+Nothing here waits for a GPU, except `save`, `load`, `HostSequence.wait` and a `restore` to a CPU.
+
+Threads: every call of `VstCache` is safe beside every other, and reading a sequence's
+committed rows stays valid while other threads fork it, append to it or free their own
+sequences. What a caller must not do is free or truncate the very sequence that another thread
+still reads. On a GPU use one stream for a pool, or order the streams yourself. A `CacheBatch`
+belongs to one thread.
+
+Source: Video-XL section 3.2, where the published code concatenates Python lists of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from .. import _ext
+from .._arguments import at_least, fail
+from . import file_format
+from .estimate import plan_memory
+
+__all__ = ["CacheBatch", "HostSequence", "PoolExhausted", "VstCache"]
+
+# A MemoryError with `pages_needed` and `pages_free`; the manager's own where it is there.
+PoolExhausted: type[MemoryError] = getattr(_ext.extension, "PoolExhausted", MemoryError)
+
+Seqs = int | Iterable[int] | np.ndarray
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_WIDTH = 8  # pages that a batch's block table has room for at first
+
+
+def _ids(seqs: Seqs) -> list[int] | np.ndarray:
+    if isinstance(seqs, np.ndarray):
+        return seqs
+    return list(seqs) if isinstance(seqs, Iterable) else [seqs]
+
+
+class VstCache:
+    """Pages of K and V for every layer on one device, shared by any number of sequences.
+
+    A sequence is what one video, or one question to it, has kept: prompt, VSTs, tail. Forking
+    copies nothing; a partly filled last page is copied when one of its holders appends.
+
+    Args:
+        num_layers, kv_heads, head_dim: geometry of the model.
+        num_pages: pages of the pool, in every layer; `VstCache.memory_for` counts them.
+        page_size: rows of a page, a power of two. The GPU kernels like 128 best.
+        dtype: float32, bfloat16 or float16.
+        device: where the pages live.
+
+    Attributes:
+        k_cache, v_cache: `(num_layers, num_pages, page_size, kv_heads, head_dim)`, one
+            allocation each. K is stored rotated at its final position.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: the compiled extension, which holds the page manager, is not there.
+        torch.OutOfMemoryError (GPU), RuntimeError (CPU): no memory for the pages.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        num_pages: int,
+        page_size: int = 128,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if _ext.extension is None:
+            raise RuntimeError(
+                f"VstCache needs the compiled extension, which does not load: {_ext.reason_missing}"
+            )
+        sizes = {"num_layers": num_layers, "kv_heads": kv_heads, "head_dim": head_dim}
+        self.num_layers, self.kv_heads, self.head_dim = (
+            at_least(name, value, 1) for name, value in sizes.items()
+        )
+        if dtype not in _FLOATS:
+            fail("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
+        self._manager = _ext.extension.PageManager(
+            at_least("num_pages", num_pages, 1), at_least("page_size", page_size, 1)
+        )
+        shape = (self.num_layers, num_pages, page_size, self.kv_heads, self.head_dim)
+        self.k_cache, self.v_cache = (
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
+        )
+        self.dtype, self.device = dtype, self.k_cache.device
+        # From a reserve() to the end of its page copies nobody may look at a block table: it
+        # already names pages that are not filled yet.
+        self._lock = threading.Lock()
+        self._copies: list[np.ndarray] = []  # asked for, not made yet
+
+    # -- sizes ---------------------------------------------------------------------
+
+    @property
+    def num_pages(self) -> int:
+        return self._manager.num_pages
+
+    @property
+    def page_size(self) -> int:
+        return self._manager.page_size
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return self._manager.free_pages()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pool, used or not."""
+        return 2 * self.k_cache.numel() * self.k_cache.element_size()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: K and V of all layers."""
+        return self.bytes // self.num_pages
+
+    def stats(self) -> dict[str, int]:
+        """Counts now: free, used, shared and most ever used pages, sequences, tokens (a shared
+        row counts for each holder) and page copies so far."""
+        return self._manager.stats()
+
+    memory_for = staticmethod(plan_memory)
+
+    def __repr__(self) -> str:
+        return (
+            f"VstCache({self.num_layers} layers, {self.kv_heads} KV heads of {self.head_dim}, "
+            f"{self.num_pages} pages of {self.page_size} rows ({self.free_pages} free), "
+            f"{self.dtype}, {self.device})"
+        )
+
+    # -- sequences -------------------------------------------------------------------
+
+    def new(self) -> int:
+        """An empty sequence. Ids are never used again."""
+        return self._manager.new_sequence()
+
+    def fork(self, seq: int) -> int:
+        """A sequence with the committed rows of `seq`, whose pages it shares.
+
+        Raises:
+            KeyError: there is no such sequence. So for every other method that takes one.
+        """
+        with self._lock:
+            self._make_copies()
+            return self._manager.fork(seq)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Keeps the first `length` rows; pages behind them go back unless others hold them.
+
+        Raises:
+            ValueError: the sequence is shorter than that.
+        """
+        self._manager.truncate(seq, length)
+
+    def free(self, seq: int) -> None:
+        """Ends a sequence; its pages go back unless others hold them."""
+        self._manager.free(seq)
+
+    def length(self, seq: int) -> int:
+        """Committed rows."""
+        return self._manager.length(seq)
+
+    def reserve(self, seqs: Seqs, rows: int) -> None:
+        """Makes room for `rows` rows behind the committed ones, of one sequence or several.
+
+        All sequences get it or none. Calling again with no more rows does nothing.
+
+        Raises:
+            PoolExhausted: too few free pages (`pages_needed`, `pages_free`); nothing changed.
+            ValueError: a sequence is named twice, or `rows` is negative.
+        """
+        with self._lock:
+            self._make_copies()
+            copies = self._manager.reserve_many(_ids(seqs), rows)
+            if len(copies):
+                self._copies.append(copies)
+                self._make_copies()
+
+    def commit(self, seqs: Seqs, rows: int) -> None:
+        """Makes the first `rows` reserved rows, which have been written, part of the sequences.
+
+        Raises:
+            ValueError: fewer rows are reserved; nothing changed.
+        """
+        self._manager.commit_many(_ids(seqs), rows)
+
+    def batch(self, seqs: Seqs, max_tokens: int | None = None) -> CacheBatch:
+        """Sequences that step together.
+
+        Args:
+            max_tokens: fixes the width of the block table for sequences of up to so many rows,
+                and with it all addresses, for capture in a CUDA graph. By default it grows.
+        """
+        return CacheBatch(self, list(_ids(seqs)), max_tokens)
+
+    # -- contents --------------------------------------------------------------------
+
+    def gather(self, seq: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contiguous copies of a sequence's K and V in one layer, `(length, kv_heads,
+        head_dim)` each."""
+        if not 0 <= layer < self.num_layers:
+            fail("layer", layer, f"0 to {self.num_layers - 1}")
+        with self._held(seq) as (table, length):
+            k, v = (
+                torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
+                for i in (2 * layer, 2 * layer + 1)
+            )
+        return k, v
+
+    def save(
+        self, path: str | os.PathLike[str], seq: int, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes a sequence to a safetensors file, layer by layer.
+
+        The file appears whole or not at all, also when the process is killed while writing.
+        Tensors `key.N` and `value.N` are `(length, kv_heads, head_dim)`; the header holds
+        geometry, dtype, length and a CRC-32 of each tensor and of itself.
+
+        Args:
+            metadata: strings to keep with it; `file_format.read_metadata` reads them back.
+
+        Raises:
+            OSError: the file can't be written; an older file of that name is untouched.
+        """
+        with self._held(seq) as (table, length):
+            header = file_format.Header(
+                self.num_layers, self.kv_heads, self.head_dim, self.dtype, length
+            )
+
+            def piece(tensor: int, first: int, rows: int) -> torch.Tensor:
+                cache = self._tensor(tensor)
+                return torch.ops.vxl.gather_rows(cache, table, first, rows).cpu()
+
+            file_format.write(path, header, piece, dict(metadata or {}))
+
+    def load(self, path: str | os.PathLike[str]) -> int:
+        """A new sequence with the rows of a file that `save` wrote, whatever page size and
+        device wrote it.
+
+        Raises:
+            ValueError: the file is of other geometry or dtype, truncated or damaged. The cache
+                is as before then.
+            PoolExhausted: too few free pages; likewise.
+            OSError: the file can't be read.
+        """
+        with file_format.Reader(path) as file:
+            file.header.refuse_unless(
+                num_layers=self.num_layers,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                dtype=self.dtype,
+            )
+            return self._filled(file.header.length, file.pieces())
+
+    def offload(self, seq: int) -> HostSequence:
+        """Moves a sequence to host memory and frees its pages; `restore` brings it back.
+
+        From a GPU the copy goes to page-locked memory without waiting for it.
+        """
+        pinned = self.device.type == "cuda"
+        with self._held(seq) as (table, length):
+            shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
+            data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
+            for i in range(2 * self.num_layers):
+                rows = torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
+                data[i % 2, i // 2].copy_(rows, non_blocking=pinned)
+        event = None
+        if pinned:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        self.free(seq)
+        return HostSequence(data, event)
+
+    def restore(self, host: HostSequence) -> int:
+        """A new sequence with the rows of an offloaded one, which stays valid.
+
+        Raises:
+            ValueError: it comes from a cache of other geometry or dtype.
+            PoolExhausted: too few free pages; nothing changed.
+        """
+        _, layers, length, *heads = host.data.shape
+        got = (layers, *heads, host.data.dtype)
+        want = (self.num_layers, self.kv_heads, self.head_dim, self.dtype)
+        if got != want:
+            fail("host", f"(layers, kv_heads, head_dim, dtype) {got}", want)
+        if host._event is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(host._event)
+        else:
+            host.wait()
+        tensors = host.data.transpose(0, 1).flatten(0, 1)
+        return self._filled(length, ((i, 0, rows) for i, rows in enumerate(tensors)))
+
+    # -- private ---------------------------------------------------------------------
+
+    @contextmanager
+    def _held(self, seq: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Block table, on the device, and length of a sequence as it is now: a fork holds its
+        pages meanwhile, whatever others do."""
+        child = self.fork(seq)
+        try:
+            yield self._upload(self._manager.block_table(child)), self._manager.length(child)
+        finally:
+            self.free(child)
+
+    def _make_copies(self) -> None:
+        """Under the lock. What a failure has left undone is done before anything else."""
+        while self._copies:
+            copies = self._upload(self._copies[0])
+            torch.ops.vxl.copy_pages_(self.k_cache, self.v_cache, copies)
+            del self._copies[0]
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        """An array on the device, without waiting for the copy."""
+        host = torch.from_numpy(array)
+        if self.device.type == "cuda":  # the allocator keeps page-locked memory until it is read
+            return host.pin_memory().to(self.device, non_blocking=True)
+        return host.to(self.device)
+
+    def _tensor(self, i: int) -> torch.Tensor:
+        """K of layer i / 2 or V of layer (i - 1) / 2, `(1, pages, page_size, ...)`."""
+        layer, side = divmod(i, 2)
+        return (self.k_cache, self.v_cache)[side][layer : layer + 1]
+
+    def _filled(self, length: int, pieces: Iterable[tuple[int, int, torch.Tensor]]) -> int:
+        """A new sequence of `length` rows; `pieces` yields (tensor, first row, rows)."""
+        seq = self.new()
+        try:
+            self.reserve(seq, length)
+            table = self._upload(self._manager.block_table(seq))
+            for tensor, first, rows in pieces:
+                on_device = rows.to(self.device, non_blocking=True)[None]
+                torch.ops.vxl.scatter_rows_(self._tensor(tensor), table, first, on_device)
+            self.commit(seq, length)
+        except BaseException:
+            self.free(seq)
+            raise
+        return seq
+
+
+class HostSequence:
+    """A sequence in host memory, made by `VstCache.offload`.
+
+    Attributes:
+        data: `(2, num_layers, length, kv_heads, head_dim)`, K then V. Call `wait` before
+            reading it on the host.
+    """
+
+    def __init__(self, data: torch.Tensor, event: torch.cuda.Event | None) -> None:
+        self.data = data
+        self._event = event
+
+    @property
+    def length(self) -> int:
+        return self.data.shape[2]
+
+    @property
+    def bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def wait(self) -> HostSequence:
+        """Returns when the copy from the device is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self
+
+
+class CacheBatch:
+    """Sequences that step together: what the operators need of them, on the device.
+
+    Attributes:
+        seqs: ids of the sequences.
+        block_table: int32 `(batch, pages)`; entries behind a sequence's last page are 0.
+        cache_seqlens: int32 `(batch,)`, tokens kept before the step.
+
+    `cache_seqlens` stays at its address, `block_table` too if `max_tokens` is given: a step can
+    then be captured in a CUDA graph, with `reserve` before each replay and `commit` after it.
+    Sequences may also be changed through the cache; `reserve` notices.
+    """
+
+    def __init__(self, cache: VstCache, seqs: list[int], max_tokens: int | None) -> None:
+        self.cache, self.seqs = cache, seqs
+        self._ids = np.array(seqs, dtype=np.int64)
+        self._fixed = max_tokens is not None
+        width = _MIN_WIDTH
+        if max_tokens is not None:
+            width = -(-at_least("max_tokens", max_tokens, 1) // cache.page_size)
+        # What the two tensors hold, as the host knows it.
+        self._lengths = np.zeros(len(seqs), dtype=np.int32)
+        self._table = np.zeros((len(seqs), width), dtype=np.int32)
+        self.cache_seqlens = torch.zeros(len(seqs), dtype=torch.int32, device=cache.device)
+        self.block_table = torch.zeros(self._table.shape, dtype=torch.int32, device=cache.device)
+        self._refresh()
+
+    def reserve(self, rows: int) -> None:
+        """Room for `rows` more rows in every sequence; see `VstCache.reserve`.
+
+        Raises also:
+            ValueError: `max_tokens` was given and does not cover them; nothing changed.
+        """
+        if self._fixed and len(self.seqs):
+            longest = max(self.cache.length(seq) for seq in self.seqs)
+            self._refuse_beyond(longest + rows)
+        self.cache.reserve(self._ids, rows)
+        self._refresh()
+
+    def commit(self, rows: int) -> None:
+        """The step has written its rows; see `VstCache.commit`. Does not wait for the device."""
+        self.cache.commit(self._ids, rows)
+        self._lengths += rows
+        self.cache_seqlens += rows
+
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them."""
+        return self.cache.k_cache[i], self.cache.v_cache[i], self.block_table, self.cache_seqlens
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+    def _refuse_beyond(self, tokens: int) -> None:
+        capacity = self._table.shape[1] * self.cache.page_size
+        if tokens > capacity:
+            fail("rows", f"a sequence of {tokens} tokens", f"at most {capacity} (max_tokens)")
+
+    def _refresh(self) -> None:
+        """Brings the two tensors up to date; uploads only what differs."""
+        manager = self.cache._manager
+        width = manager.most_pages(self._ids)
+        if width > self._table.shape[1]:
+            if self._fixed:  # reserved through the cache, not through this batch
+                self._refuse_beyond(width * self.cache.page_size)
+            self._table = np.zeros((len(self.seqs), 2 * width), dtype=np.int32)
+            self.block_table = self.block_table.new_zeros(self._table.shape)
+        table, lengths = np.empty_like(self._table), np.empty_like(self._lengths)
+        with self.cache._lock:
+            self.cache._make_copies()
+            manager.fill_block_tables(self._ids, table)
+            manager.fill_lengths(self._ids, lengths)
+        if not np.array_equal(table, self._table):
+            self._table = table
+            self.block_table.copy_(self.cache._upload(table), non_blocking=True)
+        if not np.array_equal(lengths, self._lengths):
+            self._lengths = lengths
+            self.cache_seqlens.copy_(self.cache._upload(lengths), non_blocking=True)

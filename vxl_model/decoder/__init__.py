@@ -1,0 +1,1 @@
+"""The language model: one window through the layers."""

@@ -1,0 +1,73 @@
+"""One attention layer with two sets of projections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vxl_kernels import ChunkLayout, vst_linear
+
+from .configuration import VideoXLConfig
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["VideoXLAttention"]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that tensor parallelism has cut."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class VideoXLAttention(nn.Module):
+    """Projections of a layer: raw rows through `*_proj`, VSTs through `beacon_*_proj`."""
+
+    def __init__(self, config: VideoXLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_width
+        hidden = config.hidden_size
+        query = config.num_attention_heads * self.head_dim
+        kept = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
+        for prefix in ("", "beacon_"):
+            for name, width in (("q", query), ("k", kept), ("v", kept)):
+                self.add_module(f"{prefix}{name}_proj", nn.Linear(hidden, width, bias=True))
+        self.o_proj = nn.Linear(query, hidden, bias=False)
+
+    def project(
+        self, x: Tensor, layout: ChunkLayout | None, backend: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `(batch, rows, heads, head_dim)`, not rotated, of x `(batch, rows, hidden)`."""
+        q, k, v = (self._linear(x, name, layout, backend) for name in ("q", "k", "v"))
+        return q, k, v
+
+    def project_kept(self, x: Tensor, vsts: bool) -> tuple[Tensor, Tensor]:
+        """k and v of rows that are all VSTs, or all ordinary tokens."""
+        prefix = "beacon_" if vsts else ""
+        k, v = (self._linear(x, name, None, None, prefix) for name in ("k", "v"))
+        return k, v
+
+    def idle_vsts(self) -> Tensor:
+        """0, with a graph through the VSTs' projections."""
+        parts = (getattr(self, f"beacon_{name}_proj") for name in ("q", "k", "v"))
+        return 0 * torch.stack([w.sum() for p in parts for w in (p.weight, p.bias)]).sum()
+
+    def _linear(
+        self,
+        x: Tensor,
+        name: str,
+        layout: ChunkLayout | None,
+        backend: str | None,
+        prefix: str = "",
+    ) -> Tensor:
+        own = getattr(self, f"{prefix}{name}_proj")
+        vst = getattr(self, f"beacon_{name}_proj")
+        weight, bias, vst_weight, vst_bias = (
+            local(w) for w in (own.weight, own.bias, vst.weight, vst.bias)
+        )
+        out = vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)  # type: ignore[arg-type]
+        return out.unflatten(-1, (-1, self.head_dim))

@@ -1,0 +1,11 @@
+"""What every module of the model shares to refuse an argument."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+__all__ = []
+
+
+def fail(argument: str, got: object, expected: object) -> NoReturn:
+    raise ValueError(f"{argument}: got {got}, expected {expected}")

@@ -1,0 +1,1 @@
+"""What a user passes, as token ids and visual features."""

@@ -1,0 +1,189 @@
+"""What callers hand in, made uniform; every refusal of it.
+
+Each error is one ValueError that names the argument, what came and what was expected, before
+anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import fail
+
+__all__ = ["IMAGE_TOKEN", "TextRow", "VisualSource", "text_rows", "visual_sources"]
+
+IMAGE_TOKEN = -200  # stands for the whole visual part in input_ids
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row of input_ids.
+
+    Attributes:
+        prompt, tail: ids `(tokens,)` before and behind the visual part, without padding. A row
+            without one is all tail.
+        tail_start, tail_stop: columns of the tail in input_ids.
+        prompt_start: column of the prompt's first token.
+        visual: the row has a visual part.
+    """
+
+    prompt: Tensor
+    tail: Tensor
+    prompt_start: int
+    tail_start: int
+    tail_stop: int
+    visual: bool
+
+
+def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) -> list[TextRow]:
+    """Cuts `input_ids (batch, tokens)` at -200 and drops what `attention_mask` masks."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        got = (
+            f"shape {tuple(input_ids.shape)}, {input_ids.dtype}"
+            if isinstance(input_ids, Tensor)
+            else type(input_ids).__name__
+        )
+        fail("input_ids", got, "integers (batch, tokens)")
+    if 0 in input_ids.shape:
+        fail("input_ids", f"shape {tuple(input_ids.shape)}", "at least one token")
+    host = input_ids.detach().cpu()
+    mask = torch.ones_like(host, dtype=torch.bool)
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            fail("attention_mask", f"shape {tuple(attention_mask.shape)}", tuple(input_ids.shape))
+        mask = attention_mask.cpu().bool()
+    outside = (host != IMAGE_TOKEN) & ((host < 0) | (host >= vocabulary)) & mask
+    if outside.any():
+        fail(
+            "input_ids",
+            f"id {int(host[outside][0])}",
+            f"0 to {vocabulary - 1}, or {IMAGE_TOKEN} for the visual part",
+        )
+    rows = []
+    for b in range(len(host)):
+        columns = mask[b].nonzero().flatten()
+        if not len(columns):
+            fail("attention_mask", f"no token in row {b}", "at least one")
+        start, stop = int(columns[0]), int(columns[-1]) + 1
+        if stop - start != len(columns):
+            fail("attention_mask", f"a hole in row {b}", "padding at the ends only")
+        places = (host[b, start:stop] == IMAGE_TOKEN).nonzero().flatten() + start
+        if len(places) > 1:
+            fail("input_ids", f"{len(places)} times {IMAGE_TOKEN} in row {b}", "one a row")
+        at = int(places[0]) if len(places) else start - 1
+        if at + 1 >= stop:
+            fail("input_ids", f"no token behind {IMAGE_TOKEN} in row {b}", "at least one")
+        row = input_ids[b].long()
+        rows.append(
+            TextRow(
+                row[start:at] if len(places) else row[:0],
+                row[at + 1 : stop],
+                start,
+                at + 1,
+                stop,
+                bool(len(places)),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class VisualSource:
+    """The visual part of one row: `features (tokens, hidden)`, or `pixels (frames, 3, size,
+    size)`; neither for a row of text alone."""
+
+    features: Tensor | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.features is None and self.pixels is None
+
+
+def visual_sources(
+    visual_features: Any,
+    pixel_values: Any,
+    image_sizes: Any,
+    batch: int,
+    hidden: int,
+    image_size: int | None,
+) -> list[VisualSource] | None:
+    """One source for each row; None if there is nothing visual."""
+    if image_sizes is not None and pixel_values is None:
+        fail("image_sizes", "sizes without pixel_values", "both or neither")
+    if visual_features is not None and pixel_values is not None:
+        fail("pixel_values", "visual_features too", "one of the two")
+    if visual_features is not None:
+        return [
+            VisualSource(features=None if x is None else _features(x, hidden))
+            for x in _per_row("visual_features", visual_features, batch, 2)
+        ]
+    if pixel_values is None:
+        return None
+    if image_size is None:
+        fail("pixel_values", "a model without a vision tower", "visual_features")
+    pixels = [
+        None if x is None else _pixels(x, image_size)
+        for x in _per_row("pixel_values", pixel_values, batch, 4)
+    ]
+    for i, size in enumerate(_image_sizes(image_sizes, batch)):
+        # The first tile is the whole picture made small; it is used only if it is alone.
+        given = pixels[i]
+        if size is not None and given is not None and len(given) > 1:
+            pixels[i] = given[1:]
+    return [VisualSource(pixels=x) for x in pixels]
+
+
+def _per_row(name: str, value: Any, batch: int, dims: int) -> list[Tensor | None]:
+    if isinstance(value, Tensor):
+        if value.dim() == dims + 1:
+            value = list(value)
+        elif value.dim() == dims:
+            value = [value]
+        else:
+            fail(name, f"shape {tuple(value.shape)}", f"{dims} dimensions a video")
+    if not isinstance(value, Sequence) or not all(
+        x is None or isinstance(x, Tensor) for x in value
+    ):
+        fail(name, type(value).__name__, "a tensor, or a list of one tensor for each row")
+    if len(value) != batch:
+        fail(name, f"{len(value)} videos", f"{batch}, one for each row of input_ids")
+    return list(value)
+
+
+def _features(x: Tensor, hidden: int) -> Tensor:
+    if x.dim() != 2 or x.shape[1] != hidden:
+        fail("visual_features", f"shape {tuple(x.shape)} a video", f"(tokens, {hidden})")
+    if not x.is_floating_point():
+        fail("visual_features", x.dtype, "a float type")
+    if not len(x):
+        fail("visual_features", "no tokens", "at least one token a video")
+    return x
+
+
+def _pixels(x: Tensor, size: int) -> Tensor:
+    if x.dim() != 4 or tuple(x.shape[1:]) != (3, size, size):
+        fail("pixel_values", f"shape {tuple(x.shape)} a video", f"(frames, 3, {size}, {size})")
+    if not x.is_floating_point():
+        fail("pixel_values", x.dtype, "a float type (normalised pixels)")
+    if not len(x):
+        fail("pixel_values", "no frames", "at least one frame a video")
+    return x
+
+
+def _image_sizes(sizes: Any, batch: int) -> list[Any]:
+    if sizes is None:
+        return [None] * batch
+    if isinstance(sizes, Tensor):
+        sizes = sizes.tolist()
+    sizes = list(sizes)
+    if len(sizes) == 2 and all(isinstance(x, int) for x in sizes):
+        sizes = [tuple(sizes)]
+    if len(sizes) != batch:
+        fail("image_sizes", f"{len(sizes)} entries", f"{batch}: (width, height), or None for video")
+    return sizes

@@ -1,0 +1,321 @@
+"""Inputs as the checkpoint wants them: frames, pictures and questions to tensors.
+
+Source: the checkpoint's `preprocessor_config.json` (CLIP's), the published
+`process_anyres_image` and the released model's prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..video.reader import VideoReader, open_video
+from ..video.resize import resize_crop
+from .images import _bicubic, _described, _fit, _pinpoints, open_image
+
+IMAGE_TOKEN = -200  # the one id that stands for the whole visual part
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "\n{question}<|im_end|>\n<|im_start|>assistant\n",
+)
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# CLIP-ViT-L/14-336, for checkpoints that name the tower and carry no preprocessor_config.json.
+CLIP_SIZE = 336
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VideoXLProcessor:
+    """Preprocessing and tokenizer of a checkpoint.
+
+    Args:
+        tokenizer: a transformers tokenizer, or None: then only frames and pictures are served.
+        size: edge of a frame for the vision tower.
+        mean, std: of the normalisation, RGB, on values from 0 to 1.
+        rescale: what a byte is multiplied by first.
+        grid_pinpoints: resolutions `(width, height)` that a picture may be cut into tiles at.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        size: int = CLIP_SIZE,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        rescale: float = 1 / 255,
+        grid_pinpoints: Sequence[Sequence[int]] | str = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.size = size
+        self.mean, self.std, self.rescale = tuple(mean), tuple(std), rescale
+        self.grid_pinpoints = _pinpoints(grid_pinpoints, size)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], tokenizer: Any = None, **kwargs: Any
+    ) -> VideoXLProcessor:
+        """Reads what a checkpoint (a folder, or a name on the Hub) says about its inputs.
+
+        Its tokenizer is loaded with transformers' AutoTokenizer unless one is given; a
+        checkpoint without one gives a processor without one. `kwargs` (`revision`,
+        `cache_dir`, `local_files_only` ...) go to the Hub's client and the tokenizer.
+        """
+        config = cls.read_config(path, **kwargs)
+        clip = _read_json(path, "preprocessor_config.json", kwargs) or {}
+        settings = _clip_settings(os.fspath(path), clip)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(path, kwargs)
+        pinpoints = config.get("image_grid_pinpoints") or ()
+        return cls(tokenizer, grid_pinpoints=pinpoints, **settings)
+
+    @staticmethod
+    def read_config(path: str | os.PathLike[str], **kwargs: Any) -> dict:
+        """`config.json` of a checkpoint as it stands; ValueError where there is none."""
+        config = _read_json(path, "config.json", kwargs)
+        if config is None:
+            raise ValueError(f"{os.fspath(path)}: no checkpoint there (no config.json)")
+        return config
+
+    # -- pictures ------------------------------------------------------------------------------
+
+    def frames_to_pixels(
+        self, frames: np.ndarray | Tensor, device: Any = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """uint8 frames `(n, height, width, 3)`, RGB, to normalised `(n, 3, size, size)`: the
+        short edge to `size` (bicubic, antialiased), the middle cut out, as CLIP. Frames that
+        `open_video` has cut already are only normalised, on `device`."""
+        batch = frames.cpu().numpy() if isinstance(frames, Tensor) and frames.is_cpu else frames
+        if not isinstance(batch, (np.ndarray, Tensor)) or batch.ndim != 4 or batch.shape[-1] != 3:
+            raise ValueError(
+                f"frames: got {_described(frames)}, expected uint8 (n, height, width, 3)"
+            )
+        if batch.dtype not in (np.uint8, torch.uint8):
+            raise ValueError(f"frames: got {batch.dtype}, expected uint8")
+        if 0 in batch.shape[1:3]:
+            raise ValueError(f"frames: got {_described(frames)}, an empty picture")
+        if batch.shape[1:3] != (self.size, self.size):
+            pictures = batch if isinstance(batch, np.ndarray) else batch.cpu().numpy()
+            cut = [resize_crop(picture, self.size) for picture in pictures]
+            batch = np.stack(cut) if cut else np.zeros((0, self.size, self.size, 3), np.uint8)
+        if isinstance(batch, np.ndarray):
+            batch = torch.from_numpy(np.ascontiguousarray(batch))
+        pixels = batch.to(device).permute(0, 3, 1, 2).float()
+        # (x * rescale - mean) / std as one product and one sum over the pixels
+        std = torch.tensor(self.std, device=pixels.device)
+        mean = torch.tensor(self.mean, device=pixels.device)
+        scale, shift = (self.rescale / std)[:, None, None], (mean / std)[:, None, None]
+        return (pixels * scale - shift).to(dtype).contiguous()
+
+    def video_pixels(
+        self,
+        video: str | os.PathLike[str] | VideoReader | Iterable[np.ndarray],
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """Batches `(n, 3, size, size)` of a video (a path, with `open_video`'s `kwargs`, or an
+        open reader), decoded ahead of whoever takes them."""
+        if isinstance(video, (str, os.PathLike)):
+            video = open_video(video, size=self.size, **kwargs)
+        elif kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: the reader is open already")
+        for frames in video:
+            yield self.frames_to_pixels(frames, device, dtype)
+
+    def images_to_pixels(self, images: Iterable[Any]) -> Tensor:
+        """Several pictures as a video, one a frame: `(n, 3, size, size)`."""
+        return self.frames_to_pixels(self.images_to_frames(images))
+
+    def images_to_frames(self, images: Iterable[Any]) -> np.ndarray:
+        """The same before normalising: uint8 `(n, size, size, 3)`."""
+        cut = [resize_crop(np.asarray(open_image(image)), self.size) for image in images]
+        if not cut:
+            raise ValueError("images: got none, expected at least one picture")
+        return np.stack(cut)
+
+    def image_to_pixels(self, image: Any) -> Tensor:
+        """One picture ("anyres"): `(1 + tiles, 3, size, size)`. First the whole picture squeezed
+        into a square, which the model leaves out where there are tiles; then the tiles row by
+        row, cut from the picture fitted into the best of `grid_pinpoints`, black around it.
+
+        `image`: a path, a PIL image, or uint8 `(height, width, 3)`.
+        """
+        return self.frames_to_pixels(self.image_to_frames(image))
+
+    def image_to_frames(self, image: Any) -> np.ndarray:
+        """The same before normalising: uint8 `(1 + tiles, size, size, 3)`."""
+        picture = open_image(image)
+        squares = [np.asarray(picture.resize((self.size, self.size), _bicubic()))]
+        if self.grid_pinpoints:
+            width, height = self.best_resolution(picture.size)
+            fitted = np.asarray(_fit(picture, width, height))
+            squares += [
+                fitted[y : y + self.size, x : x + self.size]
+                for y in range(0, height, self.size)
+                for x in range(0, width, self.size)
+            ]
+        return np.stack(squares)
+
+    def best_resolution(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Of `grid_pinpoints` the `(width, height)` that keeps the most pixels of a picture of
+        `image_size` (width, height), then wastes the least."""
+
+        def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
+            scale = min(pinpoint[0] / image_size[0], pinpoint[1] / image_size[1])
+            kept = int(image_size[0] * scale) * int(image_size[1] * scale)
+            kept = min(kept, image_size[0] * image_size[1])
+            return kept, kept - pinpoint[0] * pinpoint[1]
+
+        if not self.grid_pinpoints:
+            raise ValueError("grid_pinpoints: this checkpoint names none")
+        return max(self.grid_pinpoints, key=merit)  # the first of equals, as published
+
+    # -- words ---------------------------------------------------------------------------------
+
+    def prompt_ids(self) -> Tensor:
+        """Ids before the video, `(1, P)`."""
+        return self._ids(PROMPT[0])
+
+    def tail_ids(self, question: str) -> Tensor:
+        """Ids after the video, `(1, T)`: the question and the start of the answer."""
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question: got {question!r}, expected text")
+        for token in self.control_tokens():
+            if token in question:
+                raise ValueError(f"question: holds the control token {token!r}")
+        return self._ids(PROMPT[1].replace("{question}", question))
+
+    def encode_prompt(self, question: str) -> Tensor:
+        """`input_ids (1, P + 1 + T)` with one -200 where the video stands."""
+        image = torch.tensor([[IMAGE_TOKEN]])
+        return torch.cat((self.prompt_ids(), image, self.tail_ids(question)), dim=1)
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """Text of generated ids, `(T,)` or `(1, T)`, without control tokens."""
+        flat = torch.as_tensor(ids).flatten().tolist()
+        return self._tokenizer().decode(flat, skip_special_tokens=True).strip()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `preprocessor_config.json` and the tokenizer, if there is one."""
+        edge = {"height": self.size, "width": self.size}
+        clip = {
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "resample": 3,
+            "rescale_factor": self.rescale,
+            "size": {"shortest_edge": self.size},
+            "crop_size": edge,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "image_processor_type": "CLIPImageProcessor",
+        }
+        text = json.dumps(clip, indent=1) + "\n"
+        (Path(folder) / "preprocessor_config.json").write_text(text)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        tokenizer = self._tokenizer()
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[token] for token in STOP_TOKENS if token in vocabulary]
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+            ids.append(tokenizer.eos_token_id)
+        return ids
+
+    def control_tokens(self) -> set[str]:
+        """What must not stand in a text: tokens that structure the prompt."""
+        tokenizer = self._tokenizer()
+        added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        return {*tokenizer.all_special_tokens, *added}
+
+    def _ids(self, text: str) -> Tensor:
+        ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([ids], dtype=torch.int64)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                "tokenizer: the checkpoint has none (no tokenizer.json or tokenizer_config.json); "
+                "give one: VideoXLProcessor.from_pretrained(path, tokenizer=...)"
+            )
+        return self.tokenizer
+
+
+def _clip_settings(path: str, clip: dict) -> dict[str, Any]:
+    """The constructor's settings from a preprocessor_config.json, refusing what would be
+    computed otherwise than it says."""
+
+    def edge(value: Any) -> Any:
+        if isinstance(value, dict):
+            edges = {value.get("shortest_edge", value.get("height")), *value.values()}
+            return edges.pop() if len(edges) == 1 else value
+        return value
+
+    size, crop = (edge(clip.get(key, CLIP_SIZE)) for key in ("size", "crop_size"))
+    off = [
+        k
+        for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        if not clip.get(k, True)
+    ]
+    wrong = [f"{k} is false" for k in off]
+    if not isinstance(size, int) or size != crop:
+        wrong.append(f"size {clip.get('size')} and crop_size {clip.get('crop_size')} differ")
+    if clip.get("resample", 3) != 3:
+        wrong.append(f"resample is {clip['resample']}, not 3 (bicubic)")
+    if wrong:
+        raise ValueError(f"{path}/preprocessor_config.json: unsupported: {'; '.join(wrong)}")
+    return {
+        "size": size,
+        "mean": clip.get("image_mean", CLIP_MEAN),
+        "std": clip.get("image_std", CLIP_STD),
+        "rescale": clip.get("rescale_factor", 1 / 255),
+    }
+
+
+def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | None:
+    """A JSON file of a checkpoint, None where there is none."""
+    text = os.fspath(path)
+    file = Path(text) / name
+    if not Path(text).is_dir():
+        if Path(text).exists() or not re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", text):
+            raise ValueError(f"{text}: got no folder and no name on the Hub (owner/name)")
+        from transformers.utils import cached_file
+
+        try:
+            file = Path(cached_file(text, name, **kwargs) or "")
+        except OSError as error:
+            if name == "config.json":
+                raise ValueError(f"{text}: {str(error).strip().splitlines()[0]}") from None
+            return None
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: got a {type(value).__name__}, expected an object")
+    return value
+
+
+def _load_tokenizer(path: str | os.PathLike[str], kwargs: dict) -> Any:
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, **kwargs)

@@ -1,0 +1,1 @@
+"""Many windows into a cache."""

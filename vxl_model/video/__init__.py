@@ -1,0 +1,1 @@
+"""Frames of video files. Nothing here knows the model."""

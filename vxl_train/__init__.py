@@ -1,0 +1,1 @@
+"""Training Video-XL: the recipe, its data, and VICO."""

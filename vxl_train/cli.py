@@ -1,0 +1,151 @@
+"""`python -m vxl_train`: arguments and words; the work is done by `run.train` and `vico.build`.
+
+The same commands are `vxl train` and `vxl vico` where the package is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vxl_model.cli.common import Parser, add_device_arguments, count, placement, quiet
+from vxl_model.cli.common import run as run_command
+
+__all__ = ["add_train", "add_vico", "main"]
+
+CONFIGS = Path(__file__).with_name("configs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = Parser(prog="python -m vxl_train", description="Train Video-XL.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_train(commands, "run")
+    add_vico(commands)
+    return run_command(parser, arguments)
+
+
+def add_vico(commands: Any) -> None:
+    """Adds the command that makes VICO samples to argparse's subparsers."""
+    from .vico.build import add_arguments, command
+
+    parser = commands.add_parser("vico", help="videos to training samples on what they show when")
+    add_arguments(parser, count)
+    add_device_arguments(parser)
+
+    def run(options: argparse.Namespace) -> None:
+        quiet()
+        command(options, *placement(options))
+
+    parser.set_defaults(run=run)
+
+
+def add_train(commands: Any, name: str = "train") -> None:
+    """Adds the command that trains to argparse's subparsers."""
+    parser = commands.add_parser(name, help="train a checkpoint on LLaVA-style data")
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--stage",
+        required=True,
+        choices=("align", "finetune"),
+        help="align: the projector learns; finetune: everything",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="checkpoint: a folder or a name on the Hub"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="LLaVA-style JSON or JSONL; several may be named",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of this run")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"YAML or JSON: settings of vxl_train and TrainingArguments; see {CONFIGS}",
+    )
+    parser.add_argument("--root", metavar="DIR", help="of paths in the data (default: its folder)")
+    parser.add_argument(
+        "--on-bad-sample", choices=("skip", "stop"), help="skip (default) reports it and goes on"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command; raises ValueError or OSError for what cannot be used."""
+    for name in ("data", "config", "root"):
+        value = getattr(options, name)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not (
+                Path(path).is_dir() if name == "root" else Path(path).is_file()
+            ):
+                wanted = "a folder" if name == "root" else "a file"
+                raise ValueError(f"--{name}: got {path}, expected {wanted} that is there")
+    from vxl_model.inputs.processing import VideoXLProcessor
+
+    from .settings import TrainSettings
+
+    settings = TrainSettings.read(
+        options.config, options.stage, on_bad_sample=options.on_bad_sample
+    )
+    VideoXLProcessor.read_config(options.model)  # says what is wrong in one line
+    import torch
+    from transformers.utils import logging
+
+    from .run import train
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    first = int(os.environ.get("RANK", "0")) == 0  # under torchrun or accelerate launch
+
+    def say(line: str) -> None:
+        if first:
+            print(line, file=sys.stderr, flush=True)
+
+    report = train(
+        options.model,
+        options.data,
+        options.output,
+        settings,
+        root=options.root,
+        resume=options.resume,
+        say=say,
+    )
+    # With the group's threads alive a process may abort at its exit.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not first:
+        return
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        for line in summary(report):
+            print(line)
+
+
+def summary(report: Any) -> list[str]:
+    """What a run did, in words."""
+    done = report.steps - report.resumed_from
+    counts = ", ".join(f"{n} {kind}" for kind, n in report.samples.items())
+    lines = [
+        f"samples   {counts}",
+        "bad       " + (", ".join(f"{n} {kind}" for kind, n in report.bad.items()) or "none"),
+        f"steps     {report.steps}"
+        + (f", {done} of them now" if report.resumed_from else "")
+        + f", of {report.samples_a_step} samples and {report.tokens_a_step:.0f} tokens",
+    ]
+    if done:
+        lines.append(f"time      {report.seconds:.1f} s, {report.seconds / done:.2f} s a step")
+    if report.loss is not None:
+        lines.append(f"loss      {report.loss:.4f} in the last step")
+    lines.append(f"model     {report.result}")
+    return lines

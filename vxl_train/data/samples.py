@@ -1,0 +1,367 @@
+"""Samples of JSON files, each checked once; bad ones are counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vxl_model.inputs.processing import VideoXLProcessor
+from vxl_model.streaming.ratios import RatioPlan
+from vxl_model.video.decoders.base import VideoError
+from vxl_model.video.decoders.choose import header_seconds
+
+__all__ = [
+    "KINDS",
+    "BadSample",
+    "BadSampleError",
+    "BadSamples",
+    "Sample",
+    "VisualShape",
+    "read_samples",
+]
+
+MARKERS = ("<image>", "<video>")
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_CHARACTERS_A_TOKEN = 4  # of English text, roughly; only lengths' order matters
+_MOST = 1e12  # of a width, a number of frames, seconds
+
+KINDS = (
+    "broken line",
+    "bad sample",
+    "empty answer",
+    "control token",
+    "missing file",
+    "unreadable image",
+    "undecodable video",
+    "too long",
+)
+
+
+class BadSample(NamedTuple):
+    """Why a sample cannot be used: one of `KINDS`, its id, and one line more."""
+
+    kind: str
+    id: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"sample {self.id}: {self.kind}: {self.message}"
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used."""
+
+    def __init__(self, bad: BadSample) -> None:
+        super().__init__(str(bad))
+        self.bad = bad
+
+
+class BadSamples:
+    """Bad samples, each once, in the order they were found."""
+
+    def __init__(self, found: Iterable[BadSample] = ()) -> None:
+        self._found: dict[tuple[str, str], BadSample] = {}
+        for bad in found:
+            self.add(bad)
+
+    def add(self, bad: BadSample) -> bool:
+        """Whether it is new."""
+        return self._found.setdefault((bad.kind, bad.id), bad) is bad
+
+    def __iter__(self) -> Iterator[BadSample]:
+        return iter(self._found.values())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def by_kind(self) -> dict[str, int]:
+        counts = Counter(bad.kind for bad in self)
+        return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as its file has it, checked.
+
+    Attributes:
+        id: its "id", or the file's name and its place in it.
+        kind: "image", "images", "video" or "text".
+        files: what it shows.
+        turns: (role, text) with markers taken out.
+        visual_turn: which turn the visual part stands in front of.
+        about: `width`, `height`, `frames`, `duration`, as far as given.
+        length: tokens, estimated.
+    """
+
+    id: str
+    kind: str
+    files: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+    visual_turn: int | None
+    about: tuple[tuple[str, float], ...] = ()
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class VisualShape:
+    """What a model makes of frames.
+
+    Attributes:
+        window: raw tokens of a window.
+        tokens_per_frame: of a frame or tile.
+        ratios: raw tokens per VST to draw from.
+        frames: most frames of a video, or pictures of a sample; more are thinned out evenly.
+        fps: frames a second of a video, as long as that gives no more than `frames`.
+    """
+
+    window: int
+    tokens_per_frame: int
+    ratios: tuple[int, ...]
+    frames: int = 128
+    fps: float = 1.0
+
+    def check(self) -> None:
+        """ValueError where a window can occur that no ratio divides."""
+        rests = {self.window}
+        for n in range(1, self.frames + 1):
+            rests.add(n * self.tokens_per_frame % self.window or self.window)
+        for size in sorted(rests):
+            RatioPlan(list(self.ratios)).next(size)
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def read_samples(
+    paths: Sequence[str | os.PathLike[str]],
+    processor: VideoXLProcessor,
+    shape: VisualShape,
+    root: str | os.PathLike[str] | None = None,
+    probe: bool = True,
+) -> tuple[list[Sample], BadSamples]:
+    """All usable samples of some files, in order, and the bad ones.
+
+    Args:
+        root: what paths in the files are relative to; by default each file's folder.
+        probe: look for the files, and into their headers for the lengths of videos and sizes of
+            pictures; no frame is decoded. Without, `missing file` is found when it is needed, and
+            videos count as `shape.frames` frames.
+
+    Raises:
+        ValueError, OSError: a data file cannot be read, or is a list that is no JSON.
+    """
+    bad, samples = BadSamples(), []
+    control = sorted(processor.control_tokens())
+    seen: Counter[str] = Counter()
+    files = [Path(path) for path in paths]
+    names = Counter(path.name for path in files)
+
+    def unique(name: str, place: str) -> str:
+        seen[name] += 1  # some published files repeat an id
+        return f"{name} ({place})" if seen[name] > 1 else name
+
+    for path in files:
+        base = Path(root) if root is not None else path.parent
+        for number, record in _records(path):
+            place = f"{path.name if names[path.name] == 1 else path}:{number}"
+            try:
+                sample = _parse(record, place, base, control)
+                samples.append(replace(sample, id=unique(sample.id, place)))
+            except BadSampleError as error:
+                bad.add(error.bad._replace(id=unique(error.bad.id, place)))
+
+    def measured(sample: Sample) -> Sample | BadSample:
+        try:
+            return replace(sample, length=_length(sample, processor, shape, probe))
+        except BadSampleError as error:
+            return error.bad
+
+    with ThreadPoolExecutor(8) as pool:  # headers wait for disks
+        results = list(pool.map(measured, samples, chunksize=64))
+    for result in results:
+        if isinstance(result, BadSample):
+            bad.add(result)
+    return [x for x in results if isinstance(x, Sample)], bad
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, record) of a file: its place in a list or its line; a ValueError as the record of
+    a line that is no JSON."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(64).lstrip("\ufeff \t\r\n")
+        file.seek(0)
+        if head.startswith("["):
+            try:
+                records = json.loads(file.read().lstrip("\ufeff"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not JSON ({error})") from None
+            yield from enumerate(records)
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.lstrip("\ufeff"))
+            except ValueError as error:
+                record = error
+            yield number, record
+
+
+def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sample:
+    def bad(kind: str, message: str) -> BadSampleError:
+        return BadSampleError(BadSample(kind, name, message))
+
+    name = place
+    if isinstance(record, ValueError):
+        raise bad("broken line", str(record))
+    if not isinstance(record, dict):
+        raise bad("bad sample", f"got a {type(record).__name__}, expected an object")
+    if isinstance(record.get("id"), str | int):
+        name = str(record["id"])
+    kind, files = _files(record, root, bad)
+    turns, visual_turn = _turns(record.get("conversations"), kind != "text", bad)
+    for _, text in turns:
+        for token in control:
+            if token in text:
+                raise bad("control token", f"{token!r} in its text")
+        if not _encodable(text):
+            raise bad("bad sample", f"got the text {text[:40]!a}, expected Unicode")
+    about = []
+    for key in ("width", "height", "frames", "duration"):
+        value = record.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            if value > _MOST or (value < 1 and key != "duration"):  # JSON has Infinity, and 0.5
+                least = 0 if key == "duration" else 1
+                raise bad("bad sample", f"{key}: got {value}, expected {least} to {_MOST:.0e}")
+            about.append((key, float(value)))
+    return Sample(name, kind, files, turns, visual_turn, tuple(about))
+
+
+def _encodable(text: str, errors: str = "strict") -> bool:
+    """Without lone surrogates, which JSON can hold and no tokenizer or file system takes."""
+    try:
+        text.encode(errors=errors)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _files(record: dict, root: Path, bad: Any) -> tuple[str, tuple[str, ...]]:
+    given = [key for key in ("image", "video") if record.get(key)]
+    if not given:
+        return "text", ()
+    if len(given) == 2:
+        raise bad("bad sample", "got image and video, expected one of them")
+    value = record[given[0]]
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
+        raise bad("bad sample", f"{given[0]}: got {value!r}, expected a path or a list of paths")
+    for path in values:
+        if "\0" in path or not _encodable(path, "surrogateescape"):
+            raise bad("bad sample", f"{given[0]}: got {path!a}, expected a path")
+    files = tuple(str(root / x) for x in values)
+    if given[0] == "video":
+        if len(files) > 1:
+            raise bad("bad sample", f"video: got {len(files)} paths, expected one")
+        return "video", files
+    return ("image" if len(files) == 1 else "images"), files
+
+
+def _turns(
+    conversation: Any, visual: bool, bad: Any
+) -> tuple[tuple[tuple[str, str], ...], int | None]:
+    if not isinstance(conversation, list) or not conversation:
+        raise bad("bad sample", "conversations: got none, expected a list of turns")
+    turns: list[tuple[str, str]] = []
+    marked: list[int] = []
+    for turn in conversation:
+        role = (
+            _ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+        )
+        text = turn.get("value", turn.get("content")) if role else None
+        if role == "assistant" and (text is None or text == ""):
+            text = ""
+        if role is None or not isinstance(text, str):
+            raise bad("bad sample", f'got the turn {turn!r}, expected "from" and "value"')
+        if role == "user" and any(marker in text for marker in MARKERS):
+            marked.append(len(turns))
+            for marker in MARKERS:
+                text = text.replace(marker, "")
+        turns.append((role, text.strip()))
+    spoken = turns[1:] if turns[0][0] == "system" else turns
+    wanted = [("user", "assistant")[i % 2] for i in range(len(spoken))]
+    if not spoken or len(spoken) % 2 or [role for role, _ in spoken] != wanted:
+        shown = ", ".join(role for role, _ in turns[:6])
+        raise bad("bad sample", f"turns: got {shown}, expected human and gpt in turns")
+    if not all(text for role, text in spoken if role == "assistant"):
+        raise bad("empty answer", "a gpt turn without text")
+    if marked and not visual:
+        raise bad("bad sample", f"a marker ({' or '.join(MARKERS)}) without image or video")
+    first = len(turns) - len(spoken)
+    return tuple(turns), (marked[0] if marked else first) if visual else None
+
+
+def _length(sample: Sample, processor: VideoXLProcessor, shape: VisualShape, probe: bool) -> int:
+    """Tokens of a sample, VSTs included, from what it says and its files' headers."""
+    about = dict(sample.about)
+    for path in sample.files if probe else ():
+        if not os.path.isfile(path):
+            raise BadSampleError(BadSample("missing file", sample.id, path))
+    frames = 0.0
+    if sample.kind == "images":
+        frames = min(len(sample.files), shape.frames)
+    elif sample.kind == "image":
+        frames = 1
+        if processor.grid_pinpoints:
+            if "width" in about and "height" in about:
+                size = int(about["width"]), int(about["height"])
+            else:
+                size = _picture_size(sample) if probe else (processor.size, processor.size)
+            width, height = processor.best_resolution(size)
+            frames = (width // processor.size) * (height // processor.size)
+    elif sample.kind == "video":
+        frames = _video_frames(sample, about, shape, probe)
+    characters = sum(len(text) for _, text in sample.turns)
+    visual = frames * shape.tokens_per_frame * (1 + 1 / np.mean(shape.ratios))
+    return int(visual) + characters // _CHARACTERS_A_TOKEN
+
+
+def _picture_size(sample: Sample) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(sample.files[0]) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSampleError(BadSample("unreadable image", sample.id, str(error))) from None
+
+
+def _video_frames(
+    sample: Sample, about: dict[str, float], shape: VisualShape, probe: bool
+) -> float:
+    if "frames" in about:
+        return min(about["frames"], shape.frames)
+    seconds = about.get("duration")
+    if seconds is None and probe:
+        try:
+            seconds = header_seconds(sample.files[0])
+        except VideoError as error:
+            raise BadSampleError(BadSample("undecodable video", sample.id, str(error))) from None
+    if seconds is None:
+        return shape.frames
+    return max(1, math.ceil(min(seconds * shape.fps, shape.frames)))  # a header can say inf

@@ -1,0 +1,172 @@
+"""A run's output folder: what is in it, written so that a kill leaves the old or the new, and
+whether a run that is resumed is the one that was begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data.samples import Sample
+
+__all__ = [
+    "BAD",
+    "LOG",
+    "RESULT",
+    "RUN",
+    "WRITING",
+    "check_output",
+    "check_same_run",
+    "checkpoints",
+    "crc",
+    "finished",
+    "last_checkpoint",
+    "put_in_place",
+    "read_log",
+    "samples_crc",
+    "write_lines",
+    "write_run",
+]
+
+LOG, BAD, RUN, RESULT, WRITING = (
+    "train_log.jsonl",
+    "bad_samples.jsonl",
+    "run.json",
+    "model",
+    ".writing",
+)
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a `train_log.jsonl`; a last one that was not finished is left out."""
+    lines = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """A JSON object a line, as `_replace` writes."""
+    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_run(path: Path, about: dict[str, Any]) -> None:
+    """run.json, as `_replace` writes."""
+    _replace(path, json.dumps(about, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Beside its place, then there: a reader, or a kill, meets the old text or the new."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def put_in_place(written: Path, place: Path) -> None:
+    """Renames a finished folder, its files safely on the disk before."""
+    for path in [*(p for p in written.rglob("*") if p.is_file()), written]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    if place.exists():
+        shutil.rmtree(place)
+    written.rename(place)
+    handle = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = []
+    for path in output.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and (path / "trainer_state.json").is_file():
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
+    """The newest finished checkpoint of a run; None if there is none."""
+    found = checkpoints(Path(output))
+    return found[-1] if found else None
+
+
+def check_output(output: Path, resume: bool, model: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint to go on from; ValueError where a run's result or the source would be lost."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: got {output}, a file, expected a folder")
+    source = Path(model).resolve()
+    for path in (output / RESULT, output / WRITING, *output.glob("checkpoint-*")):
+        if source.exists() and source.is_relative_to(path.resolve()):
+            raise ValueError(f"model: got {model}, which the run in {output} would replace")
+    if resume:
+        checkpoint = last_checkpoint(output)
+        if checkpoint is None and (output / RESULT).exists():
+            raise ValueError(
+                f"resume: {output} holds {RESULT} and no checkpoint, expected one to go on from; "
+                "name another folder"
+            )
+        return checkpoint
+    held = [*checkpoints(output), *output.glob(RESULT)]
+    if held:
+        raise ValueError(f"output: {output} holds {held[-1].name}; resume, or name another folder")
+    return None
+
+
+def check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -> None:
+    """A resumed run must be the one that was begun.
+
+    Args:
+        path: its run.json.
+        about: what of it is compared: "settings", and any others.
+        checkpoint: None for a new run, which nothing is compared for.
+    """
+    if checkpoint is None or not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text())
+        was = {**before["settings"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"resume: {path}: not what a run has written") from None
+    now = json.loads(json.dumps(about))
+    keys = {**was, **now["settings"]}
+    changed = [(k, was.get(k), now["settings"].get(k)) for k in sorted(keys)]
+    changed += [(key, before.get(key), now[key]) for key in now if key != "settings"]
+    for key, old, new in changed:
+        if old != new:
+            raise ValueError(f"resume: {key} was {old!r} and is {new!r}, expected the same run")
+
+
+def finished(checkpoint: Path) -> bool:
+    """It is its run's last."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+def crc(path: str | os.PathLike[str]) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def samples_crc(samples: Sequence[Sample]) -> int:
+    """Of the samples that are used, in order, and the lengths they are grouped by."""
+    value = 0
+    for sample in samples:
+        value = zlib.crc32(json.dumps([sample.id, sample.length]).encode(), value)
+    return value

@@ -1,0 +1,1 @@
+"""VICO: questions about the order of events, made from captions of clips."""

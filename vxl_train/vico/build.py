@@ -1,0 +1,392 @@
+"""VICO: training samples on the order of what a long video shows.
+
+Source: Video-XL (arXiv 2409.14485), its section on composite data curation, "Visual Clue Order":
+long videos are cut into clips of 14 s, a vision-language model describes each clip, key events
+are drawn from the descriptions, and questions ask for their order in time. There GPT-4 draws the
+events; here a clue is a clip's caption, kept if it can be told from every other one
+(`_vico_questions.pick_clues`), so that one model on one's own machine is enough and the right
+answer follows from the clips' times alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vxl_model.cli.progress import Progress
+from vxl_model.video.decoders.base import VideoError, checked_path
+from vxl_model.video.decoders.choose import open_decoder
+from vxl_model.video.prefetch import prefetch
+
+from .captioner import PROMPT, Captioner, TransformersCaptioner
+from .captions import Caption, CaptionFile, cut, read_clips
+from .questions import Question, ask, pick_clues
+
+__all__ = ["VicoSettings", "VicoSummary", "make_vico"]
+
+SUFFIXES = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv"
+
+
+@dataclass(frozen=True)
+class VicoSettings:
+    """How samples are made.
+
+    Args:
+        seed: what is drawn follows from it, a video's file name and its captions alone.
+        samples: at most so many of a video.
+        clues: at most so many in a question, 2 to 26.
+        clip_seconds: length of a clip.
+        pictures: shown to the captioner of each clip.
+        edge: their longest edge in pixels.
+    """
+
+    seed: int = 0
+    samples: int = 4
+    clues: int = 5
+    clip_seconds: float = 14.0
+    pictures: int = 4
+    edge: int = 768
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("samples", 1, math.inf),
+            ("clues", 2, 26),
+            ("pictures", 1, math.inf),
+            ("edge", 1, math.inf),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bounds = f"{least} to {most}" if most < math.inf else f"{least} or more"
+                raise ValueError(f"{name}: got {value}, expected {bounds}")
+        if not 0 < self.clip_seconds < math.inf:
+            raise ValueError(f"clip_seconds: got {self.clip_seconds}, expected a positive number")
+
+
+@dataclass
+class VicoSummary:
+    """What a run did. `skipped` and `bad`: reasons by file. `dropped`: captions that became no
+    clue, by reason."""
+
+    output: str
+    videos: int = 0
+    clips: int = 0
+    captioned: int = 0
+    samples: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def make_vico(
+    videos: Sequence[str | os.PathLike[str]],
+    captioner: Captioner,
+    output: str | os.PathLike[str],
+    settings: VicoSettings | None = None,
+    *,
+    on_error: str = "skip",
+    progress: Callable[[int, int | None], None] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> VicoSummary:
+    """Captions videos and writes questions on the order of what they show.
+
+    Captions are kept in `output + ".captions"` one by one; a run that was ended in any way goes on
+    there when it is repeated. They are made anew where the video (place, size, time of change),
+    the captioner's `identity` or the cut into pictures is another. Samples are written at the end,
+    whole or not at all.
+
+    Args:
+        videos: files, and folders in which video files are looked for at any depth.
+        captioner: puts a clip's pictures into words.
+        output: JSON lines `{"id", "video", "duration", "conversations", "vico"}` as LLaVA's.
+            "video" is relative to the output's folder where it lies in it, else absolute. "vico"
+            holds the form of the question, its clues with their times, the seed and the captioner.
+        on_error: what an unreadable video does: "skip" counts it, "stop" raises.
+        progress: called with the clips that were captioned so far, and None.
+        report: called with a line on every video that gave no sample, and on lost captions.
+
+    Raises:
+        VideoError: an unreadable video, with "stop".
+        ValueError: names the argument; before a video is opened. Or no video gave a sample.
+    """
+    settings = settings or VicoSettings()
+    report = report or (lambda line: None)
+    if on_error not in ("skip", "stop"):
+        raise ValueError(f"on_error: got {on_error!r}, expected 'skip' or 'stop'")
+    files = find_videos(videos)
+    target = check_output(output, files)
+    summary = VicoSummary(str(target), len(files))
+    lines: list[str] = []
+    with CaptionFile(target.with_name(target.name + ".captions")) as kept:
+        if kept.dropped:
+            report(f"{kept.path}: {kept.dropped} unfinished or damaged lines, made again")
+        for file in files:
+            try:
+                key = _key(file, captioner, settings)
+                captions = _captions(file, key, captioner, kept, settings, summary, progress)
+            except VideoError as error:
+                if on_error == "stop":
+                    raise
+                summary.bad[str(file)] = str(error)
+                report(str(error))
+                continue
+            questions, reason = _questions(file, captions, settings, summary)
+            if reason:
+                summary.skipped[str(file)] = reason
+                report(f"{file}: skipped: {reason}")
+            lines += _lines(file, target, kept.duration(key), questions, captioner.name, settings)
+    summary.samples = len(lines)
+    if not lines:
+        raise ValueError(
+            f"videos: none of {len(files)} gave a sample ({len(summary.bad)} unreadable, "
+            f"{len(summary.skipped)} skipped); {target} is not written"
+        )
+    _write(target, "".join(line + "\n" for line in lines).encode())
+    return summary
+
+
+def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Files as given, each once; of folders the files with a video's suffix, by name."""
+    found: dict[str, None] = {}
+    suffixes = SUFFIXES.split()
+    for path in paths:
+        if os.path.isdir(path):
+            inside = sorted(
+                (
+                    Path(folder) / name
+                    for folder, _, names in os.walk(path)
+                    for name in names
+                    if Path(name).suffix.lower() in suffixes
+                ),
+                key=lambda file: file.as_posix(),
+            )
+            if not inside:
+                raise ValueError(f"videos: {os.fspath(path)}: a folder without video files")
+            found.update(dict.fromkeys(os.path.abspath(file) for file in inside))
+        else:
+            try:
+                checked_path(path)
+            except VideoError as error:
+                if not os.path.isfile(path):  # an empty or locked one counts as a bad video
+                    raise ValueError(f"videos: {error}") from None
+            found[os.path.abspath(path)] = None
+    if not found:
+        raise ValueError("videos: got none, expected files or folders")
+    return [Path(file) for file in found]
+
+
+def check_output(output: str | os.PathLike[str], videos: Sequence[Path]) -> Path:
+    """The absolute path to write; ValueError where that can't be done."""
+    target = Path(os.path.abspath(output))
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"output: {os.fspath(output)}: no such folder, or a folder itself")
+    if target in videos:
+        raise ValueError(f"output: {os.fspath(output)}: one of the videos")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"output: {os.fspath(output)}: its folder cannot be written to")
+    return target
+
+
+# -- one video -----------------------------------------------------------------------------------
+
+
+def _captions(
+    file: Path,
+    key: str,
+    captioner: Captioner,
+    kept: CaptionFile,
+    settings: VicoSettings,
+    summary: VicoSummary,
+    progress: Callable[[int, int | None], None] | None,
+) -> list[Caption]:
+    """All captions of a video, those that are missing made now; raises VideoError."""
+    clips = kept.clips(key)
+    decoder = None
+    if clips is None:
+        decoder = open_decoder(file, "pyav")
+        clips = cut(decoder, settings.clip_seconds)
+        kept.add_video(key, str(file), decoder.duration, clips)
+    summary.clips += len(clips)
+    missing = [clip for clip in clips if clip.index not in kept.captions(key)]
+    if missing and len(clips) > 1:
+        decoder = decoder or open_decoder(file, "pyav")
+        shown = read_clips(decoder, str(file), missing, settings.pictures, settings.edge)
+        with contextlib.closing(prefetch(shown, ahead=1)) as ready:  # type: ignore[type-var]
+            for clip, pictures, damaged in ready:
+                text = "" if damaged else captioner.caption(pictures)
+                if not isinstance(text, str):
+                    got = type(text).__name__
+                    raise TypeError(f"captioner: caption() gave a {got}, expected a str")
+                kept.add(key, Caption(clip, text, damaged))
+                summary.captioned += not damaged
+                if progress:
+                    progress(summary.captioned, None)
+    return [kept.captions(key)[clip.index] for clip in clips if clip.index in kept.captions(key)]
+
+
+def _key(file: Path, captioner: Captioner, settings: VicoSettings) -> str:
+    """What captions of a video depend on."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise VideoError(f"{file}: {error.strerror or error}") from None
+    how = [captioner.identity, settings.clip_seconds, settings.pictures, settings.edge]
+    about = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, *how])
+    return hashlib.sha256(about.encode()).hexdigest()[:32]
+
+
+def _questions(
+    file: Path, captions: list[Caption], settings: VicoSettings, summary: VicoSummary
+) -> tuple[list[Question], str]:
+    """The questions on a video, or why there are none."""
+    if len(captions) < 2:
+        return [], f"shorter than two clips of {settings.clip_seconds:g} s"
+    clues, dropped = pick_clues(captions)
+    summary.dropped += dropped
+    if len(clues) < 2:
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        return [], f"{len(clues)} distinct clues in {len(captions)} clips ({why})"
+    return ask(clues, file.name, settings.seed, settings.samples, settings.clues), ""
+
+
+def _lines(
+    file: Path,
+    target: Path,
+    duration: float,
+    questions: list[Question],
+    captioner: str,
+    settings: VicoSettings,
+) -> list[str]:
+    """A video's samples as JSON lines."""
+    inside = file.is_relative_to(target.parent)
+    video = file.relative_to(target.parent).as_posix() if inside else str(file)
+    name = hashlib.sha256(video.encode(errors="surrogateescape")).hexdigest()[:12]
+    samples: list[dict[str, Any]] = [
+        {
+            "id": f"vico-{name}-{i}",
+            "video": video,
+            "duration": duration,
+            "conversations": [
+                {"from": "human", "value": f"<video>\n{question.question}"},
+                {"from": "gpt", "value": question.answer},
+            ],
+            "vico": {
+                "form": question.form,
+                "clues": [asdict(clue) for clue in question.clues],
+                "seed": settings.seed,
+                "captioner": captioner,
+                "clip_seconds": settings.clip_seconds,
+                "pictures": settings.pictures,
+            },
+        }
+        for i, question in enumerate(questions)
+    ]
+    return [json.dumps(sample) for sample in samples]
+
+
+def _write(target: Path, data: bytes) -> None:
+    """The whole file or none."""
+    unfinished = target.with_name(f".{target.name}.part")  # ours alone: the captions are locked
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+# -- command line --------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+    """Arguments of `python -m vxl_train vico`; `count` reads a positive integer."""
+    default, shown = VicoSettings(), "(default: %(default)s)"
+    add = parser.add_argument
+    add("--videos", nargs="+", required=True, metavar="FILE_OR_DIR")
+    add(
+        "--captioner",
+        required=True,
+        metavar="MODEL",
+        help="image-text model of transformers: a folder or a name on the Hub",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="JSON lines; captions are kept in FILE.captions",
+    )
+    add("--seed", type=int, default=default.seed)
+    add("--samples", type=count, default=default.samples, help=f"at most so many a video {shown}")
+    add("--clues", type=count, default=default.clues, help=f"at most so many a question {shown}")
+    add("--clip-seconds", type=float, default=default.clip_seconds, help=shown)
+    add("--pictures", type=count, default=default.pictures, help=f"captioned of a clip {shown}")
+    add("--edge", type=count, default=default.edge, help=f"their longest edge in pixels {shown}")
+    add("--prompt", default=PROMPT, help="what the captioner is asked")
+    add("--max-new-tokens", type=count, default=64, help=f"of a caption {shown}")
+    add(
+        "--on-error",
+        choices=("skip", "stop"),
+        default="skip",
+        help=f"at an unreadable video {shown}",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def command(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Runs `python -m vxl_train vico`."""
+    settings = VicoSettings(
+        options.seed,
+        options.samples,
+        options.clues,
+        options.clip_seconds,
+        options.pictures,
+        options.edge,
+    )
+    check_output(options.output, find_videos(options.videos))
+    captioner = TransformersCaptioner(
+        options.captioner,
+        prompt=options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    bar = Progress("captioning", "clips")
+
+    def report(line: str) -> None:
+        bar.close()
+        print(f"vxl: {line}", file=sys.stderr)
+
+    try:
+        summary = make_vico(
+            options.videos,
+            captioner,
+            options.output,
+            settings,
+            on_error=options.on_error,
+            progress=bar,
+            report=report,
+        )
+    finally:
+        bar.close()
+    if options.json:
+        print(json.dumps({**vars(summary), "dropped": dict(summary.dropped)}))
+        return
+    made = f"{summary.samples} samples of {summary.videos} videos"
+    print(
+        f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
+        f"{len(summary.skipped)} videos skipped, {len(summary.bad)} unreadable"
+    )
