@@ -85,9 +85,10 @@ def test_peers_take_a_call_for_each_chunk(monkeypatch, name, chunks, order):
 
 def groups(*arguments):
     from benchmarks import attn
+    from benchmarks.attention.groups import geometry, make_groups
 
     options = attn.parse(["--device", "cuda", *arguments])
-    return options, groups.make_groups(options, groups.geometry(options))
+    return options, make_groups(options, geometry(options))
 
 
 def test_groups_of_a_gpu():
