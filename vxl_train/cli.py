@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     first = int(os.environ.get("RANK", "0")) == 0  # under torchrun or accelerate launch
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if first:
             print(line, file=sys.stderr, flush=True)
 
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
         settings,
         root=options.root,
         resume=options.resume,
-        say=say,
+        log=log,
     )
     # With the group's threads alive a process may abort at its exit.
     if torch.distributed.is_available() and torch.distributed.is_initialized():

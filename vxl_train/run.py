@@ -1,11 +1,13 @@
-"""A training run: prepared, recorded, resumed, reported."""
+"""A training run: its arguments checked, its folder locked, its model trained and reported."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,24 @@ from vxl_model.modeling import VideoXLForConditionalGeneration
 from vxl_model.streaming.ratios import make_plan
 
 from .data.dataset import TrainingData
-from .data.samples import BadSampleError, VisualShape, read_samples
+from .data.samples import SAMPLE_KINDS, BadSampleError, BadSamples, VisualShape, read_samples
 from .run_folder import (
     LOG,
     RUN,
     check_output,
+    check_resumable,
     check_same_run,
     crc,
     finished,
+    lock_folder,
     read_log,
     samples_crc,
     write_run,
 )
-from .settings import TrainSettings, decisive
-from .trainer import VideoXLTrainer, choose_parameters
+from .settings import TrainSettings, reproducibility_fields
+from .trainer import VideoXLTrainer, set_trainable_parameters
 
 __all__ = ["TrainReport", "train"]
-
-
-# -- a run --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -45,15 +46,16 @@ class TrainReport:
     """What a run did.
 
     Attributes:
-        samples: usable ones by kind: image, images, video, text.
-        bad: the others by reason.
-        steps: of the run; resumed_from: those that were done before.
-        samples_a_step, tokens_a_step: over all processes; tokens are raw visual ones and text,
-            a mean.
+        samples: number of usable samples by kind: image, images, video, text.
+        bad: number of unusable samples by reason.
+        steps: steps of the whole run.
+        resumed_from: the step that this process resumed from; 0 for a new run.
+        samples_a_step: over all processes.
+        tokens_a_step: mean over steps, over all processes; raw visual tokens and text.
         loss: of the last step.
-        seconds: of this process in its steps.
-        learning: parameters that learn.
-        result: folder of the model.
+        seconds: time that this process spent in its steps.
+        learning: number of parameters that learn.
+        result: folder of the trained model.
     """
 
     samples: dict[str, int]
@@ -76,99 +78,155 @@ def train(
     *,
     root: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
-    """Trains a checkpoint on LLaVA-style data; see the module.
+    """Trains a checkpoint on LLaVA-style data; `trainer.py` describes the recipe and the folder.
 
     Args:
         model: a checkpoint of any stage, with a tokenizer.
         data: JSON or JSONL files.
-        output: folder of the run; without `resume` it must not hold another.
+        output: folder of the run; without `resume` it must not hold another run.
         root: what paths in the data are relative to; by default each file's folder.
-        resume: go on from the last checkpoint in `output`, from the start if there is none and
-            no result either.
-        say: gets a line of text now and then.
+        resume: go on from the last checkpoint in `output`, or start anew if `output` holds neither
+            a checkpoint nor a result.
+        log: receives a line of text at each stage of the run.
 
     Raises:
-        ValueError, OSError: an argument cannot be used, said before weights are read
-            but for another `model` than the run's that is resumed;
+        ValueError, OSError: invalid arguments, or `output` is in use. Raised before weights are
+            loaded, except when `model` differs from that of the resumed run.
             BadSampleError for a bad sample where the settings say "stop".
     """
-    output = Path(output)
-    checkpoint = check_output(output, resume, model)
+    prepared = _prepare(model, data, Path(output), settings, root, resume, log)
+    with lock_folder(prepared.output) if prepared.args.should_save else nullcontext():
+        if prepared.args.should_save:  # another run may have begun since the arguments were checked
+            prepared.check(resume, model, settings)
+        return _run(prepared, model, data, settings, resume, log)
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """A run whose arguments have been checked; no weights are loaded yet.
+
+    Attributes:
+        checkpoint: what to resume from; None for a new run.
+        bad: samples that cannot be used.
+        kinds: usable samples by kind.
+        record: what `run.json` holds and a resumed run must match.
+    """
+
+    output: Path
+    checkpoint: Path | None
+    args: TrainingArguments
+    data: TrainingData
+    bad: BadSamples
+    kinds: dict[str, int]
+    record: dict[str, Any]
+
+    def check(self, resume: bool, model: str | os.PathLike[str], settings: TrainSettings) -> None:
+        """ValueError where `output` holds another run, or a checkpoint that cannot be resumed."""
+        self.checkpoint = check_output(self.output, resume, model)
+        check_same_run(self.output / RUN, self.record, self.checkpoint)
+        if self.checkpoint and not settings.new_optimizer:
+            check_resumable(self.checkpoint)
+
+    @property
+    def samples_a_step(self) -> int:
+        return self.record["samples_a_step"]
+
+
+def _prepare(
+    model: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]],
+    output: Path,
+    settings: TrainSettings,
+    root: str | os.PathLike[str] | None,
+    resume: bool,
+    log: Callable[[str], None],
+) -> _Prepared:
+    check_output(output, resume, model)
     processor = VideoXLProcessor.from_pretrained(model)
     processor.prompt_ids()  # a checkpoint without a tokenizer is refused here
-    config = VideoXLConfig.from_pretrained(model)
-    shape = visual_shape(config, settings)
+    shape = visual_shape(VideoXLConfig.from_pretrained(model), settings)
     args = settings.training_arguments(os.fspath(output))
-    if args.n_gpu > 1:  # HF would cut a batch among them, which our inputs are not made for
+    if args.n_gpu > 1:  # HF would split a batch among them, which our inputs do not allow
         raise ValueError(
             f"got {args.n_gpu} GPUs in one process, expected 1; several GPUs: start with "
             "accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
         )
     samples, bad = read_samples(data, processor, shape, root, settings.probe_files)
-    if bad and settings.on_bad_sample == "stop":
+    stop = settings.on_bad_sample == "stop"
+    if bad and stop:
         raise BadSampleError(next(iter(bad)))
-    kinds = {
-        k: n
-        for k in ("image", "images", "video", "text")
-        if (n := sum(s.kind == k for s in samples))
-    }
-    say(f"data: {_counts(kinds)}; bad: {_counts(bad.by_kind())}")
+    counts = Counter(sample.kind for sample in samples)
+    kinds = {kind: counts[kind] for kind in SAMPLE_KINDS if counts[kind]}
+    log(f"data: {_counts(kinds)}; bad: {_counts(bad.by_kind())}")
     if not samples:
         raise ValueError(f"data: no usable sample in {', '.join(str(x) for x in data)}")
-    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    about = {
-        "settings": decisive(settings),
+    record = {
+        "settings": reproducibility_fields(settings),
         "data_crc32": [crc(path) for path in data],
         "samples": [len(samples), samples_crc(samples)],
-        "samples_a_step": batch,
+        "samples_a_step": args.train_batch_size
+        * args.world_size
+        * args.gradient_accumulation_steps,
     }
-    check_same_run(output / RUN, about, checkpoint)
     dataset = TrainingData(
         samples,
         processor,
         shape,
         seed=args.seed,
         max_text_tokens=settings.max_text_tokens,
-        stop=settings.on_bad_sample == "stop",
+        stop=stop,
     )
+    prepared = _Prepared(output, None, args, dataset, bad, kinds, record)
+    prepared.check(resume, model, settings)
+    return prepared
+
+
+def _run(
+    prepared: _Prepared,
+    model: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]],
+    settings: TrainSettings,
+    resume: bool,
+    log: Callable[[str], None],
+) -> TrainReport:
+    output, checkpoint, args = prepared.output, prepared.checkpoint, prepared.args
     net = _load(model, settings, args)
     if args.should_save:  # the process that writes run.json
-        about["base_crc32"] = _weights_crc(net)
-        check_same_run(output / RUN, about, checkpoint)
-    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    say(
-        f"{settings.stage}: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters "
-        f"learn; {batch} samples a step"
+        prepared.record["base_crc32"] = _weights_crc(net)
+        check_same_run(output / RUN, prepared.record, checkpoint)
+    learning = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    log(
+        f"{settings.stage}: {learning:,} of {sum(p.numel() for p in net.parameters()):,} "
+        f"parameters learn; {prepared.samples_a_step} samples a step"
     )
     if resume:
-        say(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
-    trainer = VideoXLTrainer(net, args, dataset, settings)
+        log(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
+    trainer = VideoXLTrainer(net, args, prepared.data, settings)
     if args.should_save:
-        named = {"model": os.fspath(model), "data": [os.fspath(x) for x in data]}
-        write_run(output / RUN, {**named, **about})
-    trainer.start_bad_list(bad, resume)
-    before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-    steps = before
+        names = {"model": os.fspath(model), "data": [os.fspath(x) for x in data]}
+        write_run(output / RUN, {**names, **prepared.record})
+    trainer.start_bad_list(prepared.bad, resume)
+    resumed_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    steps = resumed_from
     if checkpoint and finished(checkpoint):  # HF's loop would do a step more
         trainer._load_from_checkpoint(os.fspath(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
         steps = trainer.state.global_step
     trainer.gather_counts()
-    log = read_log(output / LOG)
-    done = [line for line in log if line["step"] > before]
+    lines = read_log(output / LOG)
     return TrainReport(
-        samples=kinds,
+        samples=prepared.kinds,
         bad=trainer.bad.by_kind(),
         steps=steps,
-        resumed_from=before,
-        samples_a_step=batch,
-        tokens_a_step=trainer.tokens / max(1, steps - before),
-        loss=log[-1]["loss"] if log else None,
-        seconds=round(sum(x["seconds"] for x in done), 1),
-        learning=count,
+        resumed_from=resumed_from,
+        samples_a_step=prepared.samples_a_step,
+        tokens_a_step=trainer.tokens / max(1, steps - resumed_from),
+        loss=lines[-1]["loss"] if lines else None,
+        seconds=round(sum(x["seconds"] for x in lines if x["step"] > resumed_from), 1),
+        learning=learning,
         result=os.fspath(trainer.save_result()),
     )
 
@@ -180,7 +238,7 @@ def _load(
     net = VideoXLForConditionalGeneration.from_pretrained(
         path, dtype=getattr(torch, settings.dtype)
     )
-    choose_parameters(net, settings)
+    set_trainable_parameters(net, settings)
     if args.bf16 or args.fp16:
         for parameter in net.parameters():
             if parameter.requires_grad:

@@ -3,15 +3,18 @@ whether a run that is resumed is the one that was begun."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .data.samples import Sample
+from .sharded import OPTIMIZER
 
 __all__ = [
     "BAD",
@@ -20,11 +23,13 @@ __all__ = [
     "RUN",
     "WRITING",
     "check_output",
+    "check_resumable",
     "check_same_run",
     "checkpoints",
     "crc",
     "finished",
     "last_checkpoint",
+    "lock_folder",
     "put_in_place",
     "read_log",
     "samples_crc",
@@ -58,9 +63,9 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_run(path: Path, about: dict[str, Any]) -> None:
+def write_run(path: Path, record: dict[str, Any]) -> None:
     """run.json, as `_replace` writes."""
-    _replace(path, json.dumps(about, indent=1) + "\n")
+    _replace(path, json.dumps(record, indent=1) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -126,12 +131,42 @@ def check_output(output: Path, resume: bool, model: str | os.PathLike[str]) -> P
     return None
 
 
-def check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -> None:
+@contextmanager
+def lock_folder(output: Path) -> Iterator[None]:
+    """Holds the folder of a run, which is made if missing; a killed process releases it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output: {output} is in use by another run") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """ValueError for a checkpoint without optimizer state, as `save_only_model` leaves it."""
+    if not any(
+        (checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", OPTIMIZER)
+    ):
+        raise ValueError(
+            f"resume: {checkpoint} holds no optimizer state, so the run would go on to other "
+            "losses; new_optimizer: true allows that"
+        )
+
+
+def check_same_run(path: Path, record: dict[str, Any], checkpoint: Path | None) -> None:
     """A resumed run must be the one that was begun.
 
     Args:
         path: its run.json.
-        about: what of it is compared: "settings", and any others.
+        record: what is compared with it: "settings", and any others.
         checkpoint: None for a new run, which nothing is compared for.
     """
     if checkpoint is None or not path.is_file():
@@ -140,8 +175,8 @@ def check_same_run(path: Path, about: dict[str, Any], checkpoint: Path | None) -
         before = json.loads(path.read_text())
         was = {**before["settings"]}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"resume: {path}: not what a run has written") from None
-    now = json.loads(json.dumps(about))
+        raise ValueError(f"resume: {path}: damaged, or not written by a run") from None
+    now = json.loads(json.dumps(record))
     keys = {**was, **now["settings"]}
     changed = [(k, was.get(k), now["settings"].get(k)) for k in sorted(keys)]
     changed += [(key, before.get(key), now[key]) for key in now if key != "settings"]

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
-__all__ = ["TrainSettings", "decisive"]
+__all__ = ["TrainSettings", "reproducibility_fields"]
 
 STAGES = ("align", "finetune")
 
@@ -42,8 +43,39 @@ _STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
-# What the recipe needs to be so.
+# What the recipe depends on.
+_SWITCHES = (
+    "train_vision_tower",
+    "group_by_length",
+    "probe_files",
+    "torch_compile",
+    "new_optimizer",
+)
 _FIXED: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
+# TrainingArguments that the recipe does not serve, and why. Their default is allowed.
+_NO_EVALUATION = "the recipe evaluates nothing during training"
+_OWN_ORDER = "the recipe orders samples itself (group_by_length)"
+_REFUSED: dict[str, str] = {
+    "label_smoothing_factor": "the loss is plain cross entropy",
+    "neftune_noise_alpha": "text embeddings take no noise",
+    "use_liger_kernel": "the layers are this package's own",
+    "eval_strategy": _NO_EVALUATION,
+    "eval_on_start": _NO_EVALUATION,
+    "load_best_model_at_end": _NO_EVALUATION,
+    "metric_for_best_model": _NO_EVALUATION,
+    "do_eval": _NO_EVALUATION,
+    "do_predict": _NO_EVALUATION,
+    "train_sampling_strategy": _OWN_ORDER,
+    "length_column_name": _OWN_ORDER,
+    "accelerator_config": _OWN_ORDER,
+    "dataloader_in_order": _OWN_ORDER,
+    "ignore_data_skip": "a resumed run continues with the samples that were not trained yet",
+    "auto_find_batch_size": "samples a step are part of what a run is",
+    "deepspeed": "FSDP is the way to shard here",
+    "parallelism_config": "FSDP is the way to shard here",
+    "resume_from_checkpoint": "--resume finds the checkpoint",
+    "label_names": "the recipe sets it",
+}
 # A resumed run may change these; everything else would make it another run.
 _FREE = {
     "logging_steps",
@@ -57,6 +89,7 @@ _FREE = {
     "run_name",
     "log_level",
     "on_bad_sample",
+    "new_optimizer",
     # Their product, over all processes, is compared instead.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -80,6 +113,8 @@ class TrainSettings:
         group_by_length: steps of samples of similar lengths.
         probe_files: look for all files, and into their headers, before the start.
         torch_compile: compile norms, MLP and residuals, by `torch_compile_backend`.
+        new_optimizer: a resumed run may start with a new optimizer and schedule where the
+            checkpoint holds none (`save_only_model`); its losses then differ.
         dtype: of the weights, "float32" or "bfloat16". What learns is float32 under autocast
             (TrainingArguments' `bf16`) whatever this says.
         arguments: the TrainingArguments.
@@ -98,15 +133,16 @@ class TrainSettings:
     probe_files: bool = True
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
+    new_optimizer: bool = False
     dtype: str = "float32"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, config: str | os.PathLike[str] | None, stage: str, **overrides: Any) -> Any:
-        """From a YAML or JSON file; `overrides` that are not None go before it.
+        """Reads a YAML or JSON file; `overrides` that are not None take precedence.
 
         Raises:
-            ValueError: the file is no mapping, or a key or value is unknown; it names the key.
+            ValueError: the file is not a mapping, or a key or value is unknown; it names the key.
         """
         given = _read_config(config) if config is not None else {}
         given |= {key: value for key, value in overrides.items() if value is not None}
@@ -121,7 +157,7 @@ class TrainSettings:
                 hint = f"; did you mean {close[0]}?" if close else ""
                 if key in _FIXED or key == "output_dir":
                     hint = "; the recipe sets it"
-                raise ValueError(f"config: got the key {key!r}, which is no setting{hint}")
+                raise ValueError(f"config: got the key {key!r}, an unknown setting{hint}")
             known = own.get(key) or theirs[key]
             (settings if key in own else arguments)[key] = _number(known, value)
         made = cls(**settings, arguments=arguments)
@@ -133,7 +169,7 @@ class TrainSettings:
         for name in ("frames", "max_text_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an integer from 1 on")
+                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
         for name in ("fps", "projector_learning_rate", "vision_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):
@@ -146,9 +182,18 @@ class TrainSettings:
             if getattr(self, name) not in allowed:
                 want = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {want}")
-        for name in ("train_vision_tower", "group_by_length", "probe_files", "torch_compile"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        for name, reason in _REFUSED.items():
+            value = self.arguments.get(name)
+            if value not in (None, False, _default(name)):
+                raise ValueError(f"{name}: got {value!r}, expected {_default(name)!r}: {reason}")
+        if "ddp_backend" in self.arguments and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"ddp_backend: got {self.arguments['ddp_backend']!r} for one process, expected it "
+                "only under torchrun or accelerate launch"
+            )
         if self.train_vision_tower and self.stage == "align":
             raise ValueError("train_vision_tower: got true in stage 'align', expected false there")
 
@@ -168,9 +213,12 @@ class TrainSettings:
         if not values["dataloader_num_workers"]:
             values.pop("dataloader_prefetch_factor", None)
         try:
-            return TrainingArguments(output_dir=output, **values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"config: {error}") from None
+            arguments = TrainingArguments(output_dir=output, **values)
+            for reporter in get_reporting_integration_callbacks(arguments.report_to):
+                reporter()  # says which package it lacks
+        except (TypeError, ValueError, ImportError, RuntimeError) as error:
+            raise ValueError(f"config: {' '.join(str(error).split())}") from None
+        return arguments
 
 
 def _checkpointing(values: dict[str, Any]) -> None:
@@ -204,11 +252,17 @@ def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def decisive(settings: TrainSettings) -> dict[str, Any]:
+def reproducibility_fields(settings: TrainSettings) -> dict[str, Any]:
     """What a resumed run must not change."""
     values = dataclasses.asdict(settings)
     arguments = {**_DEFAULTS, **_STAGE_DEFAULTS[settings.stage], **values.pop("arguments")}
     return {k: v for k, v in {**arguments, **values}.items() if k not in _FREE}
+
+
+def _default(name: str) -> Any:
+    """The default of a TrainingArguments field; None where this release has no such field."""
+    found = [f.default for f in dataclasses.fields(TrainingArguments) if f.name == name]
+    return found[0] if found else None
 
 
 def _number(known: Any, value: Any) -> Any:

@@ -60,13 +60,21 @@ from .run_folder import (
 )
 from .settings import TrainSettings
 
-__all__ = ["TrainSettings", "VideoXLTrainer", "choose_parameters", "last_checkpoint", "read_log"]
+__all__ = [
+    "TrainSettings",
+    "VideoXLTrainer",
+    "last_checkpoint",
+    "read_log",
+    "set_trainable_parameters",
+]
 
 
 # -- what learns --------------------------------------------------------------------------------
 
 
-def choose_parameters(model: VideoXLForConditionalGeneration, settings: TrainSettings) -> None:
+def set_trainable_parameters(
+    model: VideoXLForConditionalGeneration, settings: TrainSettings
+) -> None:
     """Sets requires_grad as the stage wants it."""
     core = model.model
     tower = getattr(core, "vision_tower", None)

@@ -1,5 +1,6 @@
 """Training data: words and labels, what is refused and how it is counted, order, draws."""
 
+import gzip
 import json
 
 import numpy as np
@@ -214,6 +215,44 @@ def test_broken_lines(place, parts):
         ("broken line", "x.jsonl:2"),
         ("broken line", "x.jsonl:5"),
     ]
+
+
+def test_text_is_never_changed(place, parts):
+    """Latin-1 and JSON nested too deeply cost their line; the other lines are kept."""
+    sample = {"id": "1", "conversations": talk("Où est le café ?", "À côté du château.")}
+    latin = json.dumps(sample, ensure_ascii=False).encode("latin-1")
+    utf8 = json.dumps({**sample, "id": "2"}, ensure_ascii=False).encode()
+    deep = b"[" * 100_000 + b"]" * 100_000
+    (place / "x.jsonl").write_bytes(b"\n".join([latin, utf8, b" " + deep, b'{"id": "\xff"}']))
+    found, bad = read_samples([place / "x.jsonl"], *parts)
+    assert [x.turns[1][1] for x in found] == ["À côté du château."]
+    assert [(x.kind, x.id) for x in bad] == [("broken line", f"x.jsonl:{n}") for n in (1, 3, 4)]
+    words = [x.message for x in bad]
+    assert "not UTF-8 (byte 0xf9" in words[0]
+    assert "nested too deeply" in words[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(b"[]"), "got gzip data"),
+        ('[{"id": 1}]'.encode("utf-16"), "got UTF-16 text"),
+        ('["é"]'.encode("latin-1"), "not UTF-8"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_something_else(place, parts, data, words):
+    (place / "x.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.json") as refused:
+        read_samples([place / "x.json"], *parts)
+    assert words in str(refused.value)
+
+
+def test_a_byte_order_mark_is_skipped(place, parts):
+    for text in (json.dumps(samples()), "\n".join(json.dumps(x) for x in samples())):
+        (place / "x.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        found, bad = read_samples([place / "x.json"], *parts)
+        assert (len(found), len(bad)) == (12, 0)
 
 
 def test_broken_file(place, parts):

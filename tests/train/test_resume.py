@@ -187,6 +187,41 @@ def test_several_gpus_in_one_process(begun, monkeypatch):
     assert not (begun / "many").exists()
 
 
+def test_one_run_at_a_time(begun, again, tmp_path):
+    """A second run in the folder says so and stops; a killed one leaves no lock."""
+    hold = (
+        "import sys, time; from pathlib import Path; from vxl_train.run_folder import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    run = again.folder / "run"
+    before = sorted(path.name for path in run.iterdir())
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(run)],
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"output: .*run is in use by another run"):
+            again()
+        assert sorted(path.name for path in run.iterdir()) == before
+        other.kill()
+    assert again().steps == 2
+
+
+def test_a_checkpoint_without_optimizer_state(begun, tmp_path):
+    def run(resume, **values):
+        chosen = align(save_only_model=True, max_steps=3, **values)
+        data = [begun / "data.json"]
+        return train(begun / "model", data, tmp_path / "run", chosen, resume=resume)
+
+    run(False)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds no optimizer state"):
+        run(True)
+    assert run(True, new_optimizer=True).resumed_from == 2
+
+
 def test_a_result_without_checkpoints_is_not_replaced(again):
     run = again.folder / "run"
     for checkpoint in run.glob("checkpoint-*"):
@@ -228,7 +263,7 @@ def test_another_base_is_another_run(again):
 def test_a_damaged_run_json_is_named(again):
     for text in ('{"settings"', "[]", "{}"):
         (again.folder / "run" / "run.json").write_text(text)
-        with pytest.raises(ValueError, match=r"resume: .*run\.json: not what a run has written"):
+        with pytest.raises(ValueError, match=r"resume: .*run\.json: damaged, or not written by"):
             again()
 
 

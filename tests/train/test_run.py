@@ -21,7 +21,7 @@ from vxl_train.cli import main
 from vxl_train.data.samples import BadSampleError
 from vxl_train.run import train
 from vxl_train.settings import TrainSettings
-from vxl_train.trainer import choose_parameters, last_checkpoint, read_log
+from vxl_train.trainer import last_checkpoint, read_log, set_trainable_parameters
 
 pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
 
@@ -81,7 +81,7 @@ def test_align_resumes(place, tmp_path):
     shutil.rmtree(output / "model")
     shutil.rmtree(output / "checkpoint-5")
     said = []
-    report = train(place / "model", data, output, chosen, resume=True, say=said.append)
+    report = train(place / "model", data, output, chosen, resume=True, log=said.append)
     assert "resumed from checkpoint-4" in said
     assert (report.resumed_from, report.steps) == (4, 5)
     assert [x["loss"] for x in read_log(output / "train_log.jsonl")] == [x["loss"] for x in log]
@@ -183,7 +183,7 @@ def test_learning_rates(place, tmp_path):
         weight_decay=0.1,
     )
     model = VideoXLForConditionalGeneration.from_pretrained(place / "model")
-    choose_parameters(model, chosen)
+    set_trainable_parameters(model, chosen)
     made = type("Data", (), {"samples": []})()
     arguments = chosen.training_arguments(str(tmp_path))
     optimizer = VideoXLTrainer(model, arguments, made, chosen).create_optimizer()
@@ -381,6 +381,17 @@ def hostile(place):
     (place / "window.yaml").write_text("ratio: 999\n")
     (place / "tower.yaml").write_text("train_vision_tower: true\n")
     (place / "broken.json").write_text('[{"id": 1')
+    (place / "deep.json").write_text("[" * 100_000)
+    refused = {
+        "label_smoothing_factor": 0.1,
+        "eval_strategy": "steps",
+        "accelerator_config": {"split_batches": True},
+        "ddp_backend": "gloo",
+        "report_to": "nowhere",
+        "deepspeed": "zero.json",
+    }
+    for key, value in refused.items():
+        (place / f"{key}.json").write_text(json.dumps({key: value}))
     (place / "empty.json").write_text("[]")
     (place / "file").write_text("")
     shutil.copytree(CHECKPOINT, place / "mute", dirs_exist_ok=True)
@@ -404,6 +415,9 @@ def hostile(place):
         "no tokenizer": ({**run, "--model": "mute"}, "tokenizer: the checkpoint has none"),
         "no root": ({**run, "--root": "none"}, "--root: got none"),
         "output is a file": ({**run, "--output": "file"}, "output: got file"),
+        "deep config": ({**run, "--config": "deep.json"}, "config: deep.json"),
+        **{k: ({**run, "--config": f"{k}.json"}, k) for k in refused if k != "report_to"},
+        "report_to": ({**run, "--config": "report_to.json"}, "nowhere"),
     }
 
 
@@ -427,6 +441,13 @@ HOSTILE = [
     "no tokenizer",
     "no root",
     "output is a file",
+    "deep config",
+    "label_smoothing_factor",
+    "eval_strategy",
+    "accelerator_config",
+    "ddp_backend",
+    "deepspeed",
+    "report_to",
 ]
 
 

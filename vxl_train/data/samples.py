@@ -21,6 +21,7 @@ from vxl_model.video.decoders.choose import header_seconds
 
 __all__ = [
     "KINDS",
+    "SAMPLE_KINDS",
     "BadSample",
     "BadSampleError",
     "BadSamples",
@@ -30,12 +31,24 @@ __all__ = [
 ]
 
 MARKERS = ("<image>", "<video>")
+SAMPLE_KINDS = ("image", "images", "video", "text")
 _ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+}
+_BOM = b"\xef\xbb\xbf"
+_OTHER_FORMATS = {  # by a file's first bytes
+    b"\x1f\x8b": "gzip data",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"\xfd7zXZ": "xz data",
+    b"BZh": "bzip2 data",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
 }
 _CHARACTERS_A_TOKEN = 4  # of English text, roughly; only lengths' order matters
 _MOST = 1e12  # of a width, a number of frames, seconds
@@ -200,26 +213,39 @@ def read_samples(
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a file: its place in a list or its line; a ValueError as the record of
-    a line that is no JSON."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        head = file.read(64).lstrip("\ufeff \t\r\n")
+    """`(number, record)` of a file: its index in a list or its line, counted from 1. A line that
+    is not JSON in UTF-8 gives a ValueError as its record.
+
+    Raises:
+        ValueError: the file is compressed or UTF-16, or a list that is not JSON in UTF-8.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+        for magic, name in _OTHER_FORMATS.items():
+            if head.startswith(magic):
+                raise ValueError(f"{path}: got {name}, expected JSON or JSONL in UTF-8")
         file.seek(0)
-        if head.startswith("["):
-            try:
-                records = json.loads(file.read().lstrip("\ufeff"))
-            except ValueError as error:
-                raise ValueError(f"{path}: not JSON ({error})") from None
+        if head.removeprefix(_BOM).lstrip().startswith(b"["):
+            records = _parsed(file.read())
+            if isinstance(records, ValueError):
+                raise ValueError(f"{path}: {records}")
             yield from enumerate(records)
             return
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.lstrip("\ufeff"))
-            except ValueError as error:
-                record = error
-            yield number, record
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _parsed(data: bytes) -> Any:
+    """The JSON value of some bytes, or a ValueError that says why there is none."""
+    try:
+        return json.loads(data.removeprefix(_BOM).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 (byte {data[error.start]:#04x} at {error.start})")
+    except ValueError as error:
+        return ValueError(f"not JSON ({error})")
+    except RecursionError:
+        return ValueError("not usable JSON (nested too deeply)")
 
 
 def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sample:
