@@ -8,9 +8,9 @@ from vxl_kernels.testing import Inputs, make_inputs
 
 HALF = torch.float16
 SMALL = configs.BackwardConfig(
-    configs.RowsConfig(32, 32, 16, 4, 2),
-    configs.KeysConfig(32, 32, 16, 4, 2),
-    configs.KeysConfig(32, 32, 16, 4, 2, False),
+    configs.DqConfig(32, 32, 16, 4, 2),
+    configs.DkvConfig(32, 32, 16, 4, 2),
+    configs.DkvConfig(32, 32, 16, 4, 2, False),
 )
 
 # name: arguments of make_inputs. Under `small_tiles`, BLOCK_N 32: pages of 64 and one page a

@@ -38,7 +38,7 @@ SAMPLE = (
     "rope_append bf16",
     "delta bf16",
     "backward_q bf16",
-    "backward_own bf16",
+    "backward_new bf16",
     "backward_cache bf16",
     "sum_pages bf16",
 )
@@ -102,7 +102,7 @@ SMALL = {  # compute capability: what is compiled for it
         "prefill bf16 d128",
         "decode bf16 d128",
         "backward_q bf16 d128",
-        "backward_own bf16 d128",
+        "backward_new bf16 d128",
         "backward_cache bf16 d128",
     ),
     89: ("decode bf16 d128",),

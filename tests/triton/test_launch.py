@@ -159,7 +159,7 @@ def test_all_memory_is_known_from_shapes():
     """As a captured CUDA graph needs: other lengths, same launch."""
     first, second = plan(rows=3), plan(rows=3)
     assert [x.grid for x in first] == [x.grid for x in second]
-    assert first[0].arguments["part_ptr"].shape == (1, 1 + 256 * 128 // 256, 3, 28, 128)
+    assert first[0].arguments["partial_ptr"].shape == (1, 1 + 256 * 128 // 256, 3, 28, 128)
 
 
 # -- nothing recompiles ------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_capacities_behind_int32_are_refused(what):
 
 def test_split_size_depends_on_rows_alone():
     sizes = {
-        (batch, pages): plan(rows=1, batch=batch, pages=pages)[0].constexprs["SPLIT_KEYS"]
+        (batch, pages): plan(rows=1, batch=batch, pages=pages)[0].constexprs["SPLIT_SIZE"]
         for batch in (1, 64)
         for pages in (1, 4096)
     }
@@ -266,15 +266,15 @@ def test_split_size_depends_on_rows_alone():
 
 
 @pytest.mark.parametrize(
-    ("rows", "lanes", "split"),
+    ("rows", "packed_rows", "split"),
     [(1, 16, 256), (3, 32, 256), (9, 64, 256), (18, 128, 256), (20, 128, 512), (64, 128, 1024)],
 )
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
-def test_tiles_grow_with_the_lanes(arch, rows, lanes, split):
-    """7 heads a KV head. As many programs of 128 lanes for 8100 entries, whatever the rows are."""
+def test_tiles_grow_with_the_rows(arch, rows, packed_rows, split):
+    """7 heads a KV head. 8100 entries make as many programs of 128 packed rows for any rows."""
     first = plan(rows=rows, arch=arch, pages=64)[0]
-    assert (first.tile["rows"], first.constexprs["SPLIT_KEYS"]) == (lanes, split)
-    tiles, splits = -(-rows * 7 // lanes), 1 + 64 * 128 // split
+    assert (first.tile["rows"], first.constexprs["SPLIT_SIZE"]) == (packed_rows, split)
+    tiles, splits = -(-rows * 7 // packed_rows), 1 + 64 * 128 // split
     assert first.grid == (tiles * 4 * splits, 1)
     assert first.constexprs["TMA"] == (arch in ("cuda:90", "cuda:100"))
 
@@ -298,11 +298,11 @@ def test_packed_heads_read_keys_once(rows):
 
 
 def test_packing_wastes_no_lane():
-    """128 lanes are not 18 positions of 7 heads (126) but 18 and two sevenths."""
+    """128 packed rows are not 18 positions of 7 heads (126) but 18 and two sevenths."""
     layout = ChunkLayout(1440, 8)
     first = plan(layout)[0]
-    lanes = layout.rows * 28
-    assert first.grid[0] * first.tile["rows"] - lanes < 4 * first.tile["rows"]
+    packed_rows = layout.rows * 28
+    assert first.grid[0] * first.tile["rows"] - packed_rows < 4 * first.tile["rows"]
 
 
 # -- what is shipped ---------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_packing_wastes_no_lane():
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_the_catalog_is_complete(arch):
     entries = catalog.shipped(arch)
-    backward = {"delta", "backward_q", "backward_own", "backward_cache", "sum_pages"}
+    backward = {"delta", "backward_q", "backward_new", "backward_cache", "sum_pages"}
     others = {"prefill", "decode", "merge", "linear", "rope_append"}
     assert {e.kernel for e in entries} == backward | others
     assert len({(e.kernel, e.config) for e in entries}) == len(entries)

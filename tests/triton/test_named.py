@@ -79,7 +79,7 @@ def on_cuda_key(name, *args):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_implementations_under_the_cuda_key_read_no_value(layout, launched):
     """A value that came to the host raises under FakeTensorMode; the launches are Triton's."""
-    ints, backward = ops.layout_to_ints(layout), ["delta", "backward_q", "backward_own"]
+    ints, backward = ops.layout_to_ints(layout), ["delta", "backward_q", "backward_new"]
     with FakeTensorMode(), torch.no_grad():
         *tensors, _, inv_freq = fake_call(layout)
         on_cuda_key("rope_append_launch", *tensors, ints, inv_freq)

@@ -132,7 +132,7 @@ def test_asking_costs_a_few_instructions(arch):
     kernel = next(
         e for e in catalog.shipped(arch) if f"{e.kernel} {e.config}".startswith("prefill")
     )
-    assert kernel.constexprs["SKIP"] == 64
+    assert kernel.constexprs["WARP_SKIP_ELEMENTS"] == 64
     row = measure(kernel, arch, compile_kernel(kernel, arch))
     assert row.spill_bytes == 0
     assert row.share_of_peak > row.share_rescaling + 0.01, "no branch around the multiplications"

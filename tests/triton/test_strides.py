@@ -70,20 +70,20 @@ def test_caches_out_of_reach_go_by_64_bits(page, slot, near, which, kind, page_s
     caches[which] = meta(*shape, strides=(page, slot, HEAD_DIM, 1))
     first, dq = plan(LAYOUTS[kind], **caches)
     assert first.name == kind
-    expected = {128: "whole", 16: "part"}[page_size] if near else "any"
-    assert first.constexprs["PAGES"] == expected
-    assert dq.constexprs["WHOLE"] is (expected == "whole")
+    expected = {128: "block_in_page", 16: "pages_in_block"}[page_size] if near else "gather"
+    assert first.constexprs["PAGE_MODE"] == expected
+    assert dq.constexprs["BLOCK_IN_PAGE"] is (expected == "block_in_page")
 
 
 def test_one_page_out_of_reach_goes_by_64_bits():
-    """A table of one page is "whole", unless its slots are far."""
+    """A table of one page is "block_in_page", unless its slots are far."""
     table = meta(1, 1, dtype=torch.int32)
     lens, q = meta(1, dtype=torch.int32), meta(1, 1, KV_HEADS, HEAD_DIM)
-    for slot, expected in ((MAX_STRIDE, "whole"), (MAX_STRIDE + 8, "any")):
+    for slot, expected in ((MAX_STRIDE, "block_in_page"), (MAX_STRIDE + 8, "gather")):
         strides = (50 * slot, slot, HEAD_DIM, 1)
         cache = meta(2, 50, KV_HEADS, HEAD_DIM, strides=strides)
         call = (q, q, q, cache, cache, table, lens)
-        assert launch.plan_attention(*call, [], 0.1)[0][0].constexprs["PAGES"] == expected
+        assert launch.plan_attention(*call, [], 0.1)[0][0].constexprs["PAGE_MODE"] == expected
 
 
 # -- own rows ----------------------------------------------------------------------------------

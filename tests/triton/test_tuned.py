@@ -80,7 +80,9 @@ def test_tiles_hold_for_the_gpu_they_were_timed_on(two_gpus, monkeypatch):
 )
 def test_tiles_that_would_be_wrong_are_refused(entry, two_gpus):
     two_gpus.write_text(json.dumps({key(): {NAME: entry}}))
-    expected = f"{two_gpus}, {key()!r}, {NAME!r}: got {entry}, expected [block_m, block_n, edge_n"
+    expected = (
+        f"{two_gpus}, {key()!r}, {NAME!r}: got {entry}, expected [block_m, block_n, masked_block_n"
+    )
     with pytest.raises(ValueError, match=re.escape(f"VXL_TRITON_CONFIGS {expected}")):
         configs.prefill_config("cuda:80", 128, 2, torch.device("cuda", 0))
 

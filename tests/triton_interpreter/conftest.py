@@ -28,4 +28,6 @@ def small_tiles(monkeypatch):
     small = configs.AttentionConfig(32, 32, 16, 4, 2)
     monkeypatch.setattr(configs, "prefill_config", lambda *args: small)
     monkeypatch.setattr(configs, "decode_config", lambda *args: small)
-    monkeypatch.setattr(configs, "split_keys", lambda lanes: 64 if lanes <= 32 else None)
+    monkeypatch.setattr(
+        configs, "split_size", lambda packed_rows: 64 if packed_rows <= 32 else None
+    )

@@ -50,12 +50,12 @@ def test_the_cases_take_every_branch():
         launches, _, _ = launch.plan_attention(*tensors, ops.layout_to_ints(x.layout), 1.0)
         c = launches[0].constexprs
         odd = c["HEAD_DIM"] != c["BLOCK_D"]
-        branch = (c["HAS_CACHE"], c["PAGES"], odd)
+        branch = (c["HAS_CACHE"], c["PAGE_MODE"], odd)
         taken.setdefault(launches[0].name, set()).add(branch)
     for kernel, column in (("prefill", 0), ("prefill", 2), ("decode", 0), ("decode", 2)):
         assert {b[column] for b in taken[kernel]} == {True, False}, (kernel, column)
     for kernel in ("prefill", "decode"):
-        assert {b[1] for b in taken[kernel]} == {"whole", "part", "any"}
+        assert {b[1] for b in taken[kernel]} == {"block_in_page", "pages_in_block", "gather"}
 
 
 @core
@@ -108,7 +108,7 @@ def test_shipped_tiles(shape, dtype):
 @pytest.mark.usefixtures("small_tiles")
 def test_the_softmax_of_each_architecture(arch, width, slack, parts, name, monkeypatch):
     """The interpreter plans for sm_80; others keep pivots and sums in other ways. Decode in tiles
-    of 64 lanes; fewer share their rows, and sums, among all warps."""
+    of 64 packed rows; fewer share their rows, and sums, among all warps."""
     constants, used = launch._softmax_constants, []
 
     def of_arch(_arch, config, _width, itemsize):
@@ -123,7 +123,11 @@ def test_the_softmax_of_each_architecture(arch, width, slack, parts, name, monke
     with poisoned_memory():
         out, lse = attend(inputs)
     check_attention(inputs, out, lse)
-    assert (used[0]["SLACK"], used[0]["PARTS"], used[0]["ISA"]) == (slack, parts, "")
+    assert (used[0]["RESCALE_THRESHOLD"], used[0]["ROW_SUM_SPLITS"], used[0]["ISA"]) == (
+        slack,
+        parts,
+        "",
+    )
 
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))

@@ -21,7 +21,7 @@ core = pytest.mark.triton_core  # also with the oldest Triton
 def small_backward_tiles(request, monkeypatch, small_tiles):
     if "shipped" not in request.node.name:
         monkeypatch.setattr(configs, "backward_config", lambda *args: SMALL)
-        monkeypatch.setattr(launch_backward, "_ROWS_OF_A_PART", 50)
+        monkeypatch.setattr(launch_backward, "_ROWS_OF_A_SPLIT", 50)
 
 
 def equal(ours, theirs):
@@ -70,16 +70,16 @@ def test_the_cases_take_every_branch():
         for each in plans(name):
             c = each.constexprs
             found = taken.setdefault(each.name, {})
-            for branch in ("HAS_CACHE", "WHOLE"):
+            for branch in ("HAS_CACHE", "BLOCK_IN_PAGE"):
                 found.setdefault(branch, set()).add(c.get(branch))
             found.setdefault("odd", set()).add(c.get("HEAD_DIM") != c.get("BLOCK_D"))
-            found.setdefault("parts", set()).add(each.arguments.get("parts", 1) > 1)
+            found.setdefault("chunk_splits", set()).add(each.arguments.get("chunk_splits", 1) > 1)
     assert taken["backward_q"]["HAS_CACHE"] == {True, False}
-    assert taken["backward_q"]["WHOLE"] == {True, False}
-    for kernel in ("delta", "backward_q", "backward_own", "backward_cache"):
+    assert taken["backward_q"]["BLOCK_IN_PAGE"] == {True, False}
+    for kernel in ("delta", "backward_q", "backward_new", "backward_cache"):
         assert taken[kernel]["odd"] == {True, False}, kernel
     for kernel in ("backward_cache", "sum_pages"):
-        assert taken[kernel]["parts"] == {True, False}, kernel
+        assert taken[kernel]["chunk_splits"] == {True, False}, kernel
 
 
 @core
@@ -87,13 +87,13 @@ def test_the_cases_take_every_branch():
 def test_the_copy_engine_brings_the_same(name, monkeypatch):
     """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
     inputs = call(name)
-    keys = configs.KeysConfig(32, 32, 32, 4, 2)
-    even = dataclasses.replace(SMALL, own=keys, cached=keys)
+    keys = configs.DkvConfig(32, 32, 32, 4, 2)
+    even = dataclasses.replace(SMALL, dkv_new=keys, dkv_cached=keys)
     monkeypatch.setattr(configs, "backward_config", lambda *args: even)
     _, _, grads = backward(inputs)
     monkeypatch.setattr(configs, "has_tma", lambda arch: True)
     tma = {each.name: each.constexprs.get("TMA") for each in plans(name)}
-    assert [tma[n] for n in ("backward_q", "backward_own", "backward_cache")] == [True] * 3
+    assert [tma[n] for n in ("backward_q", "backward_new", "backward_cache")] == [True] * 3
     _, _, by_tma = backward(inputs)
     assert equal(grads, by_tma)
 
@@ -249,7 +249,7 @@ def sees_one_more(position, ratio):
 
 
 @triton.jit
-def own_rows_late(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
+def rows_seeing_late(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
     first = tl.where(is_vst, (start + 1) * ratio, start)
     raw = raw_base + first + 1, raw_base + tl.where(is_vst, (last + 1) * ratio, last), raw_end
     vst = vst_base + start // ratio, vst_base + last, vst_end
@@ -257,7 +257,7 @@ def own_rows_late(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_e
 
 
 @triton.jit
-def own_rows_unmasked(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
+def rows_seeing_unmasked(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
     first = tl.where(is_vst, (start + 1) * ratio, start)
     vst_first = tl.where(is_vst, start, start // ratio)
     raw = raw_base + first, raw_base + first, raw_end
@@ -270,8 +270,8 @@ def one_less_cached(cache_seqlens_ptr, i_batch, page_size, max_pages):
 
 
 @triton.jit
-def without_the_last_chunk(i, chunks, parts):
-    return i * chunks // parts, (i + 1) * chunks // parts - 1
+def without_the_last_chunk(i, chunks, chunk_splits):
+    return i * chunks // chunk_splits, (i + 1) * chunks // chunk_splits - 1
 
 
 @triton.jit
@@ -287,14 +287,14 @@ def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.cons
 
 
 MISTAKES = [
-    (kernels, "visible_own", sees_one_more),
-    (kernels, "_own_rows", own_rows_late),
-    (kernels, "_own_rows", own_rows_unmasked),
+    (kernels, "visible_new", sees_one_more),
+    (kernels, "_rows_seeing", rows_seeing_late),
+    (kernels, "_rows_seeing", rows_seeing_unmasked),
     (kernels, "cached_entries", one_less_cached),
-    (kernels, "_part", without_the_last_chunk),
+    (kernels, "_chunks_of", without_the_last_chunk),
     (kernels, "_find_page", first_find_only),
-    (kernels, "own_row", next_chunks_vsts),
-    (primitives, "own_row", next_chunks_vsts),
+    (kernels, "chunk_row", next_chunks_vsts),
+    (primitives, "chunk_row", next_chunks_vsts),
 ]
 
 

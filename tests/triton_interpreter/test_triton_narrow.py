@@ -55,7 +55,7 @@ def nearest(bits):
 
 def test_every_number_goes_to_the_nearest():
     bits = patterns()
-    np.testing.assert_array_equal(narrowed(bits, "no bf16"), nearest(bits))
+    np.testing.assert_array_equal(narrowed(bits, "no_bf16_cvt"), nearest(bits))
 
 
 @core
@@ -65,7 +65,7 @@ def test_largest_numbers_infinities_and_nan():
     expected = np.array([0, 0x7F80, 0x7F7F, 0x7F80, 0x7FC0, 0, 0, 1], np.uint32)
     for sign in (0, 0x8000):
         signed = bits | np.uint32(sign << 16)
-        np.testing.assert_array_equal(narrowed(signed, "no bf16"), expected | np.uint32(sign))
+        np.testing.assert_array_equal(narrowed(signed, "no_bf16_cvt"), expected | np.uint32(sign))
 
 
 def test_only_ties_differ_from_the_instruction():
@@ -74,7 +74,7 @@ def test_only_ties_differ_from_the_instruction():
     theirs = torch.from_numpy(bits.view(np.float32)).bfloat16().view(torch.int16).numpy()
     theirs = theirs.view(np.uint16).astype(np.uint32)
     ties = bits & np.uint32(0xFFFF) == 0x8000
-    differ = narrowed(bits, "no bf16") != theirs
+    differ = narrowed(bits, "no_bf16_cvt") != theirs
     assert not differ[~ties].any()
     even = bits >> np.uint32(16) & np.uint32(1) == 0
     np.testing.assert_array_equal(differ[ties], even[ties])

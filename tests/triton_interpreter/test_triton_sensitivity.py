@@ -49,36 +49,36 @@ def one_less_cached(cache_seqlens_ptr, i_batch, page_size, max_pages):
 
 @triton.jit
 def no_rescaling(
-    scores, scale, pivot, total, acc,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
+    scores, scale, row_ref, row_sum, acc,
+    RESCALE_THRESHOLD: tl.constexpr, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
-    new_pivot = tl.maximum(pivot, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_pivot[:, None])
-    return weights, new_pivot, total + tl.sum(weights, 1)[:, None] / total.shape[1], acc
+    new_ref = tl.maximum(row_ref, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_ref[:, None])
+    return p, new_ref, row_sum + tl.sum(p, 1)[:, None] / row_sum.shape[1], acc
 
 
 @triton.jit
 def first_pivot(
-    scores, scale, pivot, total, acc,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
+    scores, scale, row_ref, row_sum, acc,
+    RESCALE_THRESHOLD: tl.constexpr, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
-    """Never follows the maximum: float16's weights overflow."""
-    new_pivot = tl.where(pivot == float("-inf"), tl.max(scores, 1) * scale, pivot)
-    weights = tl.exp2(scores * scale - new_pivot[:, None])
-    return weights, new_pivot, total + tl.sum(weights, 1)[:, None] / total.shape[1], acc
+    """Never follows the maximum: float16's p overflow."""
+    new_ref = tl.where(row_ref == float("-inf"), tl.max(scores, 1) * scale, row_ref)
+    p = tl.exp2(scores * scale - new_ref[:, None])
+    return p, new_ref, row_sum + tl.sum(p, 1)[:, None] / row_sum.shape[1], acc
 
 
 @triton.jit
-def rescales_late(acc, shrink, SKIP: tl.constexpr, ISA: tl.constexpr = ""):
-    """As if a warp jumped over the rescaling while a row's pivot moves a little."""
-    return tl.where(shrink[:, None] > 2.0**-9, acc, acc * shrink[:, None])
+def rescales_late(acc, row_scale, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr = ""):
+    """As if a warp jumped over the rescaling while a row's row_ref moves a little."""
+    return tl.where(row_scale[:, None] > 2.0**-9, acc, acc * row_scale[:, None])
 
 
 MISTAKES = [
-    (prefill, "visible_own", sees_one_more, "split, whole pages"),
-    (prefill, "visible_own", sees_vsts_late, "split, whole pages"),
+    (prefill, "visible_new", sees_one_more, "split, whole pages"),
+    (prefill, "visible_new", sees_vsts_late, "split, whole pages"),
     (prefill, "query_row", without_vsts, "split, whole pages"),
-    (primitives, "own_row", next_chunks_vsts, "split, whole pages"),
+    (primitives, "chunk_row", next_chunks_vsts, "split, whole pages"),
     (primitives, "page_of", first_page_only, "split, whole pages"),
     (primitives, "page_of", first_page_only, "split, parts"),
     (primitives, "page_of", first_page_only, "decode, any pages"),

@@ -25,11 +25,11 @@ def played(monkeypatch):
         )
     )
     monkeypatch.setattr(tune, "_call", lambda *_: call | {"layout": [], "scale": 0.25})
-    monkeypatch.setattr(configs, "split_keys", lambda lanes: None)
+    monkeypatch.setattr(configs, "split_size", lambda packed_rows: None)
 
     def of_tile(planned, **_):
         c = planned.constexprs
-        tile = configs.AttentionConfig(c["BLOCK_M"], c["BLOCK_N"], c["EDGE_N"], 4, 1)
+        tile = configs.AttentionConfig(c["BLOCK_M"], c["BLOCK_N"], c["MASKED_BLOCK_N"], 4, 1)
         return TIMES[tile]
 
     monkeypatch.setattr(triton.testing, "do_bench", of_tile)

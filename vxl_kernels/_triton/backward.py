@@ -14,7 +14,8 @@ A chunk is two runs of rows, raw tokens and VSTs, each contiguous in memory: spl
 position order (interleaved, or plain text) are a chunk of raw tokens alone; only `kept`, what a
 chunk adds to the cache, tells them apart from text. So there is one way through the kernels.
 
-`dq_kernel` walks the keys as `prefill.py` does: lanes are positions x query heads of a KV head.
+`dq_kernel` walks the keys as `prefill.py` does: packed rows are positions x query heads of a KV
+head.
 `dkv_kernel` owns keys and walks the rows that see them, head by head: of each run of rows the
 last ones, in whole blocks, see all keys of the program and need no mask; those before them go
 through a masked loop. Rows of all later chunks follow one another, so a block of cache entries
@@ -22,7 +23,7 @@ has two such runs as well.
 
 Forks may share pages, so the cache's gradient is written for each sequence on its own, in float32,
 and `sum_pages_kernel` adds up a page's: it looks for the page in the block tables. Long calls are
-also cut into parts, ranges of chunks: few cache entries would be few programs.
+also cut into splits, ranges of chunks: few cache entries would be few programs.
 
 Source: FlashAttention-2, section 3.1.2.
 """
@@ -32,18 +33,18 @@ import triton.language as tl
 
 from .primitives import (
     cached_entries,
+    chunk_row,
     load_block,
     load_rows,
-    own_row,
     query_row,
-    visible_own,
+    visible_new,
 )
 
 __all__ = ["delta_kernel", "dkv_kernel", "dq_kernel", "sum_pages_kernel"]
 
 # Data, not code: no length is compiled in. What strides tell of them: `launch._row_strides`.
 _LENGTHS = [
-    "window", "ratio", "kept", "chunks", "page_size", "max_pages", "batch", "parts",
+    "window", "ratio", "kept", "chunks", "page_size", "max_pages", "batch", "chunk_splits",
 ]  # fmt: skip
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -93,11 +94,18 @@ def _scores_backward(
 
 @triton.jit
 def _entry_offset(
-    table_ptr, start, offs_n, page_stride, slot_stride, page_size, max_pages, WHOLE: tl.constexpr
+    table_ptr,
+    start,
+    offs_n,
+    page_stride,
+    slot_stride,
+    page_size,
+    max_pages,
+    BLOCK_IN_PAGE: tl.constexpr,
 ):
     """Elements from the cache's start to the entries `start + offs_n`, as (one number for all,
-    one for each [N, 1]). WHOLE: a block lies in one page, and within it 32 bits are enough."""
-    if WHOLE:
+    one for each [N, 1]). BLOCK_IN_PAGE: a block lies within one page, where 32 bits are enough."""
+    if BLOCK_IN_PAGE:
         entry = tl.minimum(start // page_size, max_pages - 1)
         page = tl.load(table_ptr + entry).to(tl.int64)
         slot = start - entry * page_size
@@ -118,13 +126,13 @@ def dq_kernel(
     k_batch, k_row, k_head, v_batch, v_row, v_head,
     kc_page, kc_slot, kc_head, vc_page, vc_slot, vc_head,
     window, ratio, kept, chunks, page_size, max_pages,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_CACHE: tl.constexpr, WHOLE: tl.constexpr, SAME_STRIDES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_CACHE: tl.constexpr, BLOCK_IN_PAGE: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, ALLOW_LICM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles * chunks * KV_HEADS, batch). Names as in `prefill_kernel`. HOIST: whether what a
-    loop does not change may be worked out before it."""
+    """Grid: (tiles * chunks * KV_HEADS, batch). Names as in `prefill_kernel`. ALLOW_LICM: whether
+    the compiler may hoist loop invariants."""
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
     length = window + window // ratio  # rows of a chunk
@@ -133,17 +141,17 @@ def dq_kernel(
     i_head = pid % KV_HEADS
     i_chunk = pid // KV_HEADS % chunks
     # Programs start in the order of their number: those with the most keys first.
-    i_tile = tl.cdiv(length * GROUP, BLOCK_M) - 1 - pid // (KV_HEADS * chunks)
+    i_tile = tl.cdiv(length * GROUP_SIZE, BLOCK_M) - 1 - pid // (KV_HEADS * chunks)
     i_batch = tl.program_id(1).to(tl.int64)
 
-    # The tile's rows. Lanes behind the last row repeat it and are not stored.
-    first_lane = i_tile * BLOCK_M
-    last_lane = tl.minimum(first_lane + BLOCK_M, length * GROUP) - 1
-    offs_lane = tl.minimum(first_lane + tl.arange(0, BLOCK_M), last_lane)
-    offs_head = i_head * GROUP + offs_lane % GROUP
-    offs_row = query_row(offs_lane // GROUP, i_chunk, window, ratio, chunks, True)
+    # The tile's packed rows. Those past the last repeat it and are not stored.
+    first_m = i_tile * BLOCK_M
+    last_m = tl.minimum(first_m + BLOCK_M, length * GROUP_SIZE) - 1
+    offs_m = tl.minimum(first_m + tl.arange(0, BLOCK_M), last_m)
+    offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE
+    offs_row = query_row(offs_m // GROUP_SIZE, i_chunk, window, ratio, chunks, True)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_e = tl.arange(0, EDGE_N)
+    offs_e = tl.arange(0, MASKED_BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
 
     at_row, at_head = offs_row.to(tl.int64)[:, None], offs_head.to(tl.int64)[:, None]
@@ -152,7 +160,7 @@ def dq_kernel(
     grad_ptrs = grad_out_ptr + i_batch * grad_out_batch + at_row * grad_out_row
     grad_ptrs += at_head * grad_out_head
     grad = load_rows(grad_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
-    offs_lse = (i_batch * (KV_HEADS * GROUP) + offs_head) * rows + offs_row
+    offs_lse = (i_batch * (KV_HEADS * GROUP_SIZE) + offs_head) * rows + offs_row
     log2 = tl.load(log2_ptr + offs_lse)[:, None]
     delta = tl.load(delta_ptr + offs_lse)[:, None]
     log2_scale = scale * _LOG2E
@@ -166,7 +174,7 @@ def dq_kernel(
         full = cached // BLOCK_N * BLOCK_N
         k_cache_ptr += i_head.to(tl.int64) * kc_head
         v_cache_ptr += i_head.to(tl.int64) * vc_head
-        for start in tl.range(0, full, BLOCK_N, disable_licm=not HOIST):
+        for start in tl.range(0, full, BLOCK_N, disable_licm=not ALLOW_LICM):
             if TMA:
                 entry = start // page_size
                 page = tl.load(table_ptr + entry)
@@ -175,25 +183,27 @@ def dq_kernel(
                 v = v_cache_desc.load([page, i_head, slot, 0]).reshape(BLOCK_N, BLOCK_D)
             else:
                 base, each = _entry_offset(
-                    table_ptr, start, offs_n, kc_page, kc_slot, page_size, max_pages, WHOLE
+                    table_ptr, start, offs_n, kc_page, kc_slot, page_size, max_pages, BLOCK_IN_PAGE
                 )
                 k = load_rows(k_cache_ptr + base + (each + offs_d), 0, 0, HEAD_DIM, False)
                 base, each = _entry_offset(
-                    table_ptr, start, offs_n, vc_page, vc_slot, page_size, max_pages, WHOLE
+                    table_ptr, start, offs_n, vc_page, vc_slot, page_size, max_pages, BLOCK_IN_PAGE
                 )
                 v = load_rows(v_cache_ptr + base + (each + offs_d), 0, 0, HEAD_DIM, False)
             _, ds = _scores_backward(
                 q, k, grad, v, log2, delta, scale, log2_scale, 0, False, PRECISION
             )
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        for start in tl.range(full, cached, EDGE_N, num_stages=1, disable_licm=not HOIST):
+        for start in tl.range(
+            full, cached, MASKED_BLOCK_N, num_stages=1, disable_licm=not ALLOW_LICM
+        ):
             offs_key = start + offs_e
             base, each = _entry_offset(
-                table_ptr, start, offs_e, kc_page, kc_slot, page_size, max_pages, WHOLE
+                table_ptr, start, offs_e, kc_page, kc_slot, page_size, max_pages, BLOCK_IN_PAGE
             )
             k = load_rows(k_cache_ptr + base + (each + offs_d), offs_key, cached, HEAD_DIM, True)
             base, each = _entry_offset(
-                table_ptr, start, offs_e, vc_page, vc_slot, page_size, max_pages, WHOLE
+                table_ptr, start, offs_e, vc_page, vc_slot, page_size, max_pages, BLOCK_IN_PAGE
             )
             v = load_rows(v_cache_ptr + base + (each + offs_d), offs_key, cached, HEAD_DIM, True)
             seen = (offs_key < cached)[None, :]
@@ -203,16 +213,16 @@ def dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
-    raw_least, vst_least = visible_own(first_lane // GROUP, ratio)
-    raw_end, vst_end = visible_own(last_lane // GROUP, ratio)
-    raw_full = raw_least // BLOCK_N
-    vst_full = vst_least // BLOCK_N
+    raw_min, vst_min = visible_new(first_m // GROUP_SIZE, ratio)
+    raw_end, vst_end = visible_new(last_m // GROUP_SIZE, ratio)
+    raw_full = raw_min // BLOCK_N
+    vst_full = vst_min // BLOCK_N
     k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
     v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
-    for i in tl.range(0, raw_full + vst_full, disable_licm=not HOIST):
+    for i in tl.range(0, raw_full + vst_full, disable_licm=not ALLOW_LICM):
         is_vst = i >= raw_full
         start = tl.where(is_vst, i - raw_full, i) * BLOCK_N
-        row = own_row(is_vst, start, i_chunk, window, ratio, chunks, True)
+        row = chunk_row(is_vst, start, i_chunk, window, ratio, chunks, True)
         at = row.to(tl.int64)
         k_ptrs = k_ptr + at * k_row + ((offs_n * k_row)[:, None] + offs_d)
         v_ptrs = v_ptr + at * v_row + ((offs_n * v_row)[:, None] + offs_d)
@@ -222,16 +232,16 @@ def dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     # Positions once more, for few of the loops' registers: program_id(2) is 0, but no compiler
     # knows.
-    lane = first_lane + tl.program_id(2) + tl.arange(0, BLOCK_M)
-    raw_bound, vst_bound = visible_own(tl.minimum(lane, last_lane) // GROUP, ratio)
-    raw_full *= BLOCK_N // EDGE_N
-    vst_full *= BLOCK_N // EDGE_N
-    raw_edge = tl.cdiv(raw_end, EDGE_N) - raw_full
-    vst_edge = tl.cdiv(vst_end, EDGE_N) - vst_full
-    for i in tl.range(0, raw_edge + vst_edge, num_stages=1, disable_licm=not HOIST):
-        is_vst = i >= raw_edge
-        start = tl.where(is_vst, vst_full + i - raw_edge, raw_full + i) * EDGE_N
-        at = own_row(is_vst, start, i_chunk, window, ratio, chunks, True).to(tl.int64)
+    offs_m = first_m + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    raw_bound, vst_bound = visible_new(tl.minimum(offs_m, last_m) // GROUP_SIZE, ratio)
+    raw_full *= BLOCK_N // MASKED_BLOCK_N
+    vst_full *= BLOCK_N // MASKED_BLOCK_N
+    raw_masked = tl.cdiv(raw_end, MASKED_BLOCK_N) - raw_full
+    vst_masked = tl.cdiv(vst_end, MASKED_BLOCK_N) - vst_full
+    for i in tl.range(0, raw_masked + vst_masked, num_stages=1, disable_licm=not ALLOW_LICM):
+        is_vst = i >= raw_masked
+        start = tl.where(is_vst, vst_full + i - raw_masked, raw_full + i) * MASKED_BLOCK_N
+        at = chunk_row(is_vst, start, i_chunk, window, ratio, chunks, True).to(tl.int64)
         bound = tl.where(is_vst, vst_bound, raw_bound)
         end = tl.where(is_vst, vst_end, raw_end)
         offs_key = start + offs_e
@@ -246,13 +256,13 @@ def dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- result (batch, rows, heads, head_dim), dense --
-    offs_lane = first_lane + tl.program_id(2) + tl.arange(0, BLOCK_M)
-    stored = offs_lane <= last_lane
-    offs_lane = tl.minimum(offs_lane, last_lane)
-    offs_head = i_head * GROUP + offs_lane % GROUP
-    offs_row = query_row(offs_lane // GROUP, i_chunk, window, ratio, chunks, True)
-    dq_ptr += i_batch * rows * (KV_HEADS * GROUP * HEAD_DIM)
-    offs_out = (offs_row * (KV_HEADS * GROUP) + offs_head).to(tl.int64)
+    offs_m = first_m + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    stored = offs_m <= last_m
+    offs_m = tl.minimum(offs_m, last_m)
+    offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE
+    offs_row = query_row(offs_m // GROUP_SIZE, i_chunk, window, ratio, chunks, True)
+    dq_ptr += i_batch * rows * (KV_HEADS * GROUP_SIZE * HEAD_DIM)
+    offs_out = (offs_row * (KV_HEADS * GROUP_SIZE) + offs_head).to(tl.int64)
     dq_ptrs = dq_ptr + offs_out[:, None] * HEAD_DIM + offs_d
     mask = stored[:, None] & (offs_d < HEAD_DIM)
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
@@ -262,7 +272,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _own_keys(i, chunks, window, BLOCK_N: tl.constexpr):
+def _new_keys(i, chunks, window, BLOCK_N: tl.constexpr):
     """Block i of the call's own keys: (chunk, whether it is of VSTs, first index in the run)."""
     block = i // chunks
     raw_blocks = tl.cdiv(window, BLOCK_N)
@@ -271,7 +281,7 @@ def _own_keys(i, chunks, window, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _own_rows(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
+def _rows_seeing(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
     """Which rows of the chunk see own keys `start` to `last` of a run, for `_split`. Raw token i is
     seen by raw rows from i and VSTs from i // ratio on, VST j by raw rows from (j + 1) * ratio
     and VSTs from j on."""
@@ -285,9 +295,9 @@ def _own_rows(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
 
 
 @triton.jit
-def _part(i, chunks, parts):
+def _chunks_of(i, chunks, chunk_splits):
     """The chunks [from, to) of part i."""
-    return i * chunks // parts, (i + 1) * chunks // parts
+    return i * chunks // chunk_splits, (i + 1) * chunks // chunk_splits
 
 
 @triton.jit
@@ -303,7 +313,8 @@ def _split(rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _walk(
-    pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+    pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks,
+    page_size, max_pages, chunk_splits,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """What a program of `dkv_kernel` does: its keys (first, end, whether they are VSTs, length of
@@ -311,9 +322,9 @@ def _walk(
     start; positions in them count from there."""
     vsts = window // ratio
     if CACHE:
-        i_part = pid // KV_HEADS % parts
-        start = pid // (KV_HEADS * parts) * BLOCK_N
-        from_chunk, to_chunk = _part(i_part, chunks, parts)
+        i_split = pid // KV_HEADS % chunk_splits
+        start = pid // (KV_HEADS * chunk_splits) * BLOCK_N
+        from_chunk, to_chunk = _chunks_of(i_split, chunks, chunk_splits)
         cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         end = tl.minimum(cached + (to_chunk - 1) * kept, max_pages * page_size)
         last = tl.minimum(start + BLOCK_N, end) - 1
@@ -327,12 +338,12 @@ def _walk(
         raw = any_chunk * window, all_chunk * window, to_chunk * window
         vst = vst_base + any_chunk * vsts, vst_base + all_chunk * vsts, vst_base + to_chunk * vsts
     else:
-        i_chunk, is_vst, start = _own_keys(pid // KV_HEADS, chunks, window, BLOCK_N)
+        i_chunk, is_vst, start = _new_keys(pid // KV_HEADS, chunks, window, BLOCK_N)
         end = tl.where(is_vst, vsts, window)
         last = tl.minimum(start + BLOCK_N, end) - 1
         cached = window * 0
         raw_base, vst_base = i_chunk * window, chunks * window + i_chunk * vsts
-        raw, vst = _own_rows(
+        raw, vst = _rows_seeing(
             start, last, is_vst, ratio, raw_base, vst_base, raw_base + window, vst_base + vsts
         )
     keys = start, end, is_vst, cached
@@ -360,17 +371,17 @@ def dkv_kernel(
     k_ptr, v_ptr, block_table_ptr, cache_seqlens_ptr, dk_ptr, dv_ptr, scale,
     q_batch, q_row, q_head, grad_out_batch, grad_out_row, grad_out_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
-    window, ratio, kept, chunks, page_size, max_pages, parts,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr,
-    CACHE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
+    window, ratio, kept, chunks, page_size, max_pages, chunk_splits,
+    KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, MASKED_BLOCK_M: tl.constexpr,
+    CACHE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, ALLOW_LICM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N keys of a KV head against blocks of BLOCK_M rows (EDGE_M where masked).
+    """BLOCK_N keys of a KV head against blocks of BLOCK_M rows (MASKED_BLOCK_M where masked).
 
     Own keys: k, v, dk and dv are the call's (batch, row, head); grid (blocks of both runs *
     chunks * KV_HEADS, batch). CACHE: k and v are the cache (page, slot, head), dk and dv float32
     (part, batch, entry, head), entries that no row of the part sees unwritten; grid (blocks of
-    entries * parts * KV_HEADS, batch).
+    entries * splits * KV_HEADS, batch).
 
     Before each loop and behind them, indices are worked out once more: kept, they would take
     registers through the other loop. program_id(2) is 0, but no compiler knows.
@@ -381,7 +392,8 @@ def dkv_kernel(
     i_batch = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     keys, raw, vst, bases = _walk(
-        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks,
+        page_size, max_pages, chunk_splits,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
     start, end, is_vst, _ = keys
@@ -394,7 +406,7 @@ def dkv_kernel(
     else:
         i_chunk = pid // KV_HEADS % chunks
         first = i_batch
-        at_key = own_row(is_vst, offs_key, i_chunk, window, ratio, chunks, True)
+        at_key = chunk_row(is_vst, offs_key, i_chunk, window, ratio, chunks, True)
         at_key = at_key.to(tl.int64)[:, None]
     k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head.to(tl.int64) * k_head
     v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head.to(tl.int64) * v_head
@@ -405,16 +417,16 @@ def dkv_kernel(
     log2_scale = scale * _LOG2E
     q_ptr += i_batch * q_batch
     grad_out_ptr += i_batch * grad_out_batch
-    log2_ptr += i_batch * (KV_HEADS * GROUP) * rows
-    delta_ptr += i_batch * (KV_HEADS * GROUP) * rows
+    log2_ptr += i_batch * (KV_HEADS * GROUP_SIZE) * rows
+    delta_ptr += i_batch * (KV_HEADS * GROUP_SIZE) * rows
 
     # -- rows that see all the keys --
     _, raw_split, raw_full = raw
     _, vst_split, vst_full = vst
     offs_m = tl.arange(0, BLOCK_M)
-    for i in tl.range(0, (raw_full + vst_full) * GROUP, disable_licm=not HOIST):
-        head = i_head * GROUP + i % GROUP
-        block = i // GROUP
+    for i in tl.range(0, (raw_full + vst_full) * GROUP_SIZE, disable_licm=not ALLOW_LICM):
+        head = i_head * GROUP_SIZE + i % GROUP_SIZE
+        block = i // GROUP_SIZE
         first_row = tl.where(block >= raw_full, vst_split - raw_full * BLOCK_M, raw_split)
         first_row += block * BLOCK_M
         at, at_head = first_row.to(tl.int64), head.to(tl.int64)
@@ -433,20 +445,26 @@ def dkv_kernel(
     pid = tl.program_id(0) + tl.program_id(2)
     i_head = pid % KV_HEADS
     keys, raw, vst, bases = _walk(
-        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks,
+        page_size, max_pages, chunk_splits,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
     raw_first, raw_split, _ = raw
     vst_first, vst_split, _ = vst
-    raw_edge = tl.cdiv(raw_split - raw_first, EDGE_M)
-    vst_edge = tl.cdiv(vst_split - vst_first, EDGE_M)
-    offs_e = tl.program_id(2) + tl.arange(0, EDGE_M)
+    raw_masked = tl.cdiv(raw_split - raw_first, MASKED_BLOCK_M)
+    vst_masked = tl.cdiv(vst_split - vst_first, MASKED_BLOCK_M)
+    offs_e = tl.program_id(2) + tl.arange(0, MASKED_BLOCK_M)
     offs_key = keys[0] + tl.program_id(2) + tl.arange(0, BLOCK_N)
-    for i in tl.range(0, (raw_edge + vst_edge) * GROUP, num_stages=1, disable_licm=not HOIST):
-        head = i_head * GROUP + i % GROUP
-        block = i // GROUP
-        row_is_vst = block >= raw_edge
-        first_row = tl.where(row_is_vst, vst_first - raw_edge * EDGE_M, raw_first) + block * EDGE_M
+    for i in tl.range(
+        0, (raw_masked + vst_masked) * GROUP_SIZE, num_stages=1, disable_licm=not ALLOW_LICM
+    ):
+        head = i_head * GROUP_SIZE + i % GROUP_SIZE
+        block = i // GROUP_SIZE
+        row_is_vst = block >= raw_masked
+        first_row = (
+            tl.where(row_is_vst, vst_first - raw_masked * MASKED_BLOCK_M, raw_first)
+            + block * MASKED_BLOCK_M
+        )
         end = tl.where(row_is_vst, vst_split, raw_split)
         offs_row = first_row + offs_e
         at, at_head = first_row.to(tl.int64), head.to(tl.int64)
@@ -473,16 +491,19 @@ def dkv_kernel(
     # -- result, dense --
     pid = tl.program_id(0) + 2 * tl.program_id(2)
     keys, _, _, _ = _walk(
-        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks, page_size, max_pages, parts,
+        pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks,
+        page_size, max_pages, chunk_splits,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
     start, end, is_vst, _ = keys
     if CACHE:
-        i_part = pid // KV_HEADS % parts
-        row = (i_part.to(tl.int64) * tl.num_programs(1) + i_batch) * (max_pages * page_size) + start
+        i_split = pid // KV_HEADS % chunk_splits
+        row = (i_split.to(tl.int64) * tl.num_programs(1) + i_batch) * (
+            max_pages * page_size
+        ) + start
     else:
         i_chunk = pid // KV_HEADS % chunks
-        row = i_batch * rows + own_row(is_vst, start, i_chunk, window, ratio, chunks, True)
+        row = i_batch * rows + chunk_row(is_vst, start, i_chunk, window, ratio, chunks, True)
     offs_n = tl.program_id(2) + tl.arange(0, BLOCK_N)
     offs_out = ((row + offs_n) * KV_HEADS + pid % KV_HEADS)[:, None] * HEAD_DIM + offs_d
     mask = (start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)
@@ -516,8 +537,9 @@ def _find_page(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def sum_pages_kernel(
-    dk_part_ptr, dv_part_ptr, block_table_ptr, cache_seqlens_ptr, dk_ptr, dv_ptr,
-    kept, chunks, page_size, max_pages, batch, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    dk_partial_ptr, dv_partial_ptr, block_table_ptr, cache_seqlens_ptr, dk_ptr, dv_ptr,
+    kept, chunks, page_size, max_pages, batch, chunk_splits,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a page, dense (page, slot, head, head_dim), from those of each part and
     sequence: of WIDTH numbers an entry. Forks that share a page add up in the tables' order.
@@ -537,13 +559,13 @@ def sum_pages_kernel(
         i_batch = (found // max_pages).to(tl.int64)
         entry = found % max_pages * page_size
         cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
-        for i_part in tl.range(0, parts):
-            _, to_chunk = _part(i_part, chunks, parts)
+        for i_split in tl.range(0, chunk_splits):
+            _, to_chunk = _chunks_of(i_split, chunks, chunk_splits)
             seen = entry + slot < tl.minimum(cached + (to_chunk - 1) * kept, max_pages * page_size)
-            at = ((i_part * batch + i_batch) * capacity + entry) * WIDTH + offs
+            at = ((i_split * batch + i_batch) * capacity + entry) * WIDTH + offs
             inside = seen & (slot < page_size)
-            dk += tl.load(dk_part_ptr + at, mask=inside, other=0.0)
-            dv += tl.load(dv_part_ptr + at, mask=inside, other=0.0)
+            dk += tl.load(dk_partial_ptr + at, mask=inside, other=0.0)
+            dv += tl.load(dv_partial_ptr + at, mask=inside, other=0.0)
         found, _count = _find_page(
             block_table_ptr, cache_seqlens_ptr, i_page, found, later, page_size, max_pages, batch
         )

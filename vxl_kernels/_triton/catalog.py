@@ -121,7 +121,7 @@ def _attention(
             yield compilation(each, how[0], dtype)
             continue
         how.append(f"BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}")
-        how.append(f"pages {each.constexprs['PAGES']}" if page_size else "no cache")
+        how.append(f"pages {each.constexprs['PAGE_MODE']}" if page_size else "no cache")
         yield compilation(each, " ".join(how), dtype)
 
 
@@ -146,7 +146,7 @@ def _backward(
         if "keys" in tile:
             how += f" BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}"
         if each.name == "backward_q":
-            how += " pages whole" if each.constexprs["WHOLE"] else " pages any"
+            how += " pages block_in_page" if each.constexprs["BLOCK_IN_PAGE"] else " pages gather"
         elif page_size is not None:
             continue  # the same again
         yield compilation(each, how, dtype)

@@ -11,7 +11,7 @@ and few instructions beside the matrix ones in the loop of unmasked tiles. For p
 
 4 warps spill on all of them; at head_dim 256 8 warps repeat products on sm_90 (0.83 of a plain
 kernel's share of peak, 4 warps 1.07). A wider block of keys rescales the accumulator less
-often. EDGE_N, the block where masks are needed, is small for less masked waste and fewer
+often. MASKED_BLOCK_N, the block where masks are needed, is small for less masked waste and fewer
 registers. Pages of at least BLOCK_N (128) tokens hold whole blocks; of 64 or 16 cost 2 % more
 on sm_80, a tenth on sm_90 and 15 % on sm_100, where TMA cannot follow. Two blocks of 64, each from
 a page of its own, in one step were no better (614 on sm_90).
@@ -33,9 +33,9 @@ __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
     "BackwardConfig",
-    "KeysConfig",
+    "DkvConfig",
+    "DqConfig",
     "LinearConfig",
-    "RowsConfig",
     "backward_config",
     "decode_config",
     "family",
@@ -46,7 +46,7 @@ __all__ = [
     "prefill_config",
     "prefill_options",
     "read_tuned",
-    "split_keys",
+    "split_size",
     "tuning_key",
     "tuning_name",
 ]
@@ -58,43 +58,42 @@ ARCHITECTURES = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """BLOCK_M lanes (rows x heads) against blocks of BLOCK_N keys."""
+    """BLOCK_M packed rows (rows x query heads of a KV head) against blocks of BLOCK_N keys."""
 
     block_m: int
     block_n: int
-    edge_n: int
+    masked_block_n: int
     num_warps: int
     num_stages: int
 
 
 @dataclass(frozen=True)
-class RowsConfig(AttentionConfig):
-    """Of dQ. hoist: whether the compiler may work out before a loop what the loop does not change;
-    such values take registers."""
+class DqConfig(AttentionConfig):
+    """Of dQ. allow_licm: whether the compiler may hoist loop invariants, which take registers."""
 
-    hoist: bool = True
+    allow_licm: bool = True
 
 
 @dataclass(frozen=True)
-class KeysConfig:
-    """Of dK and dV: BLOCK_N keys of a program against blocks of BLOCK_M query rows, EDGE_M where
-    masked (BLOCK_M where the copy engine brings them)."""
+class DkvConfig:
+    """Of dK and dV: BLOCK_N keys of a program against blocks of BLOCK_M query rows, or of
+    MASKED_BLOCK_M rows where a mask is needed (with TMA all blocks have BLOCK_M rows)."""
 
     block_n: int
     block_m: int
-    edge_m: int
+    masked_block_m: int
     num_warps: int
     num_stages: int
-    hoist: bool = True
+    allow_licm: bool = True
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """`dkv_kernel` has two: for the call's own keys, and for the cache's."""
+    """`dkv_kernel` has two: for the call's new keys, and for the cache's."""
 
-    dq: RowsConfig
-    own: KeysConfig
-    cached: KeysConfig
+    dq: DqConfig
+    dkv_new: DkvConfig
+    dkv_cached: DkvConfig
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,9 @@ _PREFILL_32 = {
 
 
 def _backward(*entries: tuple) -> dict[int, BackwardConfig]:
-    """Entries (head_dim, dq, own[, cached: else as own])."""
+    """Entries (head_dim, dq, dkv_new[, dkv_cached: else as dkv_new])."""
     return {
-        block_d: BackwardConfig(RowsConfig(*dq), KeysConfig(*keys[0]), KeysConfig(*keys[-1]))
+        block_d: BackwardConfig(DqConfig(*dq), DkvConfig(*keys[0]), DkvConfig(*keys[-1]))
         for block_d, dq, *keys in entries
     }
 
@@ -233,19 +232,20 @@ def tuning_name(block_d: int, itemsize: int) -> str:
 
 _FILE = "VXL_TRITON_CONFIGS"
 _EXPECTED = (
-    "[block_m, block_n, edge_n, num_warps, num_stages]: block_m and block_n powers of two from 16 "
-    "to 128, edge_n a power of two from 16 to block_n, 4 or 8 warps, at least 1 stage"
+    "[block_m, block_n, masked_block_n, num_warps, num_stages]: block_m and block_n powers of two "
+    "from 16 to 128, masked_block_n a power of two from 16 to block_n, 4 or 8 warps, at least 1 "
+    "stage"
 )
 
 
 def _usable(entry: object) -> bool:
-    """Whether `prefill_kernel` is right with these tiles. An edge_n above block_n would count keys
-    twice, and no compiler would say so."""
+    """Whether `prefill_kernel` is right with these tiles. A masked_block_n above block_n would
+    count keys twice, and no compiler would say so."""
     if not isinstance(entry, list) or len(entry) != 5 or {type(n) for n in entry} != {int}:
         return False
-    block_m, block_n, edge_n, warps, stages = entry
-    tiles = all(16 <= n <= 128 and n & (n - 1) == 0 for n in (block_m, block_n, edge_n))
-    return tiles and edge_n <= block_n and warps in (4, 8) and stages >= 1
+    block_m, block_n, masked_block_n, warps, stages = entry
+    tiles = all(16 <= n <= 128 and n & (n - 1) == 0 for n in (block_m, block_n, masked_block_n))
+    return tiles and masked_block_n <= block_n and warps in (4, 8) and stages >= 1
 
 
 def read_tuned(path: str | Path) -> dict[str, dict[str, list[int]]]:
@@ -277,7 +277,7 @@ def _tuned(path: str, device: torch.device) -> dict[str, list[int]]:
 
 
 def has_tma(arch: str) -> bool:
-    """Whether blocks of K and V may come by the copy engine: fewer registers and instructions."""
+    """Whether blocks of K and V may come by TMA: fewer registers and instructions."""
     return family(arch) in ("cuda:90", "cuda:100")
 
 
@@ -289,7 +289,7 @@ def has_warp_skip(arch: str) -> bool:
 
 def isa(arch: str) -> str:
     """What `primitives` does by hand on an architecture."""
-    return {"cuda:100": "f32x2", "hip:gfx942": "no bf16"}.get(family(arch), "")
+    return {"cuda:100": "f32x2", "hip:gfx942": "no_bf16_cvt"}.get(family(arch), "")
 
 
 def prefill_options(arch: str) -> dict[str, int]:
@@ -311,26 +311,26 @@ def prefill_config(
     return table[max(block_d, 64)]
 
 
-def split_keys(lanes: int) -> int | None:
-    """Cache entries of a split, from `lanes` = rows x heads of a KV head; None where rows fill
-    the GPU by themselves. It depends on nothing else: not on batch or lengths.
+def split_size(packed_rows: int) -> int | None:
+    """Cache entries of a split, from `packed_rows` = rows x query heads of a KV head; None where
+    rows fill the GPU by themselves. It depends on nothing else: not on batch or lengths.
 
     At 8100 cached tokens and 4 KV heads, 256 entries make 128 programs for the 132 SMs of an
-    H100, each reading 128 KiB (bf16, head_dim 128). From 128 lanes on there is a program for each
-    128 lanes: a split grows with their number, as parts cost more to write and merge.
+    H100, each reading 128 KiB (bf16, head_dim 128). From 128 packed rows on there is a program for
+    each 128: a split grows with their number, as parts cost more to write and merge.
     """
-    if lanes <= 128:
+    if packed_rows <= 128:
         return 256
-    return 512 if lanes <= 256 else 1024 if lanes <= 512 else None
+    return 512 if packed_rows <= 256 else 1024 if packed_rows <= 512 else None
 
 
-# Decode of 16-bit types by head_dim: more than 32 lanes, more than 64. Half the lanes with half the
-# warps are the same work for a warp. Up to head_dim 128 they are prefill's tiles with a smaller
-# EDGE_N: what a program keeps for its own rows as well would spill. 8 warps on 64 lanes repeat
-# products on sm_90, 4 on gfx942. sm_80's warps share 64 lanes, for Triton lays them along the keys
-# where a product has more columns than rows: 755 instructions per MFLOP instead of 513. Summing
-# two halves of head_dim apart avoids that (628, spills 8 bytes), not worth its code. At head_dim
-# 256 a wider block spills on sm_90 (small pages) and repeats products on gfx942.
+# Decode of 16-bit types by head_dim: more than 32 packed rows, more than 64. Half the rows with
+# half the warps are the same work for a warp. Up to head_dim 128 they are prefill's tiles with a
+# smaller MASKED_BLOCK_N: what a program keeps for its new keys as well would spill. 8 warps on 64
+# rows repeat products on sm_90, 4 on gfx942. sm_80's warps share 64 rows, because Triton lays them
+# along the keys where a product has more columns than rows: 755 instructions per MFLOP instead of
+# 513. Summing two halves of head_dim apart avoids that (628, spills 8 bytes), not worth its code.
+# At head_dim 256 a wider block spills on sm_90 (small pages) and repeats products on gfx942.
 _DECODE_16 = {
     "cuda:80": (
         _table((64, (64, 128, 32, 4, 2)), (128, (64, 128, 16, 4, 2)), (256, (64, 64, 16, 8, 2))),
@@ -355,14 +355,14 @@ _DECODE_16 = {
 }
 
 
-def decode_config(arch: str, block_d: int, itemsize: int, lanes: int) -> AttentionConfig:
+def decode_config(arch: str, block_d: int, itemsize: int, packed_rows: int) -> AttentionConfig:
     """Decode waits for memory: the tile is what the matrix instruction needs at least, and the
-    stages keep several blocks of K and V in flight. float32 has no tile of more than 32 lanes
-    that does not spill."""
-    if lanes > 32 and itemsize == 2:
-        return _DECODE_16[family(arch)][lanes > 64][max(block_d, 64)]
+    stages keep several blocks of K and V in flight. float32 has no tile of more than 32 packed
+    rows that does not spill."""
+    if packed_rows > 32 and itemsize == 2:
+        return _DECODE_16[family(arch)][packed_rows > 64][max(block_d, 64)]
     wide = block_d * itemsize > 256
-    block_m = 16 if lanes <= 16 else 32
+    block_m = 16 if packed_rows <= 16 else 32
     block_n = 64 if not wide else 32 if block_d * itemsize <= 512 else 16
     stages = 2 if family(arch) in ("cuda:86", "hip:gfx942") or wide else 3
     if block_m == 32 and itemsize == 4 and arch.startswith("hip"):  # 64 keys spill

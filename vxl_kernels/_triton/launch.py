@@ -85,10 +85,10 @@ def _dense_heads(x: torch.Tensor) -> torch.Tensor:
 def _pages(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> str:
     """See `primitives.locate`. A cache of one page a sequence is never left by a block."""
     if not (_within_reach(k_cache) and _within_reach(v_cache)):
-        return "any"
+        return "gather"
     if page_size % block_n == 0 or max_pages == 1:
-        return "whole"
-    return "part" if block_n % page_size == 0 else "any"
+        return "block_in_page"
+    return "pages_in_block" if block_n % page_size == 0 else "gather"
 
 
 def _within_reach(cache: torch.Tensor) -> bool:
@@ -114,7 +114,7 @@ def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
             ("kc_page", "kc_slot", "kc_head", "vc_page", "vc_slot", "vc_head"), 0
         )
         numbers = {**strides, "page_size": 1, "max_pages": 0}
-        constexprs = {"HAS_CACHE": False, "PAGES": "whole", "SAME_STRIDES": True}
+        constexprs = {"HAS_CACHE": False, "PAGE_MODE": "block_in_page", "SAME_STRIDES": True}
         return {**dict.fromkeys(names), **numbers}, constexprs
     page_size, max_pages = k_cache.shape[1], block_table.shape[1]
     kc, vc = k_cache.stride(), v_cache.stride()
@@ -126,7 +126,7 @@ def _cache_arguments(cache: tuple, config) -> tuple[dict, dict]:
         "max_pages": max_pages,
     }
     pages = _pages(page_size, max_pages, k_cache, v_cache, config.block_n)
-    return arguments, {"HAS_CACHE": True, "PAGES": pages, "SAME_STRIDES": kc == vc}
+    return arguments, {"HAS_CACHE": True, "PAGE_MODE": pages, "SAME_STRIDES": kc == vc}
 
 
 def _row_strides(**tensors: torch.Tensor) -> dict[str, int]:
@@ -159,8 +159,8 @@ def _check_capacity(rows: int, k_cache, block_table) -> None:
 
 
 def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
-    """Blocks of `block_n` keys of x (batch or page, row, head, head_dim); None where the copy
-    engine cannot reach them."""
+    """Blocks of `block_n` keys of x (batch or page, row, head, head_dim); None where TMA
+    cannot reach them."""
     size, block_d = x.element_size(), x.shape[3]
     if not x.numel():
         return None
@@ -172,11 +172,11 @@ def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
 
 
 def _descriptors(k, v, k_cache, v_cache, constexprs: dict, arch: str) -> dict[str, Any]:
-    """The copy engine's view of each tensor, all of them or none."""
+    """TMA's view of each tensor, all of them or none."""
     tensors = {"k_desc": k, "v_desc": v, "k_cache_desc": k_cache, "v_cache_desc": v_cache}
     if not constexprs["HAS_CACHE"]:
         tensors |= {"k_cache_desc": None, "v_cache_desc": None}
-    if not configs.has_tma(arch) or constexprs["PAGES"] != "whole":
+    if not configs.has_tma(arch) or constexprs["PAGE_MODE"] != "block_in_page":
         return dict.fromkeys(tensors)
     found = {
         name: None if x is None else _descriptor(x, constexprs["BLOCK_N"])
@@ -211,7 +211,7 @@ def plan_attention(
     # The kernels' offsets are 32 bits wide within a block of keys.
     q, k, v = (_dense_heads(x) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_seqlens)
-    each = configs.split_keys(rows * group) if not layout else None
+    each = configs.split_size(rows * group) if not layout else None
     if 0 in (batch, rows):
         return [], out, lse
     block_d, itemsize = _power_of_two(head_dim), q.element_size()
@@ -231,7 +231,7 @@ def _shared(q, k, cache, config, arch) -> tuple[dict, dict]:
     head_dim = q.shape[3]
     constexprs = {
         "KV_HEADS": k.shape[2],
-        "GROUP": q.shape[2] // k.shape[2],
+        "GROUP_SIZE": q.shape[2] // k.shape[2],
         "HEAD_DIM": head_dim,
         "BLOCK_D": _power_of_two(head_dim),
         "BLOCK_M": config.block_m,
@@ -247,7 +247,7 @@ def _tile(config: configs.AttentionConfig, constexprs: dict) -> dict[str, int]:
         "rows": config.block_m,
         "keys": config.block_n,
         "head_dim": constexprs["BLOCK_D"],
-        "group": constexprs["GROUP"],
+        "group": constexprs["GROUP_SIZE"],
     }
 
 
@@ -263,9 +263,9 @@ def _softmax_constants(arch: str, config, block_d: int, itemsize: int) -> dict[s
     small = block_d <= 64 and itemsize == 2
     worth = {"cuda:80": small, "cuda:86": small, "cuda:90": True, "hip:gfx942": True}
     return {
-        "SLACK": 8.0 if skips else 0.0,
-        "SKIP": skip,
-        "PARTS": 8 if worth.get(configs.family(arch)) else 1,
+        "RESCALE_THRESHOLD": 8.0 if skips else 0.0,
+        "WARP_SKIP_ELEMENTS": skip,
+        "ROW_SUM_SPLITS": 8 if worth.get(configs.family(arch)) else 1,
         "ISA": "" if interpreted() else configs.isa(arch),
     }
 
@@ -277,7 +277,7 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
     kept = window // ratio
     if not split:  # rows in the order of their positions are a chunk of raw tokens alone
         window, ratio = window + kept, _NEVER
-    constexprs["EDGE_N"] = config.edge_n
+    constexprs["MASKED_BLOCK_N"] = config.masked_block_n
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
     arguments |= {"scale": scale, "window": window, "ratio": ratio, "kept": kept, "chunks": chunks}
@@ -286,8 +286,8 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
     constexprs["TMA"] = descriptors["k_desc"] is not None
     constexprs |= _softmax_constants(arch, config, constexprs["BLOCK_D"], q.element_size())
     arguments |= descriptors
-    lanes = (window + window // ratio) * constexprs["GROUP"]
-    tiles = -(-lanes // config.block_m)
+    packed_rows = (window + window // ratio) * constexprs["GROUP_SIZE"]
+    tiles = -(-packed_rows // config.block_m)
     return [
         Launch(
             "prefill",
@@ -305,20 +305,27 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
 
 def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[Launch]:
     batch, rows, heads, head_dim = q.shape
-    lanes = rows * (heads // k.shape[2])
+    packed_rows = rows * (heads // k.shape[2])
     arguments, constexprs = _shared(q, k, cache, config, arch)
-    constexprs |= {"SPLIT_KEYS": each, "EDGE_N": config.edge_n}
+    constexprs |= {"SPLIT_SIZE": each, "MASKED_BLOCK_N": config.masked_block_n}
     constexprs |= _softmax_constants(arch, config, constexprs["BLOCK_D"], q.element_size())
     if config.block_m < 64 and arch.startswith("cuda"):  # all warps share all rows
-        constexprs["PARTS"] = min(8 * config.num_warps, config.edge_n)
+        constexprs["ROW_SUM_SPLITS"] = min(8 * config.num_warps, config.masked_block_n)
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
     descriptors = _descriptors(None, None, cache[0], cache[1], constexprs, arch)
     constexprs["TMA"] = descriptors["k_cache_desc"] is not None
     capacity = arguments["page_size"] * arguments["max_pages"]
     splits = 1 + -(-capacity // each)
-    part = torch.empty((batch, splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((batch, splits, rows, heads), dtype=torch.float32, device=q.device)
-    shared = {"part_ptr": part, "part_lse_ptr": part_lse, "rows": rows, "splits": splits}
+    partial = torch.empty(
+        (batch, splits, rows, heads, head_dim), dtype=torch.float32, device=q.device
+    )
+    partial_lse = torch.empty((batch, splits, rows, heads), dtype=torch.float32, device=q.device)
+    shared = {
+        "partial_ptr": partial,
+        "partial_lse_ptr": partial_lse,
+        "rows": rows,
+        "splits": splits,
+    }
     merge = {name: arguments[name] for name in ("cache_seqlens_ptr", "page_size", "max_pages")}
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "scale": scale}
     arguments |= _row_strides(q=q, k=k, v=v)
@@ -328,10 +335,10 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
         "HEAD_DIM": head_dim,
         "BLOCK_D": constexprs["BLOCK_D"],
         "HAS_CACHE": constexprs["HAS_CACHE"],
-        "SPLIT_KEYS": each,
+        "SPLIT_SIZE": each,
         "BLOCK_S": 16,
     }
-    tiles = -(-lanes // config.block_m)
+    tiles = -(-packed_rows // config.block_m)
     return [
         Launch(
             "decode",

@@ -22,8 +22,8 @@ from .launch import (
 __all__ = ["plan_attention_backward", "vst_attention_backward"]
 
 _ROWS_OF_DELTA = 32
-_MAX_PARTS = 8
-_ROWS_OF_A_PART = 4096
+_MAX_CHUNK_SPLITS = 8
+_ROWS_OF_A_SPLIT = 4096
 
 
 def plan_attention_backward(
@@ -51,7 +51,7 @@ def plan_attention_backward(
     }  # fmt: skip
     constexprs = {
         "KV_HEADS": k.shape[2],
-        "GROUP": heads // k.shape[2],
+        "GROUP_SIZE": heads // k.shape[2],
         "HEAD_DIM": head_dim,
         "BLOCK_D": _power_of_two(head_dim),
         "PRECISION": _precision(q.dtype, arch),
@@ -69,12 +69,12 @@ def plan_attention_backward(
         launches = [
             _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale),
             _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
-            _plan_own(queries | shape, constexprs, k, v, grads, config.own, arch),
+            _plan_new(queries | shape, constexprs, k, v, grads, config.dkv_new, arch),
         ]
     if k_cache is None:
         return launches, (*grads, *(q.new_empty(0) for _ in range(2)))
     of_cache = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in cache[:2])
-    launches += _plan_cached(queries | shape, constexprs, cache, of_cache, config.cached, arch)
+    launches += _plan_cached(queries | shape, constexprs, cache, of_cache, config.dkv_cached, arch)
     return launches, (*grads, *of_cache)
 
 
@@ -103,7 +103,7 @@ def _tile(rows: int, keys: int, constexprs: dict, products: int) -> dict[str, in
         "rows": rows,
         "keys": keys,
         "head_dim": constexprs["BLOCK_D"],
-        "group": constexprs["GROUP"],
+        "group": constexprs["GROUP_SIZE"],
         "products": products,
     }
 
@@ -112,21 +112,21 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
     arguments, of_cache = _cache_arguments(cache, config)
     constexprs = constexprs | {
         "HAS_CACHE": of_cache["HAS_CACHE"],
-        "PAGES": of_cache["PAGES"],
+        "PAGE_MODE": of_cache["PAGE_MODE"],
         "SAME_STRIDES": of_cache["SAME_STRIDES"] and k.stride() == v.stride(),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "EDGE_N": config.edge_n,
-        "HOIST": config.hoist,
+        "MASKED_BLOCK_N": config.masked_block_n,
+        "ALLOW_LICM": config.allow_licm,
     }
     arguments |= shared | {"k_ptr": k, "v_ptr": v, "dq_ptr": dq} | _row_strides(k=k, v=v)
     arguments |= _descriptors(k, v, cache[0], cache[1], constexprs, arch)
     constexprs["TMA"] = arguments["k_desc"] is not None
-    constexprs["WHOLE"] = constexprs.pop("PAGES") == "whole"
+    constexprs["BLOCK_IN_PAGE"] = constexprs.pop("PAGE_MODE") == "block_in_page"
     window, ratio, chunks, kv_heads = (
         *(shared[name] for name in ("window", "ratio", "chunks")), constexprs["KV_HEADS"],
     )  # fmt: skip
-    tiles = -(-(window + window // ratio) * constexprs["GROUP"] // config.block_m)
+    tiles = -(-(window + window // ratio) * constexprs["GROUP_SIZE"] // config.block_m)
     return Launch(
         "backward_q", dq_kernel, (tiles * chunks * kv_heads, dq.shape[0]), arguments, constexprs,
         config.num_warps, config.num_stages,
@@ -138,8 +138,8 @@ def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
     constexprs = constexprs | {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
-        "EDGE_M": config.edge_m,
-        "HOIST": config.hoist,
+        "MASKED_BLOCK_M": config.masked_block_m,
+        "ALLOW_LICM": config.allow_licm,
         "CACHE": name == "backward_cache",
     }
     names = ("q_desc", "grad_out_desc")
@@ -148,7 +148,7 @@ def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
         found = [_descriptor(shared[f"{n}_ptr"], config.block_m) for n in ("q", "grad_out")]
         if None not in found:
             descriptors = dict(zip(names, found, strict=True))
-            constexprs["EDGE_M"] = config.block_m  # one size of blocks for the copy engine
+            constexprs["MASKED_BLOCK_M"] = config.block_m  # one size of blocks for TMA
     constexprs["TMA"] = descriptors["q_desc"] is not None
     arguments = shared | of_keys | descriptors
     return Launch(
@@ -157,24 +157,24 @@ def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
     )  # fmt: skip
 
 
-def _plan_own(shared, constexprs, k, v, grads, config, arch) -> Launch:
+def _plan_new(shared, constexprs, k, v, grads, config, arch) -> Launch:
     window, ratio, chunks = (shared[name] for name in ("window", "ratio", "chunks"))
     blocks = -(-window // config.block_n) - (-(window // ratio) // config.block_n)
     of_keys = {
         "k_ptr": k, "v_ptr": v, "dk_ptr": grads[1], "dv_ptr": grads[2],
         "block_table_ptr": None, "cache_seqlens_ptr": None,
-        "page_size": 1, "max_pages": 0, "parts": 1, **_row_strides(k=k, v=v),
+        "page_size": 1, "max_pages": 0, "chunk_splits": 1, **_row_strides(k=k, v=v),
     }  # fmt: skip
     grid = (blocks * chunks * constexprs["KV_HEADS"], k.shape[0])
-    return _plan_dkv("backward_own", grid, shared, constexprs, of_keys, config, arch)
+    return _plan_dkv("backward_new", grid, shared, constexprs, of_keys, config, arch)
 
 
-def _parts(rows: int, chunks: int) -> int:
+def _chunk_splits(rows: int, chunks: int) -> int:
     """Ranges of chunks whose gradients of the cache are added up apart. Few entries are few
     programs, each with all rows to walk, so many rows are cut. Nothing but a sequence's own rows
     counts, not how wide its batch's table is: each part is float32 K and V of the whole table,
     wanted or not."""
-    return max(1, min(chunks, rows // _ROWS_OF_A_PART, _MAX_PARTS))
+    return max(1, min(chunks, rows // _ROWS_OF_A_SPLIT, _MAX_CHUNK_SPLITS))
 
 
 def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:
@@ -182,22 +182,24 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
     pages, page_size, kv_heads, head_dim = k_cache.shape
     batch, max_pages = block_table.shape
     capacity, rows, chunks = max_pages * page_size, shared["q_ptr"].shape[1], shared["chunks"]
-    parts = _parts(rows, chunks)
+    chunk_splits = _chunk_splits(rows, chunks)
     sums = tuple(
         torch.empty(
-            (parts, batch, capacity, kv_heads, head_dim), dtype=torch.float32, device=x.device
+            (chunk_splits, batch, capacity, kv_heads, head_dim),
+            dtype=torch.float32,
+            device=x.device,
         )
         for x in of_cache
     )
-    numbers = {"page_size": page_size, "max_pages": max_pages, "parts": parts}
+    numbers = {"page_size": page_size, "max_pages": max_pages, "chunk_splits": chunk_splits}
     of_keys = {
         "k_ptr": k_cache, "v_ptr": v_cache, "dk_ptr": sums[0], "dv_ptr": sums[1],
         "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens,
         **numbers, **_row_strides(k=k_cache, v=v_cache),
     }  # fmt: skip
-    grid = (-(-capacity // config.block_n) * parts * kv_heads, batch)
+    grid = (-(-capacity // config.block_n) * chunk_splits * kv_heads, batch)
     arguments = {
-        "dk_part_ptr": sums[0], "dv_part_ptr": sums[1],
+        "dk_partial_ptr": sums[0], "dv_partial_ptr": sums[1],
         "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens,
         "dk_ptr": of_cache[0], "dv_ptr": of_cache[1],
         "kept": shared["kept"], "chunks": chunks, "batch": batch if rows else 0, **numbers,

@@ -6,7 +6,7 @@ last wave of the many raw ones, and nothing is copied to join the results.
 import triton
 import triton.language as tl
 
-from .primitives import own_row
+from .primitives import chunk_row
 
 __all__ = ["linear_kernel"]
 
@@ -47,7 +47,7 @@ def linear_kernel(
     number = tl.minimum(number, count - 1)
     i_batch = number // (chunks * each)
     chunk = number // each % chunks
-    row = own_row(is_vst, number % each, chunk, window, ratio, chunks, SPLIT)
+    row = chunk_row(is_vst, number % each, chunk, window, ratio, chunks, SPLIT)
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     in_n = offs_n < OUT

@@ -19,11 +19,11 @@ __all__ = [
     "load_rows",
     "locate",
     "narrow",
-    "own_offset",
+    "new_offset",
     "paged_offset",
     "query_row",
     "score_block",
-    "visible_own",
+    "visible_new",
 ]
 
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 @triton.jit
-def own_row(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
+def chunk_row(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
     """Row that holds raw token (or VST) `index` of `chunk`. In split order it grows with
     `index` by one; interleaved, a VST stands behind each `ratio` raw tokens."""
     vsts = window // ratio
@@ -48,11 +48,11 @@ def query_row(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
     before = position // (ratio + 1)  # VSTs in front of the position
     is_vst = position % (ratio + 1) == ratio
     index = tl.where(is_vst, before, position - before)
-    return own_row(is_vst, index, chunk, window, ratio, chunks, SPLIT)
+    return chunk_row(is_vst, index, chunk, window, ratio, chunks, SPLIT)
 
 
 @triton.jit
-def visible_own(position, ratio):
+def visible_new(position, ratio):
     """How many raw tokens and how many VSTs of its chunk the row at `position` sees, itself
     included. A bound for each: so both are runs of keys from 0 on, in either storage order."""
     vst = (position + 1) // (ratio + 1)
@@ -88,18 +88,21 @@ def page_of(table_ptr, entry, max_pages):
 
 
 @triton.jit
-def locate(table_ptr, start, offs_n, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
+def locate(
+    table_ptr, start, offs_n, page_size, max_pages, BY: tl.constexpr, PAGE_MODE: tl.constexpr
+):
     """Where the cache entries `start + offs_n` lie: (entry in the table, slot in the page, page,
     the block's spread: entries of the table behind its first [N], and in all).
 
-    PAGES tells how blocks of N = BY keys, which start at multiples of N, meet pages:
-    "whole"  page_size is a multiple of N, or there is one page: one page a block, so these are
-             scalars, of `start`. (Behind the one page `advance` may count wrong: nobody looks.)
-    "part"   page_size divides N: a key's slot and its place behind the block's first entry in the
-             table are the same in every block, and that entry is a scalar;
-    "any"    neither. Blocks may start anywhere, and the spread is of no use.
+    PAGE_MODE tells how blocks of N = BY keys, which start at multiples of N, meet pages:
+    "block_in_page"   page_size is a multiple of N, or there is one page: one page a block, so these
+                      are scalars, of `start`. (With a single page, `advance` past its end returns
+                      garbage that no caller reads.)
+    "pages_in_block"  page_size divides N: a key's slot and its place after the block's first entry
+                      in the table are the same in every block, and that entry is a scalar.
+    "gather"          neither. Blocks may start anywhere, and the spread is of no use.
     """
-    if PAGES == "part":
+    if PAGE_MODE == "pages_in_block":
         entry = start // page_size
         behind = offs_n // page_size
         slot = offs_n - behind * page_size
@@ -107,23 +110,23 @@ def locate(table_ptr, start, offs_n, page_size, max_pages, BY: tl.constexpr, PAG
         # Divided here: no compiler takes a division out of a loop that may not run at all.
         return entry, slot, page, behind, BY // page_size
     else:
-        index = start if PAGES == "whole" else start + offs_n
+        index = start if PAGE_MODE == "block_in_page" else start + offs_n
         entry = index // page_size
         page = page_of(table_ptr, entry, max_pages)
         return entry, index - entry * page_size, page, 0, 0
 
 
 @triton.jit
-def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.constexpr):
-    """`locate` for the block BY entries further on, from that of this block. If PAGES is "part",
-    a block that does not lie whole in the table is taken for the last that does."""
+def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGE_MODE: tl.constexpr):
+    """`locate` for the block BY entries further on, from that of this block. With "pages_in_block",
+    a block that is not wholly inside the table is replaced by the last one that is."""
     entry, slot, page, behind, spread = place
-    if PAGES == "part":
+    if PAGE_MODE == "pages_in_block":
         entry = tl.minimum(entry + spread, max_pages - spread)
         page = tl.load(table_ptr + (entry + behind))
     else:
         slot += BY
-        if PAGES == "whole":
+        if PAGE_MODE == "block_in_page":
             stays = (slot - page_size) >> 31  # all ones within the page, else 0
             entry += 1 + stays
             slot &= stays
@@ -136,22 +139,22 @@ def advance(table_ptr, place, page_size, max_pages, BY: tl.constexpr, PAGES: tl.
 
 
 @triton.jit
-def paged_offset(place, offs_n, page_stride, slot_stride, PAGES: tl.constexpr):
+def paged_offset(place, offs_n, page_stride, slot_stride, PAGE_MODE: tl.constexpr):
     """From the cache's start to each key of a block, in elements, for `key_ptrs`: (what the
     block's keys have in common, 64 bits; what is left for each [N])."""
     _, slot, page, _, _ = place
-    if PAGES == "any":
+    if PAGE_MODE == "gather":
         return 0, page * page_stride + slot.to(tl.int64) * slot_stride
     else:  # the launcher has seen that 32 bits reach every eighth element
         eighths = page.to(tl.int32) * (page_stride // 8).to(tl.int32) + slot * (slot_stride // 8)
-        if PAGES == "whole":
+        if PAGE_MODE == "block_in_page":
             return eighths.to(tl.uint32).to(tl.int64) * 8, offs_n * slot_stride
         else:
             return 0, eighths.to(tl.int64) * 8
 
 
 @triton.jit
-def own_offset(row, offs_n, row_stride):
+def new_offset(row, offs_n, row_stride):
     """As `paged_offset`: from the call's first row to the rows `row + offs_n` of own keys."""
     return row.to(tl.int64) * row_stride, offs_n * row_stride
 
@@ -184,7 +187,7 @@ def load_rows(ptrs, offs_row, rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.conste
 
 @triton.jit
 def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA: tl.constexpr):
-    """A full block of keys [N, D]: by the copy engine from a tensor (batch or page, head, row,
+    """A full block of keys [N, D]: by TMA from a tensor (batch or page, head, row,
     head_dim), or by the threads from pointers."""
     if TMA:
         BLOCK_N: tl.constexpr = ptrs.shape[0]
@@ -199,7 +202,7 @@ def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA
 # ISA names what an architecture has or lacks, "" for none of these:
 # "f32x2"    one instruction multiplies (and adds) two float32 numbers; the compiler takes it for
 #            sums only (sm_100)
-# "no bf16"  no instruction rounds to bfloat16 (gfx942)
+# "no_bf16_cvt"  no instruction rounds to bfloat16 (gfx942)
 
 _FMA_F32X2 = tl.constexpr("""{
 .reg .b64 x, y, z;
@@ -223,11 +226,11 @@ def _multiply_add_pairs(a, b, c):
 def narrow(x, dtype: tl.constexpr, ISA: tl.constexpr):
     """float32 x in the type of keys.
 
-    "no bf16": the compiler's five instructions a number keep every NaN a NaN. Here it is one,
+    "no_bf16_cvt": the compiler's five instructions a number keep every NaN a NaN. Here it is one,
     and half of one that joins two numbers: half a unit is added, which rounds to nearest, ties
     away from zero. Infinities and the NaN that instructions make (0x7FC00000) stay.
     """
-    if ISA == "no bf16" and dtype == tl.bfloat16:
+    if ISA == "no_bf16_cvt" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True) + 0x8000
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
@@ -265,60 +268,63 @@ def _skipping_constraints(n):
 
 
 @triton.jit
-def _rescale(acc, shrink, SKIP: tl.constexpr):
-    if SKIP == 0:
-        return acc * shrink[:, None]
+def _rescale(acc, row_scale, WARP_SKIP_ELEMENTS: tl.constexpr):
+    if WARP_SKIP_ELEMENTS == 0:
+        return acc * row_scale[:, None]
     else:
         return tl.inline_asm_elementwise(
-            _skipping_multiply(SKIP), _skipping_constraints(SKIP),
-            [acc, tl.broadcast_to(shrink[:, None], acc.shape)],
-            dtype=tl.float32, is_pure=True, pack=SKIP,
+            _skipping_multiply(WARP_SKIP_ELEMENTS), _skipping_constraints(WARP_SKIP_ELEMENTS),
+            [acc, tl.broadcast_to(row_scale[:, None], acc.shape)],
+            dtype=tl.float32, is_pure=True, pack=WARP_SKIP_ELEMENTS,
         )  # fmt: skip
 
 
 @triton.jit
 def _softmax_step(
-    scores, scale, pivot, total, acc,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
+    scores, scale, row_ref, row_sum, acc,
+    RESCALE_THRESHOLD: tl.constexpr, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of scores [M, N], and the running pivot [M], sum [M, parts] and output
-    [M, D] rescaled to it. Everything is in powers of two: `scale` holds log2(e) and is
-    positive, so a score costs one fused multiply-add and one exp2.
+    """Online softmax of a block of scores [M, N]: p = exp2(scores * scale - row_ref), and the
+    running row_ref [M], row_sum [M, splits] and output acc [M, D], rescaled to row_ref. Everything
+    is in powers of two: `scale` contains log2(e) and is positive, so a score costs one fused
+    multiply-add and one exp2.
 
-    The pivot need not be the maximum: it follows only where the maximum is more than SLACK above
-    it. So weights are up to 2^SLACK, and most blocks leave the output as it is. SKIP: how many
-    of its numbers a thread may jump over at a time, 0 for always multiplying.
+    row_ref is a lagging reference, not the row's maximum. It follows the maximum only where that
+    is more than RESCALE_THRESHOLD above it. So p is at most 2^RESCALE_THRESHOLD, and most blocks
+    leave the output as it is. WARP_SKIP_ELEMENTS: how many numbers of the output a thread may skip
+    at a time; 0 always multiplies.
 
-    The pivot is finite from a row's first block on: every row's first block must hold a key
-    that it sees.
+    row_ref is finite after a row's first block: that block must hold a key that the row sees.
     """
     top = tl.max(scores, 1) * scale
-    if SLACK == 0.0:
-        new_pivot = tl.maximum(pivot, top)
+    if RESCALE_THRESHOLD == 0.0:
+        new_ref = tl.maximum(row_ref, top)
     else:
-        new_pivot = tl.where(top > pivot + SLACK, top, pivot)
+        new_ref = tl.where(top > row_ref + RESCALE_THRESHOLD, top, row_ref)
     if ISA == "f32x2":
         factor = tl.full(scores.shape, 0.0, tl.float32) + scale
-        below = tl.broadcast_to(-new_pivot[:, None], scores.shape)
-        weights = tl.exp2(_multiply_add_pairs(scores, factor, below))
+        below = tl.broadcast_to(-new_ref[:, None], scores.shape)
+        p = tl.exp2(_multiply_add_pairs(scores, factor, below))
     else:
-        weights = tl.exp2(scores * scale - new_pivot[:, None])
-    shrink = tl.exp2(pivot - new_pivot)
-    PARTS: tl.constexpr = total.shape[1]
-    parts = weights.reshape(weights.shape[0], weights.shape[1] // PARTS, PARTS)
-    total = total * shrink[:, None] + tl.sum(parts, 1)
-    return weights, new_pivot, total, _rescale(acc, shrink, SKIP)
+        p = tl.exp2(scores * scale - new_ref[:, None])
+    row_scale = tl.exp2(row_ref - new_ref)
+    ROW_SUM_SPLITS: tl.constexpr = row_sum.shape[1]
+    parts = p.reshape(p.shape[0], p.shape[1] // ROW_SUM_SPLITS, ROW_SUM_SPLITS)
+    row_sum = row_sum * row_scale[:, None] + tl.sum(parts, 1)
+    return p, new_ref, row_sum, _rescale(acc, row_scale, WARP_SKIP_ELEMENTS)
 
 
 @triton.jit
 def score_block(
-    q, k, offs_key, bound, scale, pivot, total, acc,
+    q, k, offs_key, bound, scale, row_ref, row_sum, acc,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    SLACK: tl.constexpr, SKIP: tl.constexpr, ISA: tl.constexpr,
+    RESCALE_THRESHOLD: tl.constexpr, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of keys, [M, N], and the rescaled state; the caller adds weights x V.
-    If MASKED, lane i sees the keys below bound[i]. SLACK, SKIP: see `_softmax_step`."""
+    """p of a block of keys, [M, N], and the rescaled state; the caller adds p x V. If MASKED,
+    packed row i sees the keys below bound[i]. The other constants: see `_softmax_step`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(offs_key[None, :] < bound[:, None], scores, float("-inf"))
-    return _softmax_step(scores, scale, pivot, total, acc, SLACK, SKIP, ISA)
+    return _softmax_step(
+        scores, scale, row_ref, row_sum, acc, RESCALE_THRESHOLD, WARP_SKIP_ELEMENTS, ISA
+    )

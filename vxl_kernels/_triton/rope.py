@@ -63,7 +63,7 @@ def rope_append_kernel(
     i_batch = tl.program_id(1).to(tl.int64)
     cached = tl.maximum(tl.load(cache_seqlens_ptr + i_batch), 0)
 
-    # Which token is this row? The way back from `own_row`.
+    # Which token is this row? The way back from `chunk_row`.
     vsts = window // ratio
     if KEEP_ALL:
         position = i_row

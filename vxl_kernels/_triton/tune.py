@@ -97,7 +97,7 @@ def tune(dtype: torch.dtype, head_dim: int) -> list[int]:
             best, best_ms = config, ms
     if best is None:
         raise RuntimeError(f"tune: no tile serves {dtype} at head_dim {head_dim}, see above")
-    return [best.block_m, best.block_n, best.edge_n, best.num_warps, best.num_stages]
+    return [best.block_m, best.block_n, best.masked_block_n, best.num_warps, best.num_stages]
 
 
 def _widths(parser: argparse.ArgumentParser, head_dims: list[int]) -> dict[int, int]:
