@@ -187,7 +187,7 @@ def run_demo(
         timer.phase = "video"
         begin = time.perf_counter()
         memory = model.watch(
-            reader, input_ids=model.processor.prompt_ids(), ratio=ratio, progress=bar
+            reader, input_ids=model.processor.prefix_ids(), ratio=ratio, progress=bar
         )
         _finish()
         watched = time.perf_counter() - begin
@@ -197,7 +197,7 @@ def run_demo(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             ids = memory.ask(
-                model.processor.tail_ids(QUESTION)[0],
+                model.processor.suffix_ids(QUESTION)[0],
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
                 top_k=0,

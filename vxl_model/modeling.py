@@ -446,7 +446,7 @@ class VideoXLForConditionalGeneration(
 
     def _prompt_ids(self, input_ids: Any) -> Tensor:
         if input_ids is None:
-            input_ids = self.processor.prompt_ids()
+            input_ids = self.processor.prefix_ids()
         ids = torch.as_tensor(input_ids, dtype=torch.long).reshape(-1)
         if len(ids) and ids[-1] == IMAGE_TOKEN:
             ids = ids[:-1]

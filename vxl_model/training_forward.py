@@ -23,14 +23,12 @@ from vxl_kernels import ChunkLayout
 
 from .decoder.context import Segment, TrainingStep
 from .errors import fail
-from .inputs.arguments import IMAGE_TOKEN, TextRow
+from .inputs.arguments import IGNORE_INDEX, IMAGE_TOKEN, TextRow
 from .settings import ExecutionSettings
 from .streaming.encoder import Encoder
 from .streaming.ratios import RatioPlan
 
 __all__ = ["SequencePass", "alike", "check_labels", "loss_of", "train_pass"]
-
-_IGNORED = -100
 
 
 @dataclass
@@ -177,7 +175,7 @@ def loss_of(
         prompt = label[row.prompt_start : row.prompt_start + len(row.prompt)][1:]
         target = torch.cat([prompt, tail])
         predicting = torch.cat([torch.arange(len(prompt), device=label.device), predicting])
-        wanted = target != _IGNORED
+        wanted = target != IGNORE_INDEX
         hidden.append(one.hidden[predicting[wanted]])
         targets.append(target[wanted])
     logits = lm_head(torch.cat(hidden)).float()
@@ -192,7 +190,7 @@ def loss_of(
 def check_labels(labels: Tensor, input_ids: Tensor, vocabulary: int) -> None:
     if labels.shape != input_ids.shape:
         fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(input_ids.shape)} as input_ids")
-    wrong = (labels != _IGNORED) & (input_ids != IMAGE_TOKEN)
+    wrong = (labels != IGNORE_INDEX) & (input_ids != IMAGE_TOKEN)
     wrong &= (labels < 0) | (labels >= vocabulary)
     if bool(wrong.any()):
-        fail("labels", int(labels[wrong][0]), f"0 to {vocabulary - 1}, or {_IGNORED}")
+        fail("labels", int(labels[wrong][0]), f"0 to {vocabulary - 1}, or {IGNORE_INDEX}")

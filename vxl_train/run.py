@@ -145,7 +145,7 @@ def _prepare(
 ) -> _Prepared:
     check_output(output, resume, model)
     processor = VideoXLProcessor.from_pretrained(model)
-    processor.prompt_ids()  # a checkpoint without a tokenizer is refused here
+    processor.prefix_ids()  # a checkpoint without a tokenizer is refused here
     shape = visual_shape(VideoXLConfig.from_pretrained(model), settings)
     args = settings.training_arguments(os.fspath(output))
     if args.n_gpu > 1:  # HF would split a batch among them, which our inputs do not allow

@@ -51,7 +51,7 @@ from examples.needle.task import (
     question,
 )
 from vxl_model import WindowRatios
-from vxl_model.inputs.processing import IMAGE_TOKEN
+from vxl_model.inputs.arguments import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from vxl_model import VideoXLForConditionalGeneration
@@ -72,11 +72,11 @@ def chat(
     """Ids and labels of a conversation that asks about every needle. Supervised are the animals,
     or the whole answers and where they end."""
     processor = model.processor
-    ids = [*processor.prompt_ids()[0].tolist(), IMAGE_TOKEN]
+    ids = [*processor.prefix_ids()[0].tolist(), IMAGE_TOKEN]
     labels = [-100] * len(ids)
-    turn = processor.prompt_ids()[0, -2:].tolist()  # <|im_start|>user
+    turn = processor.prefix_ids()[0, -2:].tolist()  # <|im_start|>user
     for needle in needles:
-        asked = processor.tail_ids(question(needle.colour))[0].tolist()
+        asked = processor.suffix_ids(question(needle.colour))[0].tolist()
         said = [*words(model, answer(needle)), processor.stop_ids[0]]
         ids += [*asked, *said, *turn]
         animal = [-100, said[1], -100]
@@ -215,9 +215,9 @@ def found(
     places = [round(i * (frames - 1) / (DEPTHS - 1)) for i in range(DEPTHS)]
     colours = torch.tensor([words(model, colour) for colour in COLOURS])
     animals = torch.tensor([words(model, animal) for animal in ANIMALS])[:, 0]
-    asked = torch.cat([model.processor.tail_ids(question(c)) for c in range(len(COLOURS))])
+    asked = torch.cat([model.processor.suffix_ids(question(c)) for c in range(len(COLOURS))])
     half = torch.cat([asked, colours], dim=1)  # the answer's colour given away
-    prompt = model.processor.prompt_ids().expand(len(asked), -1)
+    prompt = model.processor.prefix_ids().expand(len(asked), -1)
     blind = model(torch.cat([prompt, half], dim=1)).logits[:, -1, animals].argmax(-1)
     stop = model.processor.stop_ids[0]
     hits = {name: torch.zeros(videos, DEPTHS, dtype=torch.bool) for name in KINDS}

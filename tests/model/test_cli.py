@@ -63,7 +63,7 @@ def expected_answer(place, memory_of):
     model = VideoXLForConditionalGeneration.from_pretrained(place / "model")
     processor = model.processor
     memory = memory_of(model, processor)
-    tail = processor.tail_ids(QUESTION)[0]
+    tail = processor.suffix_ids(QUESTION)[0]
     ids = memory.ask(tail, max_new_tokens=6, do_sample=False, eos_token_id=processor.stop_ids)
     return processor.decode(ids)
 
@@ -75,7 +75,7 @@ def test_ask(run, place):
         place,
         lambda model, processor: model.watch(
             pixel_values=list(processor.video_pixels(place / "clip.mp4")),
-            input_ids=processor.prompt_ids(),
+            input_ids=processor.prefix_ids(),
             ratio=4,
         ),
     )
@@ -144,7 +144,7 @@ def test_images(run, place):
         lambda model, processor: model.watch(
             pixel_values=processor.image_to_pixels(place / "one.png"),
             image_sizes=(200, 120),
-            input_ids=processor.prompt_ids(),
+            input_ids=processor.prefix_ids(),
             ratio=4,
         ),
     )

@@ -238,10 +238,10 @@ class Words:
 
     stop_ids = ()
 
-    def prompt_ids(self):
+    def prefix_ids(self):
         return torch.tensor([PROMPT])
 
-    def tail_ids(self, question):
+    def suffix_ids(self, question):
         return torch.tensor([[int(word) for word in question.split()]])
 
     def decode(self, ids):

@@ -194,12 +194,12 @@ def test_prompt(processor):
     assert ids.shape[0] == 1
     assert (ids == -200).sum() == 1
     place = int((ids[0] == -200).nonzero())
-    assert torch.equal(ids[:, :place], processor.prompt_ids())
-    assert torch.equal(ids[:, place + 1 :], processor.tail_ids("What is this?"))
+    assert torch.equal(ids[:, :place], processor.prefix_ids())
+    assert torch.equal(ids[:, place + 1 :], processor.suffix_ids("What is this?"))
     text = "".join(PROMPT).replace("{question}", "What is this?")
     whole = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert torch.cat((ids[0, :place], ids[0, place + 1 :])).tolist() == whole
-    assert processor.decode(processor.tail_ids("Who?")) == "Who?\nassistant"
+    assert processor.decode(processor.suffix_ids("Who?")) == "Who?\nassistant"
     assert processor.stop_ids == [258, 257]
 
 
@@ -208,7 +208,7 @@ def test_prompt(processor):
 )
 def test_questions_refused(processor, question):
     with pytest.raises(ValueError, match="question: "):
-        processor.tail_ids(question)
+        processor.suffix_ids(question)
 
 
 def test_words_that_only_look_like_control(processor):
@@ -231,7 +231,7 @@ def test_checkpoint_with_tokenizer(tmp_path):
     shutil.copy(CHECKPOINT / "config.json", tmp_path)
     processor = VideoXLProcessor.from_pretrained(tmp_path)
     assert (processor.size, processor.mean[0]) == (336, 0.48145466)  # CLIP's, without a file
-    assert processor.decode(processor.tail_ids("a b")) == "a b\nassistant"
+    assert processor.decode(processor.suffix_ids("a b")) == "a b\nassistant"
 
 
 def test_folders_refused(tmp_path):

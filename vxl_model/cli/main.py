@@ -211,8 +211,8 @@ class _Session:
         device, dtype = placement(options)
         self.processor: VideoXLProcessor = VideoXLProcessor.from_pretrained(options.model)
         for question in questions:
-            self.processor.tail_ids(question)
-        self.processor.prompt_ids()
+            self.processor.suffix_ids(question)
+        self.processor.prefix_ids()
         source = self._open()
         begin = time.perf_counter()
         self.model = _load(options.model, device, dtype)
@@ -267,7 +267,7 @@ class _Session:
         try:
             memory = self.model.watch(
                 **source,
-                input_ids=self.processor.prompt_ids(),
+                input_ids=self.processor.prefix_ids(),
                 ratio=self.options.ratio,
                 progress=bar,
             )
@@ -287,7 +287,7 @@ class _Session:
         from transformers import TextStreamer
 
         options = self.options
-        tail = self.processor.tail_ids(question)[0]
+        tail = self.processor.suffix_ids(question)[0]
         streamer = None
         if not options.json:
             streamer = TextStreamer(

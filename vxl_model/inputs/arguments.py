@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..errors import fail
 
-__all__ = ["IMAGE_TOKEN", "TextRow", "VisualSource", "text_rows", "visual_sources"]
+__all__ = ["IGNORE_INDEX", "IMAGE_TOKEN", "TextRow", "VisualSource", "text_rows", "visual_sources"]
 
-IMAGE_TOKEN = -200  # stands for the whole visual part in input_ids
+IMAGE_TOKEN = -200  # the one id in input_ids that marks the visual part
+IGNORE_INDEX = -100  # the label of a token that is not supervised
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..video.reader import VideoReader, open_video
 from ..video.resize import resize_crop
+from .arguments import IMAGE_TOKEN
 from .images import _bicubic, _described, _fit, _pinpoints, open_image
 
-IMAGE_TOKEN = -200  # the one id that stands for the whole visual part
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
     "\n{question}<|im_end|>\n<|im_start|>assistant\n",
@@ -182,10 +182,18 @@ class VideoXLProcessor:
     # -- words ---------------------------------------------------------------------------------
 
     def prompt_ids(self) -> Tensor:
+        """The name of `prefix_ids` until all callers have changed."""
+        return self.prefix_ids()
+
+    def tail_ids(self, question: str) -> Tensor:
+        """The name of `suffix_ids` until all callers have changed."""
+        return self.suffix_ids(question)
+
+    def prefix_ids(self) -> Tensor:
         """Ids before the video, `(1, P)`."""
         return self._ids(PROMPT[0])
 
-    def tail_ids(self, question: str) -> Tensor:
+    def suffix_ids(self, question: str) -> Tensor:
         """Ids after the video, `(1, T)`: the question and the start of the answer."""
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"question: got {question!r}, expected text")
@@ -197,7 +205,7 @@ class VideoXLProcessor:
     def encode_prompt(self, question: str) -> Tensor:
         """`input_ids (1, P + 1 + T)` with one -200 where the video stands."""
         image = torch.tensor([[IMAGE_TOKEN]])
-        return torch.cat((self.prompt_ids(), image, self.tail_ids(question)), dim=1)
+        return torch.cat((self.prefix_ids(), image, self.suffix_ids(question)), dim=1)
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Text of generated ids, `(T,)` or `(1, T)`, without control tokens."""

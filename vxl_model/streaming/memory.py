@@ -120,7 +120,7 @@ class VideoMemory:
         """
         if isinstance(question, str):
             processor = self.model.processor
-            ids = torch.as_tensor(processor.tail_ids(question))
+            ids = torch.as_tensor(processor.suffix_ids(question))
             if processor.stop_ids:
                 options.setdefault("eos_token_id", processor.stop_ids)
                 options.setdefault("pad_token_id", processor.stop_ids[0])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vxl_model.inputs.processing import IMAGE_TOKEN
+from vxl_model.inputs.arguments import IGNORE_INDEX, IMAGE_TOKEN
 
 from .samples import Sample
 
 __all__ = ["conversation_ids"]
 SYSTEM = "You are a helpful assistant."
-IGNORED = -100
 
 
 # -- words --------------------------------------------------------------------------------------
@@ -35,7 +34,7 @@ def conversation_ids(sample: Sample, tokenizer: Any) -> tuple[list[int], list[in
             if text:
                 new = tokenizer(text, add_special_tokens=False)["input_ids"]
                 ids.extend(new)
-                labels.extend(new if learned else [IGNORED] * len(new))
+                labels.extend(new if learned else [IGNORE_INDEX] * len(new))
         open_text = ""
 
     if sample.turns[0][0] != "system":
@@ -49,7 +48,7 @@ def conversation_ids(sample: Sample, tokenizer: Any) -> tuple[list[int], list[in
         if i == sample.visual_turn:
             close()
             ids.append(IMAGE_TOKEN)
-            labels.append(IGNORED)
+            labels.append(IGNORE_INDEX)
             open_text = "\n"
         open_text += f"{text}<|im_end|>\n"
     return ids, labels

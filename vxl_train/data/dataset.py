@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vxl_model.inputs.arguments import IGNORE_INDEX
 from vxl_model.inputs.images import ImageError, open_image
 from vxl_model.inputs.processing import VideoXLProcessor
 from vxl_model.streaming.ratios import RatioPlan, WindowRatios
 from vxl_model.video.decoders.base import VideoError
 from vxl_model.video.reader import open_video
 
-from .conversations import IGNORED, conversation_ids
+from .conversations import conversation_ids
 from .samples import BadSample, BadSampleError, Sample, VisualShape
 
 __all__ = ["TrainingData", "collate"]
@@ -144,10 +145,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of `TrainingData`'s items, padded at the end."""
     bad = [x for item in items for x in item["bad"]]
     if any(item["stop"] for item in items):  # HF counts labels before the Trainer can stop
-        return {"bad": bad, "stop": True, "labels": torch.full((1, 1), IGNORED)}
+        return {"bad": bad, "stop": True, "labels": torch.full((1, 1), IGNORE_INDEX)}
     longest = max(len(item["input_ids"]) for item in items)
     ids = torch.zeros(len(items), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     mask = torch.zeros_like(ids)
     for row, item in enumerate(items):
         length = len(item["input_ids"])
