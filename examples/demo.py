@@ -30,8 +30,8 @@ from examples.needle.task import (
     make_video,
     question,
 )
-from vxl_model.cli.common import Parser, add_device_arguments, count, placement, quiet, ratio, run
-from vxl_model.cli.progress import Progress
+from vxl_cli.common import Parser, add_device_arguments, count, placement, quiet, ratio, run
+from vxl_cli.progress import Progress
 from vxl_model.inputs.processing import VideoXLProcessor
 from vxl_model.video.reader import open_video
 

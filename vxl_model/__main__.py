@@ -1,8 +1,6 @@
-"""`python -m vxl_model`; see `cli`."""
+"""`python -m vxl_model` is `vxl`. The command is looked up by name: it lies above the model."""
 
-import sys
-
-from .cli.main import main
+import runpy
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_module("vxl_cli", run_name="__main__", alter_sys=True)

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vxl_model.cli.common import Parser, add_device_arguments, count, placement, quiet
-from vxl_model.cli.common import run as run_command
+from vxl_cli.common import Parser, add_device_arguments, count, placement, quiet
+from vxl_cli.common import run as run_command
+from vxl_cli.progress import Progress
+
+from .vico.settings import PROMPT, VicoSettings
 
 __all__ = ["add_train", "add_vico", "main"]
 
@@ -33,17 +36,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_vico(commands: Any) -> None:
     """Adds the command that makes VICO samples to argparse's subparsers."""
-    from .vico.build import add_arguments, command
-
     parser = commands.add_parser("vico", help="videos to training samples on what they show when")
-    add_arguments(parser, count)
+    default, shown = VicoSettings(), "(default: %(default)s)"
+    add = parser.add_argument
+    add("--videos", nargs="+", required=True, metavar="FILE_OR_DIR")
+    add(
+        "--captioner",
+        required=True,
+        metavar="MODEL",
+        help="image-text model of transformers: a folder or a name on the Hub",
+    )
+    add("--output", required=True, metavar="FILE", help="JSONL; captions go to FILE.captions")
+    add("--seed", type=int, default=default.seed)
+    add("--samples", type=count, default=default.samples, help=f"at most this many a video {shown}")
+    add("--clues", type=count, default=default.clues, help=f"at most this many a question {shown}")
+    add("--clip-seconds", type=float, default=default.clip_seconds, help=shown)
+    add("--pictures", type=count, default=default.pictures, help=f"captioned of a clip {shown}")
+    add("--edge", type=count, default=default.edge, help=f"longest edge in pixels {shown}")
+    add("--prompt", default=PROMPT, help="what the captioner is asked")
+    add("--max-new-tokens", type=count, default=64, help=f"of a caption {shown}")
+    add("--on-error", choices=("skip", "stop"), default="skip", help=f"at a bad video {shown}")
+    add("--json", action="store_true", help="print one JSON object")
     add_device_arguments(parser)
+    parser.set_defaults(run=_vico)
 
-    def run(options: argparse.Namespace) -> None:
-        quiet()
-        command(options, *placement(options))
 
-    parser.set_defaults(run=run)
+def _vico(options: argparse.Namespace) -> None:
+    from .vico.build import check_output, find_videos, make_vico
+    from .vico.captioner import TransformersCaptioner
+
+    quiet()
+    device, dtype = placement(options)
+    settings = VicoSettings(
+        options.seed,
+        options.samples,
+        options.clues,
+        options.clip_seconds,
+        options.pictures,
+        options.edge,
+    )
+    check_output(options.output, find_videos(options.videos))
+    captioner = TransformersCaptioner(
+        options.captioner,
+        prompt=options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    bar = Progress("captioning", "clips")
+
+    def report(line: str) -> None:
+        bar.close()
+        print(f"vxl: {line}", file=sys.stderr)
+
+    try:
+        summary = make_vico(
+            options.videos,
+            captioner,
+            options.output,
+            settings,
+            on_error=options.on_error,
+            progress=bar,
+            report=report,
+        )
+    finally:
+        bar.close()
+    if options.json:
+        print(json.dumps({**vars(summary), "dropped": dict(summary.dropped)}))
+        return
+    made = f"{summary.samples} samples of {summary.videos} videos"
+    print(
+        f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
+        f"{len(summary.skipped)} videos skipped, {len(summary.bad)} unreadable"
+    )
 
 
 def add_train(commands: Any, name: str = "train") -> None:

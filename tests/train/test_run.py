@@ -14,9 +14,9 @@ pytest.importorskip("PIL.Image")
 
 from helpers.training_place import CHECKPOINT, make_place, samples, settings, talk
 
+from vxl_cli.main import main as vxl
 from vxl_kernels import _ext
 from vxl_model import VideoXLForConditionalGeneration
-from vxl_model.cli.main import main as vxl
 from vxl_train.cli import main
 from vxl_train.data.samples import BadSampleError
 from vxl_train.run import train

@@ -24,7 +24,7 @@ from helpers.clips import write_audio, write_clip
 from vxl_model.video.decoders.choose import open_decoder
 from vxl_model.video.decoders.pyav import PyAvDecoder
 from vxl_model.video.reader import VideoError, VideoWarning
-from vxl_train.vico import build
+from vxl_train.vico import captioner
 from vxl_train.vico.build import VicoSettings, find_videos, make_vico
 from vxl_train.vico.captions import Caption, Clip, cut, read_clips
 from vxl_train.vico.questions import FORMS, ask, clean, pick_clues
@@ -394,7 +394,7 @@ KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from helpers.captioner import Reader
-from vxl_model.vico import make_vico
+from vxl_train.vico.build import make_vico
 class Slow(Reader):
     def caption(self, pictures):
         time.sleep(0.05)
@@ -609,26 +609,15 @@ def test_find_videos(folder, tmp_path):
 
 
 def test_json_with_dropped_captions(folder, tmp_path, monkeypatch, capsys):
-    import argparse
-
-    import torch
+    from vxl_train.cli import main
 
     reader = Reader()
     says = reader.says
     reader.says = lambda numbers: "" if min(numbers) < 28 else says(numbers)
-    monkeypatch.setattr(build, "TransformersCaptioner", lambda *args, **options: reader)
-    parser = argparse.ArgumentParser()
-    build.add_arguments(parser, int)
-    options = [
-        "--videos",
-        str(folder / "a.mp4"),
-        "--captioner",
-        "any",
-        "--json",
-        "--output",
-        str(tmp_path / "out.jsonl"),
-    ]
-    build.command(parser.parse_args(options), torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(captioner, "TransformersCaptioner", lambda *args, **options: reader)
+    video, out = str(folder / "a.mp4"), str(tmp_path / "out.jsonl")
+    options = ["--videos", video, "--captioner", "any", "--json", "--output", out]
+    assert main(["vico", *options]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert sum(summary["dropped"].values()) == 1
     assert all(isinstance(reason, str) for reason in summary["dropped"])

@@ -4,74 +4,34 @@ Source: Video-XL (arXiv 2409.14485), its section on composite data curation, "Vi
 long videos are cut into clips of 14 s, a vision-language model describes each clip, key events
 are drawn from the descriptions, and questions ask for their order in time. There GPT-4 draws the
 events; here a clue is a clip's caption, kept if it can be told from every other one
-(`_vico_questions.pick_clues`), so that one model on one's own machine is enough and the right
+(`questions.pick_clues`), so that one model on one's own machine is enough and the right
 answer follows from the clips' times alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vxl_model.cli.progress import Progress
 from vxl_model.video.decoders.base import VideoError, checked_path
 from vxl_model.video.decoders.choose import open_decoder
 from vxl_model.video.prefetch import prefetch
 
-from .captioner import PROMPT, Captioner, TransformersCaptioner
+from .captioner import Captioner
 from .captions import Caption, CaptionFile, cut, read_clips
 from .questions import Question, ask, pick_clues
+from .settings import VicoSettings
 
-__all__ = ["VicoSettings", "VicoSummary", "make_vico"]
+__all__ = ["VicoSummary", "make_vico"]
 
 SUFFIXES = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv"
-
-
-@dataclass(frozen=True)
-class VicoSettings:
-    """How samples are made.
-
-    Args:
-        seed: what is drawn follows from it, a video's file name and its captions alone.
-        samples: at most so many of a video.
-        clues: at most so many in a question, 2 to 26.
-        clip_seconds: length of a clip.
-        pictures: shown to the captioner of each clip.
-        edge: their longest edge in pixels.
-    """
-
-    seed: int = 0
-    samples: int = 4
-    clues: int = 5
-    clip_seconds: float = 14.0
-    pictures: int = 4
-    edge: int = 768
-
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("samples", 1, math.inf),
-            ("clues", 2, 26),
-            ("pictures", 1, math.inf),
-            ("edge", 1, math.inf),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                bounds = f"{least} to {most}" if most < math.inf else f"{least} or more"
-                raise ValueError(f"{name}: got {value}, expected {bounds}")
-        if not 0 < self.clip_seconds < math.inf:
-            raise ValueError(f"clip_seconds: got {self.clip_seconds}, expected a positive number")
 
 
 @dataclass
@@ -307,86 +267,3 @@ def _write(target: Path, data: bytes) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-# -- command line --------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """Arguments of `python -m vxl_train vico`; `count` reads a positive integer."""
-    default, shown = VicoSettings(), "(default: %(default)s)"
-    add = parser.add_argument
-    add("--videos", nargs="+", required=True, metavar="FILE_OR_DIR")
-    add(
-        "--captioner",
-        required=True,
-        metavar="MODEL",
-        help="image-text model of transformers: a folder or a name on the Hub",
-    )
-    add(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="JSON lines; captions are kept in FILE.captions",
-    )
-    add("--seed", type=int, default=default.seed)
-    add("--samples", type=count, default=default.samples, help=f"at most so many a video {shown}")
-    add("--clues", type=count, default=default.clues, help=f"at most so many a question {shown}")
-    add("--clip-seconds", type=float, default=default.clip_seconds, help=shown)
-    add("--pictures", type=count, default=default.pictures, help=f"captioned of a clip {shown}")
-    add("--edge", type=count, default=default.edge, help=f"their longest edge in pixels {shown}")
-    add("--prompt", default=PROMPT, help="what the captioner is asked")
-    add("--max-new-tokens", type=count, default=64, help=f"of a caption {shown}")
-    add(
-        "--on-error",
-        choices=("skip", "stop"),
-        default="skip",
-        help=f"at an unreadable video {shown}",
-    )
-    add("--json", action="store_true", help="print one JSON object")
-
-
-def command(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-    """Runs `python -m vxl_train vico`."""
-    settings = VicoSettings(
-        options.seed,
-        options.samples,
-        options.clues,
-        options.clip_seconds,
-        options.pictures,
-        options.edge,
-    )
-    check_output(options.output, find_videos(options.videos))
-    captioner = TransformersCaptioner(
-        options.captioner,
-        prompt=options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        device=device,
-        dtype=dtype,
-    )
-    bar = Progress("captioning", "clips")
-
-    def report(line: str) -> None:
-        bar.close()
-        print(f"vxl: {line}", file=sys.stderr)
-
-    try:
-        summary = make_vico(
-            options.videos,
-            captioner,
-            options.output,
-            settings,
-            on_error=options.on_error,
-            progress=bar,
-            report=report,
-        )
-    finally:
-        bar.close()
-    if options.json:
-        print(json.dumps({**vars(summary), "dropped": dict(summary.dropped)}))
-        return
-    made = f"{summary.samples} samples of {summary.videos} videos"
-    print(
-        f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
-        f"{len(summary.skipped)} videos skipped, {len(summary.bad)} unreadable"
-    )

@@ -13,13 +13,9 @@ from torch import Tensor
 
 from vxl_model.inputs.processing import VideoXLProcessor
 
-__all__ = ["PROMPT", "Captioner", "TransformersCaptioner"]
+from .settings import PROMPT
 
-PROMPT = (
-    "These pictures are moments of one short clip, in order. Say in one plain sentence what is "
-    "shown and what happens, with what sets this clip apart from others: who, what, where, which "
-    "colours, which words on the screen."
-)
+__all__ = ["Captioner", "TransformersCaptioner"]
 
 
 class Captioner(Protocol):

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from vxl_kernels import ChunkLayout, VstCache
+from vxl_model.decoder.configuration import VideoXLConfig
+from vxl_model.decoder.vision_tower import FRAME_BATCH
+from vxl_model.streaming.encoder import default_chunks
+from vxl_model.streaming.memory import SLACK_TOKENS
 
-from ..decoder.configuration import VideoXLConfig
-from ..decoder.vision_tower import FRAME_BATCH
-from ..streaming.encoder import default_chunks
-from ..streaming.memory import SLACK_TOKENS
-
-__all__ = ["VideoPlan", "device_memory", "plan_video", "released_config"]
+__all__ = ["VideoEstimate", "device_memory", "estimate_video", "released_config"]
 
 
 def released_config() -> VideoXLConfig:
@@ -44,8 +43,8 @@ def released_config() -> VideoXLConfig:
 
 
 @dataclass(frozen=True)
-class VideoPlan:
-    """What `plan_video` counted. Bytes and FLOPs; a product of two numbers and its sum are 2.
+class VideoEstimate:
+    """What `estimate_video` counted. Bytes and FLOPs; a product of two numbers and its sum are 2.
 
     Attributes:
         frames, ratio, dtype: as given.
@@ -91,7 +90,7 @@ class VideoPlan:
         return {**asdict(self), "total_bytes": self.total_bytes, "total_flops": self.total_flops}
 
 
-def plan_video(
+def estimate_video(
     config: VideoXLConfig,
     frames: int,
     ratio: int,
@@ -102,7 +101,7 @@ def plan_video(
     question: int = 64,
     answer: int = 256,
     page_size: int = 64,
-) -> VideoPlan:
+) -> VideoEstimate:
     """Memory and FLOPs for one video of `frames` frames and a question.
 
     Args:
@@ -142,7 +141,7 @@ def plan_video(
     dense, attention = decoder.video(tokens, ratio, prompt)
     raw_dense, raw_attention = decoder.raw(tokens, prompt)
     chunks = default_chunks(config, torch.device(device), dtype)
-    return VideoPlan(
+    return VideoEstimate(
         frames=frames,
         ratio=ratio,
         dtype=str(dtype).removeprefix("torch."),
@@ -168,7 +167,7 @@ def _kv_heads(config: VideoXLConfig) -> int:
 
 def count_parameters(config: VideoXLConfig) -> int:
     """Of the whole model, without allocating any."""
-    from ..modeling import VideoXLForConditionalGeneration
+    from vxl_model.modeling import VideoXLForConditionalGeneration
 
     with torch.device("meta"):
         model = VideoXLForConditionalGeneration(config)

@@ -14,46 +14,17 @@ pytest.importorskip("transformers")
 pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
 
-from helpers.clips import picture, write_audio, write_clip
+from helpers.clips import write_audio, write_clip
 
-from examples.demo import demo_model, print_demo
 from examples.demo import main as demo
-from examples.demo_clip import byte_tokenizer
+from examples.demo import print_demo
 from vxl_kernels import _ext
-from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
-from vxl_model.cli.main import main
-from vxl_model.cli.plan import count_parameters, plan_video, released_config
-from vxl_model.cli.progress import Progress, clock
+from vxl_model import VideoXLForConditionalGeneration
 from vxl_model.video.reader import open_video
 
 pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
 
 QUESTION = "What is shown?"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with the tiny checkpoint, a tokenizer of bytes in it, and a clip."""
-    folder = tmp_path_factory.mktemp("cli")
-    shutil.copytree(CHECKPOINT, folder / "model")
-    byte_tokenizer(128).save_pretrained(folder / "model")
-    write_clip(folder / "clip.mp4", count=60, fps=10)
-    Image.fromarray(picture(5, 200, 120)).save(folder / "one.png")
-    Image.fromarray(picture(9, 120, 200)).save(folder / "two.png")
-    return folder
-
-
-@pytest.fixture
-def run(place, capsys, monkeypatch):
-    """Runs a command in that folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(place)
-
-    def call(*arguments):
-        code = main([str(a) for a in arguments])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 ASK = ("ask", "--model", "model", "--ratio", "4", "--max-new-tokens", "6")
@@ -171,6 +142,98 @@ def test_chat(run, monkeypatch):
     assert code == 0
     assert [json.loads(line)["question"] for line in out.splitlines()] == [QUESTION, "And then?"]
     assert err == "vxl: question: holds the control token '<|im_end|>'\n"
+
+
+def test_nothing_heavy_for_help_and_wrong_names(place):
+    """`vxl --help` and a wrong file name need neither torch nor transformers."""
+    code = (
+        "import sys; from vxl_cli.main import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'numpy', 'av', 'PIL'} & set(sys.modules); "
+        "print(sorted(heavy), file=sys.stderr); sys.exit(status)"
+    )
+    wrong = ("--model", "model", "--video", "none.mp4")
+    for arguments, status in (
+        (("--help",), 0),
+        (("ask", "--help"), 0),
+        (("ask", *wrong, "Q"), 2),
+        (("chat", *wrong), 2),
+        (("watch", *wrong, "--save", "m.vxl"), 2),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=place,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status
+        assert done.stderr.splitlines()[-1] == "[]"
+        assert status == 0 or "none.mp4: no such file" in done.stderr
+
+
+def test_version(run):
+    from vxl_kernels import __version__
+
+    assert run("--version") == (0, f"vxl {__version__}\n", "")
+
+
+def test_debug_shows_the_traceback(run, monkeypatch):
+    from vxl_cli.session import Session
+
+    def broken(*_):
+        raise LookupError("two\nlines")
+
+    monkeypatch.setattr(Session, "answer", broken)
+    code, out, err = run(*ASK, "--video", "clip.mp4", "Q")
+    assert (code, out, err) == (1, "", "vxl: LookupError: two lines (--debug shows where)\n")
+    with pytest.raises(LookupError):
+        run(*ASK, "--video", "clip.mp4", "--debug", "Q")
+
+
+def test_ask_saves_what_it_watched(run):
+    code, out, err = run(*ASK, "--video", "clip.mp4", "--save", "asked.vxl", QUESTION)
+    assert (code, err) == (0, "")
+    ask = ("ask", "--model", "model", "--memory", "asked.vxl", "--max-new-tokens", "6")
+    assert run(*ask, QUESTION) == (0, out, "")
+
+
+@pytest.mark.parametrize("command", ["watch", "ask", "chat"])
+@pytest.mark.parametrize("form", ["same", "link", "hard link", "of the model"])
+def test_an_input_is_never_written(run, place, tmp_path, command, form):
+    (tmp_path / "talk.mp4").write_bytes((place / "clip.mp4").read_bytes())
+    target = tmp_path / "talk.mp4"
+    if form == "link":
+        target = tmp_path / "link.vxl"
+        target.symlink_to("talk.mp4")
+    elif form == "hard link":
+        target = tmp_path / "hard.vxl"
+        target.hardlink_to(tmp_path / "talk.mp4")
+    elif form == "of the model":
+        target = place / "model" / "config.json"
+    before = target.read_bytes()
+    more = ("Q",) if command == "ask" else ()
+    code, out, err = run(
+        command, "--model", "model", "--video", tmp_path / "talk.mp4", "--save", target, *more
+    )
+    assert (code, out) == (2, "")
+    assert "which is an input" in err
+    assert target.read_bytes() == before
+
+
+def test_more_positions_than_the_model_was_trained_for(run, place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    base = ("--model", tmp_path / "model", "--video", "clip.mp4", "--ratio", 4)
+    code, _, err = run("watch", *base, "--save", tmp_path / "m.vxl")
+    assert code == 0
+    assert "vxl: warning: the video takes" in err
+    assert "more than the 64 that the model was trained for" in err
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 300}))
+    code, _, err = run("ask", *base, "--max-new-tokens", 100, QUESTION)
+    assert code == 0
+    assert "the video with this question and the longest answer takes" in err
 
 
 def hostile(place):
@@ -346,91 +409,6 @@ def test_demo(place, capsys):
     needles = result["needles"]
     assert needles["answers"] == needles["truth"]
     assert all(words in shown for words in needles["questions"])
-
-
-# -- plan ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("ratio", "share"), [(2, 70), (4, 54), (8, 37), (16, 23)])
-def test_plan_of_the_released_model(ratio, share):
-    """Attention's share of the language model's arithmetic over 2,048 frames, and the cache's
-    bytes, as published measurements of the geometry have them."""
-    plan = plan_video(released_config(), 2048, ratio)
-    attention = plan.attention_flops / (plan.attention_flops + plan.dense_flops)
-    assert round(100 * attention) == share
-    gib = 2.0**30
-    assert plan.raw_cache_bytes / gib == pytest.approx(15.8, abs=0.2)
-    assert plan.cache_bytes / gib == pytest.approx(15.75 / ratio, abs=0.15)
-    assert plan.weight_bytes == 2 * plan.parameters
-    # Qwen2-7B 7.616 G, VST projections 28 * 3584 * 4608 + 28 * 4608 + 3584, projector, CLIP-L
-    assert plan.parameters == pytest.approx(7.616e9 + 0.462e9 + 0.0165e9 + 0.3035e9, rel=1e-3)
-
-
-def test_plan_is_what_watch_takes():
-    """Counted against a model that ran: parameters, tokens, the pool's bytes and its arithmetic
-    as torch counts it."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = demo_model()
-    frames, ratio = 24, 8
-    plan = plan_video(model.config, frames, ratio, dtype=torch.float32, prompt=14)
-    assert plan.parameters == sum(p.numel() for p in model.parameters())
-    assert plan.parameters == count_parameters(model.config)
-    pixels = torch.zeros(frames, 3, 336, 336)
-    prompt = torch.zeros(14, dtype=torch.long)
-    # The counter knows plain products; so CLIP's attention is made of such, and this package's
-    # own is left out on both sides.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        memory = model.watch(pixel_values=pixels, input_ids=prompt, ratio=ratio)
-    assert memory.visual_tokens == [plan.visual_tokens]
-    assert memory.kept_tokens == [plan.kept_tokens]
-    pool = memory._streams[0].sequence.pool.cache
-    assert abs(pool.bytes - plan.cache_bytes) <= 2 * pool.page_bytes
-    counted = counter.get_total_flops()
-    assert counted == pytest.approx(plan.vision_flops + plan.dense_flops, rel=0.01)
-
-
-def test_plan_command(run):
-    code, out, err = run("plan", "--frames", 900, "--ratio", 8, "--dtype", "bfloat16")
-    assert (code, err) == (0, "")
-    assert "129600 visual tokens" in out
-    assert "kept K and V" in out
-    code, out, _ = run("plan", "--frames", 900, "--ratio", 8, "--model", "model", "--json")
-    plan = json.loads(out)
-    assert code == 0
-    config = VideoXLConfig.from_pretrained("model")
-    assert plan["parameters"] == count_parameters(config)
-    assert plan["total_bytes"] == plan["weight_bytes"] + plan["cache_bytes"] + plan["step_bytes"]
-
-
-# -- progress ------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress():
-    bar = Progress("watching", stream=Terminal())
-    assert bar.line(64, 128, 16.0) == (
-        "watching [############............] 64/128 frames, 4.0 frames/s, 16 s left"
-    )
-    assert bar.line(128, 128, 32.0).endswith("128/128 frames, 4.0 frames/s")
-    assert bar.line(7, None, 7.0) == "watching 7 frames, 1.0 frames/s"
-    bar(128, 128)
-    bar.close()
-    assert bar.stream.getvalue().rstrip(" \r").count("\r") == 1
-    assert bar.stream.getvalue().endswith(" \r")
-    assert [clock(s) for s in (0.4, 59, 61, 3725)] == ["0 s", "59 s", "1:01 min", "1:02 h"]
-
-
-def test_progress_where_nobody_looks():
-    bar = Progress("watching", stream=io.StringIO())
-    bar(3, 4)
-    bar.close()
-    assert bar.stream.getvalue() == ""
 
 
 def test_reader_is_closed_when_the_model_fails(place, monkeypatch):

@@ -1,0 +1,38 @@
+"""A folder with a checkpoint, a clip and pictures, and a way to run commands there."""
+
+import shutil
+
+import pytest
+from helpers.paths import CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the tiny checkpoint, a tokenizer of bytes in it, and a clip."""
+    from helpers.clips import picture, write_clip
+    from PIL import Image
+
+    from examples.demo_clip import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(CHECKPOINT, folder / "model")
+    byte_tokenizer(128).save_pretrained(folder / "model")
+    write_clip(folder / "clip.mp4", count=60, fps=10)
+    Image.fromarray(picture(5, 200, 120)).save(folder / "one.png")
+    Image.fromarray(picture(9, 120, 200)).save(folder / "two.png")
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    """Runs a command in that folder: exit code, stdout, stderr."""
+    from vxl_cli.main import main
+
+    monkeypatch.chdir(place)
+
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call

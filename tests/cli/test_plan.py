@@ -1,0 +1,84 @@
+"""What `vxl plan` says against what a model takes."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from examples.demo import demo_model
+from vxl_cli.estimate import count_parameters, estimate_video, released_config
+from vxl_kernels import _ext
+from vxl_model import VideoXLConfig
+
+pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(2, 70), (4, 54), (8, 37), (16, 23)])
+def test_plan_of_the_released_model(ratio, share):
+    """Attention's share of the language model's arithmetic over 2,048 frames, and the cache's
+    bytes, as published measurements of the geometry have them."""
+    plan = estimate_video(released_config(), 2048, ratio)
+    attention = plan.attention_flops / (plan.attention_flops + plan.dense_flops)
+    assert round(100 * attention) == share
+    gib = 2.0**30
+    assert plan.raw_cache_bytes / gib == pytest.approx(15.8, abs=0.2)
+    assert plan.cache_bytes / gib == pytest.approx(15.75 / ratio, abs=0.15)
+    assert plan.weight_bytes == 2 * plan.parameters
+    # Qwen2-7B 7.616 G, VST projections 28 * 3584 * 4608 + 28 * 4608 + 3584, projector, CLIP-L
+    assert plan.parameters == pytest.approx(7.616e9 + 0.462e9 + 0.0165e9 + 0.3035e9, rel=1e-3)
+
+
+def test_plan_is_what_watch_takes():
+    """Counted against a model that ran: parameters, tokens, the pool's bytes and its arithmetic
+    as torch counts it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = demo_model()
+    frames, ratio = 24, 8
+    plan = estimate_video(model.config, frames, ratio, dtype=torch.float32, prompt=14)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.parameters == count_parameters(model.config)
+    pixels = torch.zeros(frames, 3, 336, 336)
+    prompt = torch.zeros(14, dtype=torch.long)
+    # The counter knows plain products; so CLIP's attention is made of such, and this package's
+    # own is left out on both sides.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        memory = model.watch(pixel_values=pixels, input_ids=prompt, ratio=ratio)
+    assert memory.visual_tokens == [plan.visual_tokens]
+    assert memory.kept_tokens == [plan.kept_tokens]
+    pool = memory._streams[0].sequence.pool.cache
+    assert abs(pool.bytes - plan.cache_bytes) <= 2 * pool.page_bytes
+    counted = counter.get_total_flops()
+    assert counted == pytest.approx(plan.vision_flops + plan.dense_flops, rel=0.01)
+
+
+def test_plan_command(run):
+    code, out, err = run("plan", "--frames", 900, "--ratio", 8, "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    assert "129600 visual tokens" in out
+    assert "kept K and V" in out
+    code, out, _ = run("plan", "--frames", 900, "--ratio", 8, "--model", "model", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    config = VideoXLConfig.from_pretrained("model")
+    assert plan["parameters"] == count_parameters(config)
+    assert plan["total_bytes"] == plan["weight_bytes"] + plan["cache_bytes"] + plan["step_bytes"]
+
+
+def test_ratios_side_by_side(run):
+    code, out, err = run("plan", "--frames", 2048, "--ratio", "2,8,16", "--free", "24G")
+    assert (code, err) == (0, "")
+    assert "on a device with 24.0 GiB" in out
+    assert "ratio 2: warning: 147,790 positions, more than the 32,768" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()[:2] in ("2 ", "8 ", "16")]
+    assert [row[0] for row in rows] == ["2", "8", "16"]
+    assert "s" not in rows[0]  # nothing is timed for a device that is not here
+    code, out, _ = run("plan", "--frames", 2048, "--ratio", "8,16", "--free", "80GiB", "--json")
+    assert [json.loads(line)["free_bytes"] for line in out.splitlines()] == [80 * 2**30] * 2
+    for wrong in ("80X", "-1G", "nan", "G"):
+        code, out, err = run("plan", "--frames", 9, "--ratio", 8, f"--free={wrong}")
+        assert (code, out) == (2, "")
+        assert "--free" in err
