@@ -10,7 +10,7 @@ STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
 .PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz \
-  cuda-check cuda-build-check info clean gpu-static demo needle
+  cuda-check cuda-build-check info clean docs gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make demo       a clip through a small random Video-XL, and a tiny one that answers (20 seconds)"
@@ -25,6 +25,7 @@ help:
 	@echo "make cuda-check the CUDA kernels, compiled and held to limits; their bodies run on the CPU"
 	@echo "make cuda-build-check  the extension with CUDA against a CUDA build of torch (5 GB)"
 	@echo "make info       what is installed, what runs where, and why not"
+	@echo "make docs       the documentation into build/site; a warning is an error"
 	@echo "make format     format Python"
 	@echo "make clean      remove everything that was built"
 
@@ -65,6 +66,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Reads docstrings without importing the packages, so nothing is built.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs 'mkdocstrings[python]'
+	@touch $@
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.model_goldens import load_golden, relative
-from transformers import Trainer, TrainingArguments
 
 from vxl_model import WindowRatios, training_forward
 from vxl_model.inputs.arguments import text_rows
@@ -287,21 +286,3 @@ def test_compiled_layers(model, features):
     assert torch.equal(compiled.loss, plain.loss)
     assert all(torch.equal(g, want[k]) for k, g in gradients(model).items())
     torch._dynamo.reset()
-
-
-def test_trainer_predicts(model, features, tmp_path):
-    """HF's Trainer gathers the logits of all batches and leaves the memories alone."""
-    rows = [
-        {"input_ids": ids, "labels": labels, "video": x}
-        for ids, labels, x in zip(IDS[:, 1:-1], LABELS[:, 1:-1], features, strict=True)
-    ]
-
-    def collate(items):
-        batch = {name: torch.stack([x[name] for x in items]) for name in ("input_ids", "labels")}
-        return {**batch, "visual_features": [x["video"] for x in items]}
-
-    settings = TrainingArguments(tmp_path, use_cpu=True, remove_unused_columns=False, report_to=[])
-    out = Trainer(model, settings, collate).predict(rows)
-    with torch.no_grad():
-        alone = model(IDS[:1, 1:-1], visual_features=features[:1])
-    assert torch.allclose(torch.from_numpy(out.predictions[:1]), alone.logits, atol=1e-5)

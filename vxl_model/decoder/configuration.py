@@ -88,7 +88,6 @@ class VideoXLConfig(Qwen2Config):
     """
 
     model_type = "llava_qwen"
-    keys_to_ignore_at_inference = ["memory"]  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012  (Qwen2's, and the VST projections likewise)
         **(Qwen2Config.base_model_tp_plan or {}),
         "layers.*.self_attn.beacon_q_proj": "colwise",
