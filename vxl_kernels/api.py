@@ -7,8 +7,8 @@ is stored rotated at its final position and never touched again.
 
 `layout` is a `ChunkLayout`, or None for ordinary tokens (prompt, text, decode).
 
-`backend` is "cpu", "triton", "reference", or None for the device's own. A named backend
-that cannot serve raises a ValueError with every reason; it never falls back.
+`backend` is a name of `backends()` ("cpu", "triton", "reference"), or None for the device's own. A
+named backend that cannot serve raises a ValueError with every reason; it never falls back.
 """
 
 from __future__ import annotations
@@ -18,56 +18,17 @@ from typing import Literal, overload
 
 import torch
 
-from . import _ext, _triton, checks, gradients, ops, reference  # noqa: F401  gradients registers itself
-from .layout import ChunkLayout
+from . import _triton, checks, gradients, linear, reference  # noqa: F401  gradients: by import
+from ._backends import backends, chosen
+from .layout import ChunkLayout, layout_to_ints
 
 __all__ = ["backends", "rope_append", "vst_attention", "vst_linear"]
 
-Backend = Literal["cpu", "triton", "reference"]
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _cpu_reasons(x: torch.Tensor | None) -> list[str]:
-    """Why the CPU kernels cannot serve x (or anything, for None)."""
-    reasons = []
-    if _ext.extension is None:
-        reasons.append(f"the extension is not built or does not load ({_ext.reason_missing})")
-    if x is not None and x.device.type != "cpu":
-        reasons.append(f"tensors are on {x.device}")
-    if x is not None and x.dtype not in _CPU_DTYPES:
-        reasons.append(f"dtype {x.dtype} is not float32, bfloat16 or float16")
-    return reasons
-
-
-_REASONS = {"cpu": _cpu_reasons, "triton": _triton.reasons, "reference": lambda x: []}
-
-
-def backends() -> dict[str, list[str]]:
-    """Every backend with the reasons why it cannot run here; an empty list means it can."""
-    return {name: reasons(None) for name, reasons in _REASONS.items()}
-
-
-def _interpret(backend: str | None, name: str, *tensors: torch.Tensor | None) -> bool:
-    """True for Triton's interpreter, which serves CPU tensors past the dispatcher."""
-    if backend != "triton" or (tensors[0] is not None and tensors[0].device.type != "cpu"):
-        return False
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise ValueError(f"{name}: got inputs that require a gradient, the interpreter has none")
-    return True
-
-
-def _use_reference(backend: str | None, x: torch.Tensor) -> bool:
-    """Refuses a backend that cannot serve; True if the reference was asked for."""
-    if backend is not None and backend not in _REASONS:
-        checks.fail("backend", repr(backend), "'cpu', 'triton', 'reference' or None")
-    if backend is None:
-        if x.device.type == "cpu" and x.dtype == torch.float64:
-            checks.fail("q", x.dtype, "float32, bfloat16 or float16 (or backend='reference')")
-        return False
-    reasons = _REASONS[backend](x)
-    if reasons:
-        raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
-    return backend == "reference"
+def _is_plain(name: str) -> bool:
+    """Whether to call the reference itself: autograd goes through it, twice if asked to. In a graph
+    that is compiled it is an operator like any other backend, for it reads values."""
+    return name == "reference" and not torch.compiler.is_compiling()
 
 
 @overload
@@ -82,7 +43,7 @@ def vst_attention(
     layout: ChunkLayout | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
-    backend: Backend | None = ...,
+    backend: str | None = ...,
 ) -> torch.Tensor: ...
 @overload
 def vst_attention(
@@ -97,7 +58,7 @@ def vst_attention(
     scale: float | None = ...,
     *,
     return_lse: Literal[True],
-    backend: Backend | None = ...,
+    backend: str | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def vst_attention(
     q,
@@ -149,14 +110,12 @@ def vst_attention(
     checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=needed)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     cache = (k_cache, v_cache, block_table, cache_seqlens)
-    if _use_reference(backend, q):
+    name = chosen(backend, "vst_attention", q)
+    if _is_plain(name):
         out, lse = reference.vst_attention(q, k, v, *cache, layout, scale)
-    elif _interpret(backend, "vst_attention", q, k, v, k_cache, v_cache):
-        ints = ops.layout_to_ints(layout)
-        out, lse = _triton.kernels().vst_attention(q, k, v, *cache, ints, scale)
     else:
-        ints = ops.layout_to_ints(layout)
-        out, lse = torch.ops.vxl.vst_attention(q, k, v, *cache, ints, scale)
+        ints = layout_to_ints(layout)
+        out, lse = torch.ops.vxl.vst_attention(q, k, v, *cache, ints, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -172,7 +131,7 @@ def rope_append(
     inv_freq: torch.Tensor,
     *,
     inplace: bool = False,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates q and k to their positions and appends what is kept to the cache.
 
@@ -209,7 +168,7 @@ def rope_append(
     checks.writable(k_cache=k_cache, v_cache=v_cache)
     if inplace:
         checks.writable(q=q, k=k)
-    use_reference = _use_reference(backend, q)
+    name = chosen(backend, "rope_append_" if inplace else "rope_append", q)
     wants_grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, k_cache, v_cache)
     )
@@ -219,32 +178,21 @@ def rope_append(
             "torch.no_grad(), for inference)"
         )
     cache = (k_cache, v_cache, block_table, cache_seqlens)
-    if use_reference:
+    if _is_plain(name):
         rotated = reference.rope_append(q, k, v, *cache, layout, inv_freq)
         if inplace:
             return q.copy_(rotated[0]), k.copy_(rotated[1])
         return rotated
-    ints = ops.layout_to_ints(layout)
-    inv_freq = inv_freq.float()
-    if _interpret(backend, "rope_append", q, k, v):
-        launcher = _triton.kernels()
-        if inplace:
-            launcher.rope_append_(q, k, v, *cache, ints, inv_freq)
-            return q, k
-        return launcher.rope_append(q, k, v, *cache, ints, inv_freq)
-    # Where the extension has CUDA kernels, the ops are those: a named Triton has ops of its own.
-    names = ops.LAUNCHES if backend == "triton" else {}
-    name = "rope_append_" if inplace else "rope_append_copy" if wants_grad else "rope_append"
-    op = getattr(torch.ops.vxl, names.get(name, name))
-    done = op(q, k, v, *cache, ints, inv_freq)
+    args = (q, k, v, *cache, layout_to_ints(layout), inv_freq.float(), name)
     if inplace:
+        torch.ops.vxl.rope_append_(*args)
         return q, k
-    if wants_grad:
-        q, k, *caches = done
-        k_cache.copy_(caches[0])
-        v_cache.copy_(caches[1])
-        return q, k
-    return done
+    if not wants_grad:
+        return torch.ops.vxl.rope_append(*args)
+    q, k, *caches = torch.ops.vxl.rope_append_copy(*args)
+    k_cache.copy_(caches[0])
+    v_cache.copy_(caches[1])
+    return q, k
 
 
 def vst_linear(
@@ -255,7 +203,7 @@ def vst_linear(
     vst_bias: torch.Tensor | None,
     layout: ChunkLayout | None,
     *,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Raw rows through one weight set, VST rows through the other.
 
@@ -280,13 +228,26 @@ def vst_linear(
     """
     sets = {"weight": weight, "bias": bias, "vst_weight": vst_weight, "vst_bias": vst_bias}
     checks.linear_shapes(x, sets, layout)
-    if backend is not None and _use_reference(backend, x):
-        return reference.vst_linear(x, weight, bias, vst_weight, vst_bias, layout)
-    ints = ops.layout_to_ints(layout)
     args = (x, weight, bias, vst_weight, vst_bias)
-    if _interpret(backend, "vst_linear", *args):
-        return _triton.kernels().vst_linear(*args, ints)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
-    if backend == "triton" and not wants_grad:  # the one launch has no gradient
-        return torch.ops.vxl.vst_linear_one_launch(*args, ints)
-    return torch.ops.vxl.vst_linear(*args, ints)
+    name = "" if backend is None else chosen(backend, "vst_linear", x)
+    if _is_plain(name):
+        return reference.vst_linear(*args, layout)
+    # A kernel has no gradient to offer that the two products do not have.
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        return linear.vst_linear(*args, layout)
+    if not name and _one_launch_is_better(x, weight, layout):
+        name = "triton"
+    if name in ("", "cpu"):  # as PyTorch's own operations, which compilers and DTensor see through
+        return linear.vst_linear(*args, layout)
+    return torch.ops.vxl.vst_linear(*args, layout_to_ints(layout), name)
+
+
+def _one_launch_is_better(
+    x: torch.Tensor, weight: torch.Tensor, layout: ChunkLayout | None
+) -> bool:
+    """On a GPU, in inference, where all tiles of both products fit the GPU at once. Two products
+    are two rounds then, each as long as one tile takes; with more tiles than that, the library's
+    faster product wins. Modelled, not measured: `_triton.one_wave`. A compiler has its own ways."""
+    if x.device.type != "cuda" or layout is None or torch.compiler.is_compiling():
+        return False
+    return _triton.one_wave(x, weight, layout_to_ints(layout)) and not _triton.reasons(x)

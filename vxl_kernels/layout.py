@@ -17,6 +17,7 @@ Source: Video-XL paper, section 3.2; the published code's `beacon` memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ import torch
 
 from ._arguments import at_least, fail
 
-__all__ = ["ChunkLayout"]
+__all__ = ["ChunkLayout", "layout_from_ints", "layout_to_ints", "takes_ints"]
 
 Order = Literal["split", "interleaved"]
 
@@ -201,3 +202,28 @@ class ChunkLayout:
         chunk, i = index // each, index % each
         position = i * (self.ratio + 1) + self.ratio if vst else i + i // self.ratio
         return chunk * self.rows_per_chunk + position
+
+
+# -- as the operators' schemas have it: [window, ratio, chunks, split], and [] for None ----------
+
+
+def layout_to_ints(layout: ChunkLayout | None) -> list[int]:
+    if layout is None:
+        return []
+    return [layout.window, layout.ratio, layout.chunks, int(layout.order == "split")]
+
+
+def layout_from_ints(ints: list[int]) -> ChunkLayout | None:
+    if not ints:
+        return None
+    window, ratio, chunks, split = ints
+    return ChunkLayout(window, ratio, chunks, "split" if split else "interleaved")
+
+
+def takes_ints(fn: Callable) -> Callable:
+    """fn, one of whose arguments is a ChunkLayout, taking that as the operators do."""
+
+    def call(*args):
+        return fn(*(layout_from_ints(x) if isinstance(x, list) else x for x in args))
+
+    return call

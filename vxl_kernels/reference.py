@@ -8,13 +8,20 @@ inputs. Shapes are documented in `api.py`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from . import checks
 from .layout import ChunkLayout
 
-__all__ = ["rope_append", "vst_attention", "vst_linear"]
+__all__ = [
+    "rope_append",
+    "rope_append_",
+    "vst_attention",
+    "vst_attention_backward",
+    "vst_linear",
+]
 
 _ROWS_AT_ONCE = 512  # bounds the dense score matrix
 
@@ -90,6 +97,37 @@ def vst_attention(
     return torch.stack(outs), torch.stack(lses)
 
 
+def vst_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: ChunkLayout | None,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v and the caches (of no elements without one), from the attention
+    computed again."""
+    inputs = [q, k, v, k_cache, v_cache]
+    if q.numel() == 0:
+        return tuple(q.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    call: list[Any] = [*leaves, block_table, cache_seqlens, layout, scale]
+    with torch.enable_grad():
+        outputs = vst_attention(*call)
+    present = [x for x in leaves if x is not None]
+    grads = iter(
+        torch.autograd.grad(outputs, present, [grad_out, grad_lse], materialize_grads=True)
+    )
+    return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     """RoPE in the half-split "rotate_half" form: x `(rows, heads, head_dim)` to positions
     `(rows,)`. Angles are rounded to float32 as in transformers (float64 for float64)."""
@@ -133,6 +171,12 @@ def rope_append(
     if not q_out:
         return torch.empty_like(q), torch.empty_like(k)
     return torch.stack(q_out), torch.stack(k_out)
+
+
+def rope_append_(q: torch.Tensor, k: torch.Tensor, *args) -> None:
+    """The same with q and k rotated in place."""
+    for x, rotated in zip((q, k), rope_append(q, k, *args), strict=True):
+        x.copy_(rotated)
 
 
 def vst_linear(

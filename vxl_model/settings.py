@@ -7,8 +7,6 @@ from typing import Literal
 
 __all__ = ["ExecutionSettings"]
 
-Backend = Literal["cpu", "triton", "reference"]
-
 
 @dataclass
 class ExecutionSettings:
@@ -18,7 +16,7 @@ class ExecutionSettings:
         chunks_per_step: windows that go through the layers together; None chooses by the
             device's memory.
         order: of a chunk's rows, "split" or "interleaved".
-        backend: of `vxl_kernels`; None for the device's own.
+        backend: a name of `vxl_kernels.backends()`; None for the device's own.
         skip_last_layer_outputs: the last layer keeps K and V and computes nothing else where its
             output is not read. Off only for comparisons.
         batch_invariant: dense products take the rows of one sequence at a time, so that a
@@ -30,7 +28,7 @@ class ExecutionSettings:
 
     chunks_per_step: int | None = None
     order: Literal["split", "interleaved"] = "split"
-    backend: Backend | None = None
+    backend: str | None = None
     skip_last_layer_outputs: bool = True
     batch_invariant: bool = True
     page_size: int = 128

@@ -17,7 +17,7 @@ import vxl_kernels
 from benchmarks.common.cases import Case, Inputs, Paged
 from benchmarks.common.oracle import Answer
 from benchmarks.common.run import Run
-from vxl_kernels import _triton, ops
+from vxl_kernels.layout import layout_to_ints
 
 __all__ = ["backward_answer", "sdpa_backward", "triton_backward", "vxl_backward"]
 
@@ -87,13 +87,12 @@ def triton_backward(x: Inputs) -> Run:
         paged.block_table,
         paged.cache_seqlens,
     )
-    how = ops.layout_to_ints(case.layout), case.geometry.head_dim**-0.5
-    out, lse = _triton.kernels().vst_attention(*tensors, *how)
+    how = layout_to_ints(case.layout), case.geometry.head_dim**-0.5, "triton"
+    out, lse = torch.ops.vxl.vst_attention(*tensors, *how)
     grads = grad, torch.zeros_like(lse)
 
     def call() -> tuple[torch.Tensor, ...]:
-        launcher = _triton.backward_kernels()
-        return launcher.vst_attention_backward(*grads, *tensors, out, lse, *how)
+        return torch.ops.vxl.vst_attention_backward(*grads, *tensors, out, lse, *how)
 
     return Run(call, _paged_part(x, paged))
 

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "../cuda/launch.h"
+#include "backends.h"
 #include "page_arguments.h"
 #include "rope_forms.h"
 
@@ -78,8 +79,8 @@ void scatter_rows_(const Tensor& cache, const Tensor& block_table_row, int64_t f
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vxl, CUDA, m) {
-  m.impl("rope_append", vxl::bindings::rope_append<rope_append_into, empty_on_device>);
-  m.impl("rope_append_", vxl::bindings::rope_append_<rope_append_into, empty_on_device>);
+  implement<rope_append<rope_append_into, empty_on_device>>(m, "vxl::rope_append", "");
+  implement<rope_append_<rope_append_into, empty_on_device>>(m, "vxl::rope_append_", "");
   m.impl("copy_pages_", copy_pages_);
   m.impl("gather_rows", gather_rows);
   m.impl("scatter_rows_", scatter_rows_);

@@ -8,6 +8,7 @@
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
+#include "backends.h"
 #include "rope_forms.h"
 #include "threads.h"
 
@@ -158,8 +159,8 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vxl, CPU, m) {
-  m.impl("vst_attention", vst_attention);
-  m.impl("vst_attention_backward", vst_attention_backward);
-  m.impl("rope_append", vxl::bindings::rope_append<rope_append_into, empty_rows>);
-  m.impl("rope_append_", vxl::bindings::rope_append_<rope_append_into, empty_rows>);
+  implement<vst_attention>(m, "vxl::vst_attention", "cpu");
+  implement<vst_attention_backward>(m, "vxl::vst_attention_backward", "cpu");
+  implement<rope_append<rope_append_into, empty_rows>>(m, "vxl::rope_append", "cpu");
+  implement<rope_append_<rope_append_into, empty_rows>>(m, "vxl::rope_append_", "cpu");
 }

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.serving import serving
 from helpers.strategies import DTYPES, calls
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -172,7 +173,7 @@ def test_no_cache_is_an_empty_cache():
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(0, 3), (2, 0), (0, 0)])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", serving())
 def test_zero_sizes(batch, rows, backend):
     inputs = make_inputs((4,) * batch, rows=rows)
     out, lse = vst_attention(*inputs.args(), return_lse=True, backend=backend)

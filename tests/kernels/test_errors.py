@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from helpers.serving import serving
 
 from vxl_kernels import ChunkLayout, rope_append, vst_attention, vst_linear
 from vxl_kernels.testing import inverse_frequencies, make_inputs
@@ -70,7 +71,7 @@ PAGING = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", serving())
 @pytest.mark.parametrize(("changes", "message"), SHAPES + PAGING)
 def test_refused_before_anything_is_written(changes, message, backend):
     call = inputs(**changes)
@@ -86,7 +87,7 @@ def test_refused_before_anything_is_written(changes, message, backend):
             assert torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", serving())
 def test_unused_table_entries_may_hold_anything(backend):
     call = inputs(block_table=entry(0, 2, -7), cache_seqlens=lens(5, 9))  # 5 + 3 tokens: 2 pages
     rope_append(*call.args(), inverse_frequencies(16), backend=backend)
@@ -123,7 +124,7 @@ def test_odd_head_dim_has_no_halves():
 def test_chunks_need_a_cache():
     layout = ChunkLayout(5, 2, chunks=2)
     call = make_inputs((0,), layout)
-    for backend in ("cpu", "reference"):
+    for backend in serving():
         with pytest.raises(ValueError, match="k_cache: got None, expected a tensor"):
             vst_attention(call.q, call.k, call.v, layout=layout, backend=backend)
 
@@ -191,7 +192,7 @@ def test_memory_that_is_shared_is_not_written():
         rope_append(*shared.args(), inv_freq)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", serving())
 def test_inplace_has_no_gradient(backend):
     call = inputs()
     call.q.requires_grad_()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.serving import serving
 
 from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention, vst_linear
 from vxl_kernels.testing import inverse_frequencies, make_inputs
@@ -20,21 +21,22 @@ def test_schemas_are_pinned():
     """Other stacks call these by name: a change here is a breaking change."""
     assert str(torch.ops.vxl.vst_attention.default._schema) == (
         "vxl::vst_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
-        "Tensor? block_table, Tensor? cache_seqlens, int[] layout, float scale) -> (Tensor, Tensor)"
+        "Tensor? block_table, Tensor? cache_seqlens, int[] layout, float scale, "
+        'str backend="") -> (Tensor, Tensor)'
     )
     assert str(torch.ops.vxl.rope_append.default._schema) == (
         "vxl::rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor block_table, Tensor cache_seqlens, int[] layout, Tensor inv_freq) "
-        "-> (Tensor, Tensor)"
+        "Tensor block_table, Tensor cache_seqlens, int[] layout, Tensor inv_freq, "
+        'str backend="") -> (Tensor, Tensor)'
     )
     assert str(torch.ops.vxl.rope_append_.default._schema) == (
         "vxl::rope_append_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
         "Tensor(d!) v_cache, Tensor block_table, Tensor cache_seqlens, int[] layout, "
-        "Tensor inv_freq) -> ()"
+        'Tensor inv_freq, str backend="") -> ()'
     )
     assert str(torch.ops.vxl.vst_linear.default._schema) == (
         "vxl::vst_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, "
-        "Tensor? vst_bias, int[] layout) -> Tensor"
+        'Tensor? vst_bias, int[] layout, str backend="") -> Tensor'
     )
 
 
@@ -44,13 +46,17 @@ def test_opcheck(layout):
     ints = ops.layout_to_ints(layout)
     tensors = inputs.args()[:-1]
     leaves = [x.detach().clone().requires_grad_() for x in tensors[:5]]
-    torch.library.opcheck(torch.ops.vxl.vst_attention, (*tensors, ints, 0.25))
-    torch.library.opcheck(torch.ops.vxl.vst_attention, (*leaves, *tensors[5:], ints, 0.25))
-    torch.library.opcheck(torch.ops.vxl.rope_append, (*tensors, ints, inv_freq))
-    torch.library.opcheck(torch.ops.vxl.rope_append_, (*inputs.clone().args()[:-1], ints, inv_freq))
-    x = torch.randn(2, inputs.q.shape[1], 6, requires_grad=True)
-    sets = (torch.randn(4, 6), torch.randn(4), torch.randn(4, 6), None)
-    torch.library.opcheck(torch.ops.vxl.vst_linear, (x, *sets, ints))
+    for backend in ("", "reference"):
+        rest = ints, inv_freq, backend
+        torch.library.opcheck(torch.ops.vxl.vst_attention, (*tensors, ints, 0.25, backend))
+        both = (*leaves, *tensors[5:], ints, 0.25, backend)
+        torch.library.opcheck(torch.ops.vxl.vst_attention, both)
+        torch.library.opcheck(torch.ops.vxl.rope_append, (*tensors, *rest))
+        torch.library.opcheck(torch.ops.vxl.rope_append_, (*inputs.clone().args()[:-1], *rest))
+        torch.library.opcheck(torch.ops.vxl.rope_append_copy, (*leaves, *tensors[5:], *rest))
+        x = torch.randn(2, inputs.q.shape[1], 6, requires_grad=True)
+        sets = (torch.randn(4, 6, requires_grad=True), torch.randn(4), torch.randn(4, 6), None)
+        torch.library.opcheck(torch.ops.vxl.vst_linear, (x, *sets, ints, backend))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,17 +119,19 @@ def test_gradients_of_the_kernel(layout):
     """q, k, v and both caches, against the reference's."""
     inputs = call(layout)
     grads = {}
-    for backend in ("cpu", "reference"):
+    for backend in serving():
         leaves = [x.detach().clone().requires_grad_() for x in inputs.args()[:5]]
         rest = inputs.block_table, inputs.cache_seqlens, layout
         out, lse = vst_attention(*leaves, *rest, return_lse=True, backend=backend)
         (out.square().sum() + lse.sin().sum()).backward()
         grads[backend] = [x.grad for x in leaves]
-    for ours, theirs in zip(grads["cpu"], grads["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs)
+    truth = grads.pop("reference")
+    for each in grads.values():
+        for ours, theirs in zip(each, truth, strict=True):
+            torch.testing.assert_close(ours, theirs)
     inputs = make_inputs((0,), rows=4)
     q = inputs.q.requires_grad_()
-    vst_attention(q, inputs.k, inputs.v, backend="cpu").sum().backward()
+    vst_attention(q, inputs.k, inputs.v).sum().backward()
     assert q.grad is not None
 
 

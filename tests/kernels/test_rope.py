@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.serving import serving
 from helpers.strategies import calls
 from hypothesis import given, settings
 
@@ -51,7 +52,7 @@ def test_inplace_is_the_same(inputs):
         assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", serving())
 @pytest.mark.parametrize("layout", [None, ChunkLayout(7, 2), ChunkLayout(7, 2, 2, "interleaved")])
 def test_positions_by_hand(layout, backend):
     """A rotation in the plane by the position, in radians: read the position back."""

@@ -3,22 +3,23 @@
 import ast
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.recorder import Recorder
 
 pytest.importorskip("triton")
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vxl_kernels
-from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention, vst_linear
+from vxl_kernels import ChunkLayout, _triton, ops, rope_append, vst_attention, vst_linear
+from vxl_kernels._backends import BACKENDS
 from vxl_kernels._triton import catalog, configs, launch, launch_backward
 
 BF16 = torch.bfloat16
 FOLDER = Path(vxl_kernels.__file__).parent / "_triton"
-CALLERS = ("api.py", "ops.py")
+CALLERS = ("api.py", "ops.py", "_backends.py")
 
 
 def plan(layout=None, rows=1, batch=1, heads=28, kv_heads=4, page_size=128, pages=256, **options):
@@ -101,36 +102,37 @@ def test_a_step_backwards_on_a_fake_gpu(layout):
     assert {x.device.type for x in grads} == {"cuda"}
 
 
-def test_a_projection_with_gradients_is_two_products(monkeypatch):
-    """Autograd knows those; the one launch has no gradient."""
-    monkeypatch.setattr(ops._triton, "one_wave", lambda *args: True)
-    monkeypatch.setattr(ops._triton, "reasons", lambda x: [])
-    x = SimpleNamespace(device=torch.device("cuda"), requires_grad=False)
-    for wanted in (True, False):
-        weight = torch.empty(2, 2, requires_grad=wanted)
-        args = (x, weight, None, weight, None, [4, 2, 1, 1])
-        assert ops._one_launch_is_better(*args) is not wanted
-        with torch.no_grad():
-            assert ops._one_launch_is_better(*args)
-
-
-def test_a_named_triton_projection_keeps_its_gradients(monkeypatch):
-    """On a GPU, played by the CPU: with a gradient wanted, the two products."""
-    api, launches = vxl_kernels.api, []
-    monkeypatch.setitem(api._REASONS, "triton", lambda x: [])
-    monkeypatch.setattr(api, "_interpret", lambda *args: False)
-    monkeypatch.setattr(
-        torch.ops.vxl, "vst_linear_one_launch", lambda *args: launches.append(args) or args[0]
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_a_projection_with_gradients_is_two_products(backend, monkeypatch):
+    """The one launch has no gradient. On a GPU, played by the CPU."""
+    launches = []
+    row = dataclasses.replace(
+        BACKENDS["triton"],
+        reasons=lambda x: [],
+        kernel=lambda op: lambda *args: launches.append(op) or args[0].clone(),
     )
+    monkeypatch.setitem(BACKENDS, "triton", row)
+    monkeypatch.setattr(vxl_kernels.api, "_one_launch_is_better", lambda *args: True)
     layout = ChunkLayout(8, 4)
     x, weight = torch.randn(1, layout.rows, 16), torch.randn(4, 16, requires_grad=True)
     args = (x, weight, None, weight, None, layout)
-    (grad,) = torch.autograd.grad(vst_linear(*args, backend="triton").sum(), weight)
+    (grad,) = torch.autograd.grad(vst_linear(*args, backend=backend).sum(), weight)
     torch.testing.assert_close(grad, x.sum((0, 1)).expand(4, 16))
     assert not launches
     with torch.no_grad():
-        vst_linear(*args, backend="triton")
-    assert len(launches) == 1
+        vst_linear(*args, backend=backend)
+    assert launches == ["vst_linear"]
+
+
+@pytest.mark.parametrize("tiles_fit", [True, False])
+def test_one_launch_where_all_tiles_fit(tiles_fit, monkeypatch):
+    monkeypatch.setattr(_triton, "one_wave", lambda *args: tiles_fit)
+    monkeypatch.setattr(_triton, "_too_old", lambda device: None)
+    layout = ChunkLayout(8, 4)
+    with FakeTensorMode(), torch.no_grad(), Recorder() as recorder:
+        x, weight = (torch.empty(s, device="cuda") for s in ((1, layout.rows, 16), (4, 16)))
+        vst_linear(x, weight, None, weight, None, layout)
+    assert recorder.seen == ([("vst_linear", "triton")] if tiles_fit else [])
 
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(90, 8, 2)])
@@ -146,7 +148,7 @@ def test_a_step_on_a_fake_gpu(layout):
         lens = torch.empty(2, dtype=torch.int32, device="cuda")
         inv_freq = torch.empty(8, device="cuda")
         args = (x, weight, None, weight, None)
-        q = torch.ops.vxl.vst_linear_one_launch(*args, ops.layout_to_ints(layout))
+        q = torch.ops.vxl.vst_linear(*args, ops.layout_to_ints(layout), "triton")
         q = q.unflatten(2, (4, 16))
         q, k = rope_append(q, k, k, cache, cache, table, lens, layout, inv_freq)
         out, lse = vst_attention(q, k, k, cache, cache, table, lens, layout, return_lse=True)

@@ -8,7 +8,7 @@ from helpers.strategies import calls
 from helpers.triton_cases import CASES, HALF, WITHOUT_CACHE, attend, call
 from hypothesis import HealthCheck, given, settings
 
-from vxl_kernels import ChunkLayout, ops, vst_attention
+from vxl_kernels import ChunkLayout, ops
 from vxl_kernels._triton import configs, launch
 from vxl_kernels.testing import check_attention, make_inputs, poisoned_memory
 
@@ -265,6 +265,3 @@ def test_refusals():
     fp64 = make_inputs((3,), dtype=torch.float64)
     with pytest.raises(ValueError, match=r"dtype torch\.float64 is not float32"):
         attend(fp64)
-    x = make_inputs((3,))
-    with pytest.raises(ValueError, match="require a gradient, the interpreter has none"):
-        vst_attention(x.q.requires_grad_(), *x.args()[1:], backend="triton")

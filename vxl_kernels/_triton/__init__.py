@@ -1,4 +1,4 @@
-"""The Triton kernels. Importing this loads neither triton nor them: `reasons` and `kernels` do.
+"""The Triton kernels. Importing this loads neither triton nor them: `reasons` and `kernel` do.
 
 primitives.py  what kernels share: rows and positions, pages, the softmax step
 prefill.py decode.py backward.py linear.py rope.py   the kernels
@@ -12,11 +12,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 
-__all__ = ["architecture", "backward_kernels", "interpreted", "kernels", "one_wave", "reasons"]
+__all__ = ["architecture", "interpreted", "kernel", "one_wave", "reasons"]
 
 _OLDEST = (3, 6)
 _MAX_BATCH = 65535  # of a grid's second axis
@@ -38,20 +38,17 @@ def _missing() -> str | None:
     return None
 
 
-def kernels() -> ModuleType:
-    """The launchers, `launch.py`."""
-    return importlib.import_module(".launch", __name__)
+def kernel(op: str) -> Callable:
+    """The launcher of an operator."""
+    module = "launch_backward" if op.endswith("_backward") else "launch"
+    return getattr(importlib.import_module(f".{module}", __name__), op)
 
 
-def backward_kernels() -> ModuleType:
-    """The launcher of gradients, `launch_backward.py`."""
-    return importlib.import_module(".launch_backward", __name__)
-
-
+@functools.cache
 def interpreted() -> bool:
     """Whether the kernels were loaded under TRITON_INTERPRET=1, for the CPU."""
-    triton = importlib.import_module("triton")
-    return not isinstance(kernels().prefill_kernel, triton.JITFunction)
+    triton, prefill = (importlib.import_module(m) for m in ("triton", f"{__name__}.prefill"))
+    return not isinstance(prefill.prefill_kernel, triton.JITFunction)
 
 
 @functools.cache

@@ -69,5 +69,5 @@ class VideoXLAttention(nn.Module):
         weight, bias, vst_weight, vst_bias = (
             local(w) for w in (own.weight, own.bias, vst.weight, vst.bias)
         )
-        out = vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)  # type: ignore[arg-type]
+        out = vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)
         return out.unflatten(-1, (-1, self.head_dim))
