@@ -1,16 +1,19 @@
-"""`python -m vxl_kernels`: what is installed, what runs where, and why not."""
+"""`python -m vxl_kernels [info]` says what is installed, what runs where, and why not.
+`python -m vxl_kernels tune FILE` times tile shapes on this GPU and keeps the best."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
-from . import __version__, _ext, backends
+from . import __version__, _ext, _triton, backends
 
 
 def _version(package: str) -> str:
@@ -58,5 +61,23 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m vxl_kernels", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=("info", "tune"), default="info")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of tune")
+    given = parser.parse_args(arguments)
+    if given.command == "tune":
+        try:
+            tune = importlib.import_module("._triton.tune", __package__)
+        except ImportError:
+            print(f"tune: {'; '.join(_triton.reasons(None))}", file=sys.stderr)
+            return 1
+        return tune.main(given.options)
+    if given.options:
+        parser.error(f"info: got {' '.join(given.options)}, expected no options")
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """What importing needs, costs, and says."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -132,10 +133,36 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_report():
-    done = subprocess.run(
-        [sys.executable, "-m", "vxl_kernels"], capture_output=True, text=True, check=True
-    )
+def command(*words):
+    done = [sys.executable, "-m", "vxl_kernels", *words]
+    return subprocess.run(done, capture_output=True, text=True, check=False)
+
+
+def test_the_command_tunes():
+    pytest.importorskip("triton")
+    assert "--head-dim" in command("tune", "--help").stdout
+    done = command("tune", "tiles.json", "--head-dim", "8")
+    assert (done.returncode, "--head-dim: got 8, expected 16" in done.stderr) == (2, True)
+
+
+def test_the_command_cannot_tune_without_triton(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vxl_kernels._triton.tune", None)
+    monkeypatch.setattr(vxl_kernels._triton, "_missing", lambda: "triton is not installed")
+    assert importlib.import_module("vxl_kernels.__main__").main(["tune", "tiles.json"]) == 1
+    assert capsys.readouterr().err == "tune: triton is not installed\n"
+
+
+def test_the_command_refuses():
+    for words, said in ((("tuna",), "invalid choice: 'tuna'"), (("info", "-x"), "info: got -x")):
+        done = command(*words)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("info",)])
+def test_report(words):
+    done = command(*words)
+    assert done.returncode == 0
     for word in ("torch", "CPU kernels", "CUDA", "reference", vxl_kernels.__version__):
         assert word in done.stdout
     assert "triton      no: " in done.stdout

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from vxl_kernels import ChunkLayout, ops
-from vxl_kernels._triton import launch, launch_backward
+from vxl_kernels._triton import launch, launch_backward, launch_common
 
 BF16 = torch.bfloat16
 LAYOUTS = {"prefill": ChunkLayout(90, 8), "decode": None}
@@ -136,7 +136,7 @@ def real(*shape, offset=0, strides=None):
 
 def test_descriptors_describe_the_tensor():
     x = real(3, 40, 2, 64, offset=8)
-    found = launch._descriptor(x, 32)
+    found = launch_common.descriptor(x, 32)
     assert (found.shape, found.strides) == ([3, 2, 40, 64], [40 * 128, 64, 128, 1])
     assert found.block_shape == [1, 1, 32, 64]
     assert found.base.data_ptr() == x.data_ptr()
@@ -156,11 +156,11 @@ def test_descriptors_describe_the_tensor():
 )
 def test_what_the_copy_engine_cannot_reach(x):
     x = real(3, 40, 2, 64, **x)
-    assert launch._descriptor(x, 32) is None
+    assert launch_common.descriptor(x, 32) is None
 
 
 def test_the_copy_engine_has_nothing_to_do_with_no_pages():
-    assert launch._descriptor(torch.empty(0, 128, 2, 64), 32) is None
+    assert launch_common.descriptor(torch.empty(0, 128, 2, 64), 32) is None
 
 
 def test_the_copy_engine_brings_all_or_none():

@@ -109,13 +109,13 @@ def test_shipped_tiles(shape, dtype):
 def test_the_softmax_of_each_architecture(arch, width, slack, parts, name, monkeypatch):
     """The interpreter plans for sm_80; others keep pivots and sums in other ways. Decode in tiles
     of 64 packed rows; fewer share their rows, and sums, among all warps."""
-    constants, used = launch._softmax_constants, []
+    constants, used = configs.softmax_constants, []
 
     def of_arch(_arch, config, _width, itemsize):
         used.append(constants(arch, config, width, 2))
         return used[-1]
 
-    monkeypatch.setattr(launch, "_softmax_constants", of_arch)
+    monkeypatch.setattr(configs, "softmax_constants", of_arch)
     if name == "sharp, decode":
         tile = configs.AttentionConfig(64, 32, 16, 4, 2)
         monkeypatch.setattr(configs, "decode_config", lambda *args: tile)

@@ -3,7 +3,8 @@
 primitives.py  what kernels share: rows and positions, pages, the softmax step
 prefill.py decode.py backward.py linear.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
-launch.py launch_backward.py   tensors -> launches, without reading a tensor's values
+launch.py launch_backward.py launch_common.py
+               tensors -> launches, without reading a tensor's values
 catalog.py     what is shipped, for compiling ahead of time
 """
 

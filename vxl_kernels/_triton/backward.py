@@ -42,7 +42,7 @@ from .primitives import (
 
 __all__ = ["delta_kernel", "dkv_kernel", "dq_kernel", "sum_pages_kernel"]
 
-# Data, not code: no length is compiled in. What strides tell of them: `launch._row_strides`.
+# Data, not code: no length is compiled in. What strides tell of them: `launch_common.row_strides`.
 _LENGTHS = [
     "window", "ratio", "kept", "chunks", "page_size", "max_pages", "batch", "chunk_splits",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch, launch_backward
+from .launch_common import Launch
 
 __all__ = ["Compilation", "compilation", "shipped"]
 
@@ -55,7 +56,7 @@ def _argument(value: object) -> tuple[str, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
 
 
-def compilation(planned: launch.Launch, config: str, dtype: torch.dtype) -> Compilation:
+def compilation(planned: Launch, config: str, dtype: torch.dtype) -> Compilation:
     """The compilation that a launch on a device would make or find."""
     signature: dict[str, str] = {}
     constexprs = dict(planned.constexprs)

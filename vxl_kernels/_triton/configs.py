@@ -24,10 +24,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .._arguments import fail
+from . import interpreted
 
 __all__ = [
     "ARCHITECTURES",
@@ -40,12 +42,11 @@ __all__ = [
     "decode_config",
     "family",
     "has_tma",
-    "has_warp_skip",
-    "isa",
     "linear_config",
     "prefill_config",
     "prefill_options",
     "read_tuned",
+    "softmax_constants",
     "split_size",
     "tuning_key",
     "tuning_name",
@@ -281,15 +282,36 @@ def has_tma(arch: str) -> bool:
     return family(arch) in ("cuda:90", "cuda:100")
 
 
-def has_warp_skip(arch: str) -> bool:
-    """Whether a warp may jump over rescaling its accumulator, by a few lines of PTX. The same in
-    gfx942's assembly makes LLVM move the whole accumulator (312 -> 409 instructions a tile)."""
-    return arch.startswith("cuda")
+# Of the softmax, by family: how far, in log2, a row's maximum grows before its accumulator is
+# rescaled; how many elements a warp jumps over where none of its rows rescales; in how many parts a
+# row's sum is kept, in 16-bit types up to head_dim 64 and else; what `primitives` does by hand.
+# The jump in gfx942's assembly makes LLVM move the whole accumulator (312 -> 409 instructions a
+# tile), and in float32 it would spill. Sums in parts save shuffles: worth it on sm_90 and gfx942,
+# and on sm_80 where a tile's products are few (head_dim 64: 462 -> 454 instructions; 128: 554 ->
+# 564).
+_SOFTMAX = {
+    "cuda:80": (8.0, 64, 8, 1, ""),
+    "cuda:86": (8.0, 64, 8, 1, ""),
+    "cuda:90": (8.0, 64, 8, 8, ""),
+    "cuda:100": (8.0, 64, 1, 1, "f32x2"),
+    "hip:gfx942": (0.0, 0, 8, 8, "no_bf16_cvt"),
+}
 
 
-def isa(arch: str) -> str:
-    """What `primitives` does by hand on an architecture."""
-    return {"cuda:100": "f32x2", "hip:gfx942": "no_bf16_cvt"}.get(family(arch), "")
+def softmax_constants(
+    arch: str, config: AttentionConfig, block_d: int, itemsize: int
+) -> dict[str, Any]:
+    """Constants of `primitives.score_block`, and the parts of a row's sum. In the interpreter rows
+    rescale as seldom as on a GPU, every block is multiplied, and arithmetic is the plain one."""
+    threshold, skip, narrow, wide, isa = _SOFTMAX[family(arch)]
+    each = config.block_m * block_d // (32 * config.num_warps)
+    by_hand = not interpreted()
+    return {
+        "RESCALE_THRESHOLD": threshold,
+        "WARP_SKIP_ELEMENTS": min(each, skip) if itemsize == 2 and by_hand else 0,
+        "ROW_SUM_SPLITS": narrow if block_d <= 64 and itemsize == 2 else wide,
+        "ISA": isa if by_hand else "",
+    }
 
 
 def prefill_options(arch: str) -> dict[str, int]:

@@ -6,17 +6,17 @@ import torch
 
 from . import architecture, configs
 from .backward import delta_kernel, dkv_kernel, dq_kernel, sum_pages_kernel
-from .launch import (
-    _NEVER,
+from .launch_common import (
+    NEVER,
     Launch,
-    _cache_arguments,
-    _check_capacity,
-    _dense_heads,
-    _descriptor,
-    _descriptors,
-    _power_of_two,
-    _precision,
-    _row_strides,
+    cache_arguments,
+    check_capacity,
+    dense_heads,
+    descriptor,
+    descriptors,
+    power_of_two,
+    precision,
+    row_strides,
 )
 
 __all__ = ["plan_attention_backward", "vst_attention_backward"]
@@ -38,14 +38,14 @@ def plan_attention_backward(
     """
     arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
-    _check_capacity(rows, k_cache, block_table)
-    config = config or configs.backward_config(arch, _power_of_two(head_dim), q.element_size())
+    check_capacity(rows, k_cache, block_table)
+    config = config or configs.backward_config(arch, power_of_two(head_dim), q.element_size())
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    window, ratio, chunks, split = layout or (rows, _NEVER, 1, 1)
+    window, ratio, chunks, split = layout or (rows, NEVER, 1, 1)
     kept = window // ratio
     if not split:  # rows in the order of positions: no run of VSTs
-        window, ratio = window + kept, _NEVER
-    q, k, v, grad_out, out = (_dense_heads(x) for x in (q, k, v, grad_out, out))
+        window, ratio = window + kept, NEVER
+    q, k, v, grad_out, out = (dense_heads(x) for x in (q, k, v, grad_out, out))
     shape = {
         "window": window, "ratio": ratio, "kept": kept, "chunks": chunks, "scale": scale,
     }  # fmt: skip
@@ -53,14 +53,14 @@ def plan_attention_backward(
         "KV_HEADS": k.shape[2],
         "GROUP_SIZE": heads // k.shape[2],
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _power_of_two(head_dim),
-        "PRECISION": _precision(q.dtype, arch),
+        "BLOCK_D": power_of_two(head_dim),
+        "PRECISION": precision(q.dtype, arch),
     }
     delta, log2 = (
         torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device) for _ in range(2)
     )
     queries = {"q_ptr": q, "grad_out_ptr": grad_out, "log2_ptr": log2, "delta_ptr": delta}
-    queries |= _row_strides(q=q, grad_out=grad_out)
+    queries |= row_strides(q=q, grad_out=grad_out)
     cache = (k_cache, v_cache, block_table, cache_seqlens)
     if k_cache is not None:
         cache = (k_cache, v_cache, block_table.contiguous(), cache_seqlens.contiguous())
@@ -84,12 +84,12 @@ def _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
         "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse.contiguous(),
         "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2,
         "scale": scale, "rows": rows,
-        **_row_strides(grad_out=grad_out, out=out),
+        **row_strides(grad_out=grad_out, out=out),
     }  # fmt: skip
     constexprs = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _power_of_two(head_dim),
+        "BLOCK_D": power_of_two(head_dim),
         "BLOCK_M": _ROWS_OF_DELTA,
     }
     return Launch(
@@ -109,7 +109,7 @@ def _tile(rows: int, keys: int, constexprs: dict, products: int) -> dict[str, in
 
 
 def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
-    arguments, of_cache = _cache_arguments(cache, config)
+    arguments, of_cache = cache_arguments(cache, config)
     constexprs = constexprs | {
         "HAS_CACHE": of_cache["HAS_CACHE"],
         "PAGE_MODE": of_cache["PAGE_MODE"],
@@ -119,8 +119,8 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
         "MASKED_BLOCK_N": config.masked_block_n,
         "ALLOW_LICM": config.allow_licm,
     }
-    arguments |= shared | {"k_ptr": k, "v_ptr": v, "dq_ptr": dq} | _row_strides(k=k, v=v)
-    arguments |= _descriptors(k, v, cache[0], cache[1], constexprs, arch)
+    arguments |= shared | {"k_ptr": k, "v_ptr": v, "dq_ptr": dq} | row_strides(k=k, v=v)
+    arguments |= descriptors(k, v, cache[0], cache[1], constexprs, arch)
     constexprs["TMA"] = arguments["k_desc"] is not None
     constexprs["BLOCK_IN_PAGE"] = constexprs.pop("PAGE_MODE") == "block_in_page"
     window, ratio, chunks, kv_heads = (
@@ -143,14 +143,14 @@ def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
         "CACHE": name == "backward_cache",
     }
     names = ("q_desc", "grad_out_desc")
-    descriptors: dict = dict.fromkeys(names)
+    views: dict = dict.fromkeys(names)
     if configs.has_tma(arch):
-        found = [_descriptor(shared[f"{n}_ptr"], config.block_m) for n in ("q", "grad_out")]
+        found = [descriptor(shared[f"{n}_ptr"], config.block_m) for n in ("q", "grad_out")]
         if None not in found:
-            descriptors = dict(zip(names, found, strict=True))
+            views = dict(zip(names, found, strict=True))
             constexprs["MASKED_BLOCK_M"] = config.block_m  # one size of blocks for TMA
-    constexprs["TMA"] = descriptors["q_desc"] is not None
-    arguments = shared | of_keys | descriptors
+    constexprs["TMA"] = views["q_desc"] is not None
+    arguments = shared | of_keys | views
     return Launch(
         name, dkv_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages,
         _tile(config.block_m, config.block_n, constexprs, 4),
@@ -163,7 +163,7 @@ def _plan_new(shared, constexprs, k, v, grads, config, arch) -> Launch:
     of_keys = {
         "k_ptr": k, "v_ptr": v, "dk_ptr": grads[1], "dv_ptr": grads[2],
         "block_table_ptr": None, "cache_seqlens_ptr": None,
-        "page_size": 1, "max_pages": 0, "chunk_splits": 1, **_row_strides(k=k, v=v),
+        "page_size": 1, "max_pages": 0, "chunk_splits": 1, **row_strides(k=k, v=v),
     }  # fmt: skip
     grid = (blocks * chunks * constexprs["KV_HEADS"], k.shape[0])
     return _plan_dkv("backward_new", grid, shared, constexprs, of_keys, config, arch)
@@ -195,7 +195,7 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
     of_keys = {
         "k_ptr": k_cache, "v_ptr": v_cache, "dk_ptr": sums[0], "dv_ptr": sums[1],
         "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens,
-        **numbers, **_row_strides(k=k_cache, v=v_cache),
+        **numbers, **row_strides(k=k_cache, v=v_cache),
     }  # fmt: skip
     grid = (-(-capacity // config.block_n) * chunk_splits * kv_heads, batch)
     arguments = {

@@ -39,7 +39,7 @@ from .primitives import (
 
 __all__ = ["prefill_kernel"]
 
-# Data, not code: no length is compiled in. What strides tell of them: `launch._row_strides`.
+# Data, not code: no length is compiled in. What strides tell of them: `launch_common.row_strides`.
 _LENGTHS = ["window", "ratio", "kept", "chunks", "page_size", "max_pages"]
 
 

@@ -1,4 +1,4 @@
-"""`python -m vxl_kernels._triton.tune FILE`: times tile shapes on this GPU and keeps the best.
+"""`python -m vxl_kernels tune FILE`: times tile shapes on this GPU and keeps the best.
 
 Nothing runs this by itself. A process uses the file if VXL_TRITON_CONFIGS names it; entries are
 kept by GPU and Triton version, so one file may serve several machines. Results change in their
@@ -18,6 +18,7 @@ import torch
 
 from .._files import write_beside
 from . import architecture, configs, launch
+from .launch_common import Launch
 
 __all__ = ["candidates", "main", "tune"]
 
@@ -56,7 +57,7 @@ def _call(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
 
 def _run(
     config: configs.AttentionConfig | None, arguments: dict[str, Any]
-) -> tuple[launch.Launch, torch.Tensor, torch.Tensor]:
+) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch with a config (None: the table's), and what came of it."""
     arch = architecture(arguments["q"].device)
     (planned,), out, lse = launch.plan_attention(**arguments, arch=arch, config=config)
@@ -116,7 +117,9 @@ def _widths(parser: argparse.ArgumentParser, head_dims: list[int]) -> dict[int, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m vxl_kernels tune", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     options = parser.parse_args(arguments)
@@ -136,7 +139,3 @@ def main(arguments: list[str] | None = None) -> int:
         entry[configs.tuning_name(width, dtype.itemsize)] = tune(dtype, head_dim)
         write_beside(options.file, json.dumps(known, indent=1) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
