@@ -36,6 +36,7 @@ from benchmarks.attention.groups import (
 from benchmarks.common import machine as this_machine
 from benchmarks.common.backward import backward_answer
 from benchmarks.common.cases import DTYPES, Case, Geometry, Inputs
+from benchmarks.common.options import add_output_options, check_output_options
 from benchmarks.common.oracle import (
     ROWS_CHECKED,
     TOLERANCE_TEXT,
@@ -89,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=int, default=8, help="raw tokens per VST")
     add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
     add("--threads", type=int, help="CPU threads")
-    add("--repeats", type=int, help="exactly so many, whatever the budget")
+    add("--repeats", type=int, help="exactly this many, whatever the budget")
     add("--budget", type=float, default=120, help="seconds to aim for (default %(default)s)")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
     add(
@@ -97,8 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="the Triton kernels under their interpreter: tiny shapes, checked, not timed",
     )
-    add("--json", type=Path, metavar="FILE", help="write the results")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the case chunk (needs matplotlib)")
+    add_output_options(parser, "the case chunk")
     options = parser.parse_args(arguments)
     for name in ("chunks", "alpha", "threads", "repeats"):
         value = getattr(options, name)
@@ -120,6 +120,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             )
         options.provider, options.device, options.small = ["triton"], "cpu", True
         options.case = options.case or list(MAIN_CASES)
+    drawn = not options.interpret and (options.case is None or "chunk" in options.case)
+    check_output_options(
+        parser, options, "" if drawn else "draws the case chunk, which is not timed here"
+    )
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     return options

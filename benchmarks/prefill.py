@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from benchmarks.common import machine
 from benchmarks.common.cases import DTYPES
+from benchmarks.common.options import add_output_options, check_output_options
 from benchmarks.model.cases import encode, memory, peak_of, pipeline, questions
 from benchmarks.model.report import (
     encode_text,
@@ -84,8 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
     add("--threads", type=int, help="CPU threads")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
-    add("--json", type=Path, metavar="FILE", help="write the results")
-    add("--plot", type=Path, metavar="FILE.png", help="draw encode (needs matplotlib)")
+    add_output_options(parser, "the case encode")
     add("--peak-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in (
@@ -111,6 +111,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.full and not options.layers:
         options.layers = FULL_LAYERS
     options.case = options.case or list(CASES)
+    drawn = "encode" in options.case
+    check_output_options(
+        parser, options, "" if drawn else "draws the case encode, which is not timed here"
+    )
     return options
 
 
@@ -143,8 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:
-        if "encode" not in results:
-            raise SystemExit("--plot draws the case 'encode', which was not run")
         save_plot(options.plot, results["encode"])
     if not results.get("encode", {}).get("match", True):
         print("\nencode: the two differ (✗)", file=sys.stderr)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import vxl_kernels
 from benchmarks.common.cases import Case, Inputs, Paged
-from benchmarks.common.oracle import Answer
+from benchmarks.common.oracle import EPS, Answer
 from benchmarks.common.run import Run
 from vxl_kernels.layout import layout_to_ints
 
@@ -134,17 +134,17 @@ def sdpa_backward(x: Inputs, mask: str) -> Run:
 
 def backward_answer(x: Inputs) -> Answer:
     """KV head 0 in float64 and in float32, a dense softmax a chunk."""
-    exact, plain = (_dense(x, dtype) for dtype in (torch.float64, torch.float32))
+    (exact, mass), (plain, _) = (_dense(x, dtype) for dtype in (torch.float64, torch.float32))
     rows = torch.arange(exact.shape[1], device=x.case.device)
-    return Answer(rows, exact, plain.to(x.case.dtype))
+    return Answer(rows, exact, plain.to(x.case.dtype), 4 * EPS * mass.amax((2, 3)))
 
 
-def _dense(x: Inputs, dtype: torch.dtype) -> torch.Tensor:
+def _dense(x: Inputs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients, and their sums of absolute terms."""
     case, group = x.case, x.case.geometry.heads // x.case.geometry.kv_heads
     q, grad = (t[:, :, :group].to(dtype) for t in (x.q_rotated, _grad_out(case)))
     k, v, k_seen, v_seen = (t[:, :, 0].to(dtype) for t in (x.k_rotated, x.v, x.k_seen, x.v_seen))
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dk_seen, dv_seen = torch.zeros_like(k_seen), torch.zeros_like(v_seen)
+    found = [[torch.zeros_like(t) for t in (q, k, v, k_seen, v_seen)] for _ in range(2)]
     scale = 1 / math.sqrt(q.shape[3])
     for rows, seen in case.each_chunk():
         hidden = torch.ones(len(rows), seen + len(rows), device=q.device).tril(seen) == 0
@@ -152,16 +152,30 @@ def _dense(x: Inputs, dtype: torch.dtype) -> torch.Tensor:
             keys = torch.cat([k_seen[b, :seen], k[b, rows]])
             values = torch.cat([v_seen[b, :seen], v[b, rows]])
             for h in range(group):
-                scores = q[b, rows, h] @ keys.T * scale
+                queries, out_grad = q[b, rows, h], grad[b, rows, h]
+                scores = queries @ keys.T * scale
                 p = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-                out_grad = grad[b, rows, h]
-                dp = out_grad @ values.T
+                dp, dp_mass = out_grad @ values.T, out_grad.abs() @ values.abs().T
                 ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-                dq[b, rows, h] = ds @ keys
-                key_grad, value_grad = ds.T @ q[b, rows, h], p.T @ out_grad
-                dk_seen[b, :seen] += key_grad[:seen]
-                dv_seen[b, :seen] += value_grad[:seen]
-                dk[b, rows] += key_grad[seen:]
-                dv[b, rows] += value_grad[seen:]
-    columns = (t[:, :, None] for t in (dk, dv, dk_seen, dv_seen))
-    return _checked_part(case, (dq, *columns))
+                ds_mass = p * (dp_mass + (p * dp_mass).sum(-1, keepdim=True)) * scale
+                signed = ds, queries, keys, out_grad
+                absolute = ds_mass, queries.abs(), keys.abs(), out_grad.abs()
+                for sums, terms in zip(found, (signed, absolute), strict=True):
+                    _add_products(sums, terms, p, (b, rows, seen, h))
+    dense, masses = (
+        _checked_part(case, (dq, *(t[:, :, None] for t in (dk, dv, dk_seen, dv_seen))))
+        for dq, dk, dv, dk_seen, dv_seen in found
+    )
+    return dense, masses
+
+
+def _add_products(sums: list[torch.Tensor], terms: tuple, p: torch.Tensor, at: tuple) -> None:
+    dq, dk, dv, dk_seen, dv_seen = sums
+    ds, queries, keys, out_grad = terms
+    b, rows, seen, h = at
+    dq[b, rows, h] = ds @ keys
+    key_grad, value_grad = ds.T @ queries, p.T @ out_grad
+    dk_seen[b, :seen] += key_grad[:seen]
+    dv_seen[b, :seen] += value_grad[:seen]
+    dk[b, rows] += key_grad[seen:]
+    dv[b, rows] += value_grad[seen:]

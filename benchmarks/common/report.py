@@ -49,13 +49,16 @@ class Result:
 
 @dataclass
 class Ratio:
-    """A line of a table of ratios."""
+    """A line of a table of ratios. `bar`: what the line should reach, in words; `met`: whether it
+    does."""
 
     what: str
     value: str
     against: str
     ratio: str
     meaning: str
+    bar: str = ""
+    met: bool = True
 
 
 def _number(value: float | None, form: str) -> str:
@@ -137,9 +140,13 @@ def table(results: Sequence[Result]) -> str:
 
 
 def ratio_table(ratios: Sequence[Ratio], title: str = "also measured") -> str:
-    header = (title, "value", "against", "ratio", "meaning")
+    header = [title, "value", "against", "ratio", "meaning"]
     lines = [[r.what, r.value, r.against, r.ratio, r.meaning] for r in ratios]
-    return _align(header, lines, left=range(5))
+    if any(r.bar for r in ratios):
+        header.append("bar")
+        for line, r in zip(lines, ratios, strict=True):
+            line.append(f"{r.bar} {'✓' if r.met else '✗ MISSED'}" if r.bar else "")
+    return _align(header, lines, left=range(len(header)))
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -214,12 +221,10 @@ def save_plot(path: Path, results: Sequence[Result], title: str, ceiling: str) -
     """Time and share of the ceiling of a chunk over the length of the cache.
 
     Raises:
-        SystemExit: matplotlib is missing, or no chunk was timed.
+        SystemExit: no chunk was timed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -221,7 +221,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     own."""
     rows = []
     for frames in options.memory_frames:
-        command = [sys.executable, str(Path(__file__).with_name("prefill.py"))]
+        command = [sys.executable, str(Path(__file__).parents[1] / "prefill.py")]
         command += ["--peak-of", str(frames), "--alpha", str(options.alpha)]
         command += ["--small"] if options.small else []
         command += ["--device", options.device]

@@ -126,15 +126,9 @@ def memory_text(result: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def save_plot(path: Path, result: dict[str, Any]) -> None:
-    """Time over the windows, and what vxl's goes into.
+    """Time over the windows, and what vxl's goes into."""
+    import matplotlib
 
-    Raises:
-        SystemExit: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.paths import BENCHMARKS
 
+from benchmarks.common.report import Ratio, ratio_table
+
 KEYS = {
     "case",
     "provider",
@@ -56,6 +58,32 @@ def test_small_run(tmp_path, options):
     assert all(r["note"] for r in records if r["ms"] is None)  # why it did not run
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--plot", "a.png", "--case", "decode"], "draws the case chunk"),
+        (["--plot", "no/where.png"], "--plot: got no/where.png"),
+        (["--json", "no/where.json"], "--json: got no/where.json"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_runs(options, words):
+    done = bench(*options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+
+
+def test_bars_that_are_missed_are_marked():
+    lines = [
+        Ratio("fast", "1", "2", "0.5", "of copy", ">= 0.4", True),
+        Ratio("slow", "1", "2", "0.5", "of copy", ">= 0.6", False),
+        Ratio("plain", "1", "2", "0.5", "of copy"),
+    ]
+    fast, slow, plain = ratio_table(lines, "cache").splitlines()[-3:]
+    assert fast.endswith(">= 0.4 ✓")
+    assert slow.endswith(">= 0.6 ✗ MISSED")
+    assert plain.rstrip().endswith("of copy")
+
+
 def test_unknown_names_are_refused():
     done = bench("--provider", "nonsense")
     assert done.returncode == 2
@@ -68,7 +96,9 @@ def test_small_run_of_the_cache(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = json.loads((tmp_path / "a.json").read_text())
     assert len(lines) == 11
-    assert all(set(r) == {"what", "value", "against", "ratio", "meaning"} for r in lines)
+    assert all(
+        set(r) == {"what", "value", "against", "ratio", "meaning", "bar", "met"} for r in lines
+    )
 
 
 def test_interpreted_triton_is_checked_and_not_timed(tmp_path):
