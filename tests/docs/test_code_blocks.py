@@ -155,7 +155,7 @@ def check_options(command, arguments):
 
 def vxl(arguments):
     """Runs a command of `vxl` here and now; returns what it prints."""
-    from vxl_model.cli.main import main
+    from vxl_cli.main import main
 
     printed, complaints = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
