@@ -11,8 +11,8 @@ import torch
 from vxl_kernels import ChunkLayout, VstCache
 from vxl_model.decoder.configuration import VideoXLConfig
 from vxl_model.decoder.vision_tower import FRAME_BATCH
+from vxl_model.streaming.cache_pool import SLACK_TOKENS
 from vxl_model.streaming.encoder import default_chunks
-from vxl_model.streaming.memory import SLACK_TOKENS
 
 __all__ = ["VideoEstimate", "device_memory", "estimate_video", "released_config"]
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the published layout: loading, what a plain Qwen2 lacks, saving.
+"""Checkpoints in the published layout: loading, and what a plain language model lacks.
 
 The modules carry the published names, so transformers reads and writes the files: sharded
 safetensors, or `.bin` through torch's weights-only unpickler.
@@ -7,23 +7,19 @@ safetensors, or `.bin` through torch's weights-only unpickler.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from .decoder.attention import local
-from .streaming.ratios import WindowRatios
-
-if TYPE_CHECKING:
-    from .modeling import VideoXLForConditionalGeneration
+from .decoder.layers import VideoXLModel
+from .errors import fail
+from .streaming.ratios import Ratio
 
 __all__ = ["CheckpointMixin", "initialize_vst"]
 
 logger = logging.get_logger(__name__)
-
-_TOWER = ("model.vision_tower.", "model.mm_projector.")
 
 
 class CheckpointMixin:
@@ -34,7 +30,7 @@ class CheckpointMixin:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
-        ratio: int | Sequence[int] | WindowRatios | None = None,
+        ratio: Ratio = None,
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -42,23 +38,24 @@ class CheckpointMixin:
         start as copies: projections of q, k and v, the VST embedding of the eos embedding.
 
         Args:
-            ratio: ratios to use where a call names none; by default the configuration's.
+            ratio: ratios to use where a call gives none; by default the configuration's.
             output_loading_info: return also the lists of missing and unexpected keys.
-            kwargs: transformers' `from_pretrained`: `dtype`, `device_map`, ...; `tp_plan="auto"`
-                under torchrun cuts heads and cache among the processes, for inference.
+            kwargs: of transformers' `from_pretrained`: `dtype`, `device_map`, ... With
+                `tp_plan="auto"` under torchrun the processes share heads and cache, for inference.
 
         Returns:
             The model in evaluation mode, with `model.loading_info`; with
             `output_loading_info` a pair of both.
 
         Raises:
-            ValueError: the checkpoint lacks weights that cannot be made of others, or is of
-                another kind.
+            ValueError: the checkpoint lacks weights that cannot be made of others, or holds
+                another kind of model.
         """
         if kwargs.get("weights_only") is False:
-            raise ValueError(
-                "weights_only: got False, expected True: a .bin file that needs it can run any "
-                "code; convert it to safetensors"
+            fail(
+                "weights_only",
+                False,
+                "True: a .bin file that needs False can run any code; convert it to safetensors",
             )
         if kwargs.get("tp_plan") is not None:
             kwargs |= _distributed(kwargs.pop("tp_plan"), kwargs.pop("tp_size", None))
@@ -66,25 +63,22 @@ class CheckpointMixin:
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         missing = set(info["missing_keys"])
-        made = initialize_vst(model, missing)
-        lost = sorted(
-            missing - made - {"lm_head.weight"}
-            if model.config.tie_word_embeddings
-            else missing - made
-        )
+        made = initialize_vst(model.model, missing)
+        lost = missing - made
+        if model.config.tie_word_embeddings:
+            lost -= {"lm_head.weight"}
         if lost:
-            shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-            raise ValueError(
-                f"checkpoint: got {os.fspath(pretrained_model_name_or_path)!r} without {shown}, "
-                "expected every weight of the model"
-            )
+            shown = ", ".join(sorted(lost)[:5])
+            shown += f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+            got = f"{os.fspath(pretrained_model_name_or_path)!r} without {shown}"
+            fail("checkpoint", got, "every weight of the model")
         if made:
             logger.warning(
                 f"{len(made)} VST weights are not in the checkpoint and start as copies of q, k, "
                 "v and the eos embedding: train them before you trust the answers."
             )
         if ratio is not None:
-            model.make_plan(ratio)  # refuses what cannot be
+            model.make_plan(ratio)  # refuses what the model cannot do
             model.ratio = ratio
         model.loading_info = info
         return (model, info) if output_loading_info else model
@@ -101,15 +95,13 @@ def _distributed(tp_plan: Any, tp_size: int | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def initialize_vst(
-    model: VideoXLForConditionalGeneration, missing: set[str] | None = None
-) -> set[str]:
-    """Fills VST weights from a model's own: `beacon_{q,k,v}_proj` of `{q,k,v}_proj`, the VST
-    embedding of the eos token's.
+def initialize_vst(decoder: VideoXLModel, missing: set[str] | None = None) -> set[str]:
+    """Fills VST weights from a model's own: `beacon_{q,k,v}_proj` from `{q,k,v}_proj`, the VST
+    embedding from the eos token's.
 
     Args:
-        missing: names of the parameters to fill, those of them that are VST weights; None for
-            all.
+        missing: names of parameters of the whole model, of which those that are VST weights are
+            filled; None for all VST weights.
 
     Returns:
         The names that were filled.
@@ -119,24 +111,26 @@ def initialize_vst(
     filled = set()
 
     def wanted(name: str) -> bool:
+        name = f"{decoder.base_model_prefix}.{name}"
         if missing is not None and name not in missing:
             return False
         filled.add(name)
         return True
 
-    for i, layer in enumerate(model.model.layers):
-        attn = layer.self_attn
+    layers: Any = decoder.layers
+    for i, layer in enumerate(layers):
         for name in ("q_proj", "k_proj", "v_proj"):
-            own, vst = getattr(attn, name), getattr(attn, f"beacon_{name}")
+            own, vst = (getattr(layer.self_attn, n) for n in (name, f"beacon_{name}"))
             for kind in ("weight", "bias"):
-                if wanted(f"model.layers.{i}.self_attn.beacon_{name}.{kind}"):
+                if wanted(f"layers.{i}.self_attn.beacon_{name}.{kind}"):
                     local(getattr(vst, kind)).copy_(local(getattr(own, kind)))
-    if wanted("model.beacon_embed_tokens.weight"):
-        eos = model.config.eos_token_id
-        eos = eos[0] if isinstance(eos, list | tuple) else eos
-        kind = model.config.beacon_embed_init
-        if kind == "eos" and eos is None:
-            raise ValueError("eos_token_id: got None, expected the id whose embedding a VST gets")
-        source = eos if kind == "eos" else model.config.bos_token_id
-        model.model.beacon_embed_tokens.weight.copy_(model.model.embed_tokens.weight[[source]])
+    if wanted("beacon_embed_tokens.weight"):
+        config = decoder.config
+        eos = config.eos_token_id
+        source = eos[0] if isinstance(eos, list | tuple) else eos
+        if config.beacon_embed_init != "eos":
+            source = config.bos_token_id
+        elif eos is None:
+            fail("eos_token_id", None, "the id whose embedding a VST gets")
+        decoder.beacon_embed_tokens.weight.copy_(decoder.embed_tokens.weight[[source]])
     return filled

@@ -1,5 +1,5 @@
-"""What HF's `generate` needs to know: greedy, sampling, beams, streamers and stopping criteria are
-all its own. Its cache is a `VideoMemory`."""
+"""What HF's `generate` asks of a model. Greedy search, sampling, beams, streamers and stopping
+criteria are all its own; the cache that it carries is a `StreamBatch`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,38 @@ from transformers.utils import ModelOutput
 
 from .errors import fail
 from .inputs.arguments import IMAGE_TOKEN
+from .streaming.batch import StreamBatch
 from .streaming.memory import VideoMemory
 
 __all__ = ["VideoXLGenerationMixin", "VideoXLOutput", "given_cache"]
 
-_ONLY_FIRST = ("visual_features", "pixel_values", "image_sizes", "ratio", "memory", "copies")
+_PREFILL_ONLY = (
+    "visual_features",
+    "pixel_values",
+    "image_sizes",
+    "ratio",
+    "memory",
+    "expand_size",
+)
 # What HF calls a model's cache: the first up to 5.23, the second since.
 _CACHE_NAMES = ("past_key_values", "cache")
 
 
-def given_cache(past_key_values: Any, cache: Any) -> VideoMemory | None:
+def given_cache(past_key_values: Any, cache: Any) -> StreamBatch | None:
     """The cache that was given by either of its names.
 
     Raises:
-        ValueError: both names with different objects, or no `VideoMemory`.
+        ValueError: different objects by the two names, or something else than a `StreamBatch`.
     """
     given = dict(zip(_CACHE_NAMES, (past_key_values, cache), strict=True))
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        if not isinstance(value, VideoMemory):
-            fail(name, type(value).__name__, "VideoMemory")
+        if isinstance(value, VideoMemory):
+            fail(name, "a VideoMemory", f"the {name} of an output; a VideoMemory goes to memory=")
+        if not isinstance(value, StreamBatch):
+            fail(name, type(value).__name__, f"the {name} of an output")
     if len({id(value) for value in given.values()}) > 1:
-        fail(" and ".join(given), "two different memories", "one of the two names")
+        fail(" and ".join(given), "two different objects", "one of the two names")
     return next(iter(given.values()), None)
 
 
@@ -46,10 +56,10 @@ class VideoXLOutput(ModelOutput):
 
     Attributes:
         loss: mean cross entropy over supervised tokens, if labels were given.
-        logits: `(batch, tail, vocabulary)`: the last `tail` columns of input_ids, `tail` being
-            the longest tail of the batch; 0 in columns that are no tail of their row.
-        memory: the sequences with their tails; None after a pass with gradients. HF's names for
-            it, `past_key_values` and `cache`, work as attributes and as keys.
+        logits: `(batch, suffix, vocabulary)`: the last columns of input_ids, as many as the
+            longest suffix of the batch has; 0 in columns outside a row's own suffix.
+        memory: the sequences with their suffixes; None after a pass with gradients. HF's
+            `past_key_values` and `cache`, as attributes and as keys, are its `batch`.
     """
 
     loss: Tensor | None = None
@@ -57,40 +67,33 @@ class VideoXLOutput(ModelOutput):
     memory: VideoMemory | None = None
 
     @property
-    def past_key_values(self) -> VideoMemory | None:
-        return self.memory
+    def cache(self) -> StreamBatch | None:
+        return None if self.memory is None else self.memory.batch
 
-    @property
-    def cache(self) -> VideoMemory | None:
-        return self.memory
+    past_key_values = cache
 
     def __contains__(self, key: Any) -> bool:
-        return super().__contains__(self._field(key))
+        return super().__contains__("memory" if key in _CACHE_NAMES else key)
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(self._field(key))
+        return self.cache if key in _CACHE_NAMES and key in self else super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return super().get(self._field(key), default)
-
-    @staticmethod
-    def _field(key: Any) -> Any:
-        return "memory" if key in _CACHE_NAMES else key
+        if key in _CACHE_NAMES:
+            return default if self.memory is None else self.cache
+        return super().get(key, default)
 
 
-class _KnownIds:
-    """Replaces -200 by an id that stands in the same row already: processors look ids up."""
-
-    @staticmethod
-    def of(input_ids: Tensor) -> Tensor:
-        image = input_ids == IMAGE_TOKEN
-        known = input_ids.masked_fill(image, 0).amax(dim=1, keepdim=True)
-        return torch.where(image, known, input_ids)
+def _known_ids(input_ids: Tensor) -> Tensor:
+    """The ids with another one of the same row in place of -200: processors look ids up."""
+    image = input_ids == IMAGE_TOKEN
+    known = input_ids.masked_fill(image, 0).amax(dim=1, keepdim=True)
+    return torch.where(image, known, input_ids)
 
 
 class _Processors(LogitsProcessorList):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return super().__call__(_KnownIds.of(input_ids), scores, **kwargs)
+        return super().__call__(_known_ids(input_ids), scores, **kwargs)
 
 
 class _Streamer(BaseStreamer):
@@ -112,13 +115,13 @@ class _Streamer(BaseStreamer):
 
 
 class VideoXLGenerationMixin(GenerationMixin):
-    """Hooks of `generate` for a model whose cache is a `VideoMemory`."""
+    """Hooks of `generate` for a model whose cache is a `StreamBatch`."""
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """HF's `generate` on `input_ids (batch, tokens)` with `visual_features`, `pixel_values`
         and `image_sizes` as `forward` takes them, or with the `memory` of a video that was
-        watched and `input_ids` of what stands behind it.
+        watched and the `input_ids` of what comes after it.
 
         Returns:
             The given ids followed by the new ones.
@@ -127,7 +130,7 @@ class VideoXLGenerationMixin(GenerationMixin):
             kwargs["streamer"] = _Streamer(kwargs["streamer"])
         for name in _CACHE_NAMES:
             if kwargs.get(name) is not None:
-                fail(name, type(kwargs[name]).__name__, "memory=")
+                fail(name, f"a {type(kwargs[name]).__name__}", "memory=")
         if kwargs.get("inputs_embeds") is not None:
             fail("inputs_embeds", "a tensor", "input_ids")
         return super().generate(inputs, *args, **kwargs)
@@ -159,10 +162,10 @@ class VideoXLGenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams repeat the ids only: the video is encoded once, then forked."""
+        """Beams repeat only the ids. The video is encoded once and then forked."""
         assert input_ids is not None
         if expand_size > 1:
-            model_kwargs["copies"] = expand_size
+            model_kwargs["expand_size"] = expand_size
             input_ids = input_ids.repeat_interleave(expand_size, dim=0)
             mask = model_kwargs.get("attention_mask")
             if mask is not None:
@@ -172,23 +175,20 @@ class VideoXLGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: VideoMemory | None = None,
+        past_key_values: StreamBatch | None = None,
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
-        cache: VideoMemory | None = None,
+        cache: StreamBatch | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         device = self.device
         cache = given_cache(past_key_values, cache)
         if cache is not None:
             return {"input_ids": input_ids[:, -1:].to(device), "cache": cache}
-        first = {name: kwargs[name] for name in _ONLY_FIRST if kwargs.get(name) is not None}
+        first = {name: kwargs[name] for name in _PREFILL_ONLY if kwargs.get(name) is not None}
         return {
             "input_ids": input_ids.to(device),
             "attention_mask": attention_mask,
             "logits_to_keep": logits_to_keep,
             **first,
         }
-
-    def _reorder_cache(self, cache: VideoMemory, beam_idx: Tensor) -> VideoMemory:
-        return cache._select(beam_idx.tolist())

@@ -1,11 +1,11 @@
 """Loss and logits of sequences whose labels are known: all windows in one pass a layer, and
 differentiable. Sequences of one shape go through together.
 
-In training mode every parameter takes part in every pass, be it with factor 0: text alone would
-leave VSTs, projector and tower without a gradient, FSDP's processes would wait for each other's,
-and an optimizer would count their steps differently by how samples are spread.
+In training mode every parameter takes part in every pass, some with factor 0. Text alone would
+otherwise leave VSTs, projector and tower without a gradient: FSDP's processes would wait for each
+other's, and an optimizer would count its steps differently depending on where samples land.
 
-Source: Video-XL section 3.4. The first tail token is predicted by the last raw visual row, as
+Source: Video-XL section 3.4. The first suffix token is predicted by the last raw visual row, as
 in the published code.
 """
 
@@ -13,22 +13,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from vxl_kernels import ChunkLayout
 
-from .decoder.context import Segment, TrainingStep
+from .decoder.context import Segment, TrainingContext
 from .errors import fail
 from .inputs.arguments import IGNORE_INDEX, IMAGE_TOKEN, TextRow
 from .settings import ExecutionSettings
-from .streaming.encoder import Encoder
+from .streaming.cache_pool import SLACK_TOKENS
+from .streaming.encoder import StreamEncoder
 from .streaming.ratios import RatioPlan
+from .streaming.state import VideoState
 
-__all__ = ["SequencePass", "alike", "check_labels", "loss_of", "train_pass"]
+__all__ = [
+    "SequencePass",
+    "check_labels",
+    "group_by_shape",
+    "kept_states",
+    "padded_logits",
+    "refuse_tensor_parallel",
+    "run_groups",
+    "token_loss",
+]
 
 
 @dataclass
@@ -37,33 +51,74 @@ class SequencePass:
 
     Attributes:
         hidden: normed hidden states of all rows, `(rows, hidden)`.
-        tail: its tail's rows of `hidden`.
-        before_tail: row that predicts the first tail token; None if there is none.
-        sizes: VSTs of every step.
+        suffix: its suffix's rows of `hidden`.
+        before_suffix: row that predicts the first suffix token; None if there is none.
+        vst_counts: VSTs of every step.
         kept: K and V `(2, layers, tokens, kv_heads, head_dim)`, if they were asked for.
-        kept_tokens: how many tokens those are.
     """
 
     hidden: Tensor
-    tail: slice
-    before_tail: int | None
-    sizes: list[int]
+    suffix: slice
+    before_suffix: int | None
+    vst_counts: list[int]
     kept: Tensor | None
 
 
-def train_pass(
-    encoder: Encoder,
+def run_groups(
+    encoder: StreamEncoder,
+    rows: Sequence[TextRow],
+    features: Sequence[Tensor | None],
+    plans: Sequence[RatioPlan],
+    keep: bool,
+) -> list[SequencePass]:
+    """All rows through the decoder, those of one shape together, in the order of `rows`.
+
+    Args:
+        features: `(tokens, hidden)` of each row's video, None for text alone.
+        keep: return what the sequences keep, too.
+    """
+    by_row: dict[int, SequencePass] = {}
+    for members in group_by_shape(rows, features, plans, encoder.settings):
+        texts, visual = [rows[i] for i in members], [features[i] for i in members]
+        passes = _run_group(encoder, texts, visual, plans[members[0]].copy(), keep)
+        by_row.update(zip(members, passes, strict=True))
+    return [by_row[i] for i in range(len(rows))]
+
+
+def group_by_shape(
+    rows: Sequence[TextRow],
+    features: Sequence[Tensor | None],
+    plans: Sequence[RatioPlan],
+    settings: ExecutionSettings,
+) -> list[list[int]]:
+    """Groups of rows that share a pass: those with prefixes, videos and suffixes of one length
+    and the same draws of ratios. Each row is alone in a distributed run, since FSDP wants as many
+    passes in every process, and without gradients where a row is to have the bits that it has
+    alone."""
+    apart = settings.batch_invariant and not torch.is_grad_enabled()
+    if apart or (dist.is_available() and dist.is_initialized()):
+        return [[i] for i in range(len(rows))]
+    groups: dict[tuple[int, int | None, int, str], list[int]] = {}
+    states = {id(plan): plan.state() for plan in plans}
+    for i, (row, video, plan) in enumerate(zip(rows, features, plans, strict=True)):
+        visual = None if video is None else len(video)
+        shape = (len(row.prefix), visual, len(row.suffix), states[id(plan)])
+        groups.setdefault(shape, []).append(i)
+    return list(groups.values())
+
+
+def _run_group(
+    encoder: StreamEncoder,
     rows: Sequence[TextRow],
     features: Sequence[Tensor | None],
     plan: RatioPlan,
     keep: bool,
 ) -> list[SequencePass]:
-    """Prompt, windows of `features (tokens, hidden)` and tail of sequences alike (`alike`), in one
-    pass. Without a video `features` are None."""
-    core = encoder.core
+    """Prefix, windows and suffix of sequences of one shape in one pass."""
+    decoder = encoder.decoder
     parts: list[Tensor] = []
     segments: list[Segment] = []
-    cached, sizes = 0, [0]
+    cached, vst_counts = 0, [0]
 
     def add(hidden: Tensor, layout: ChunkLayout | None) -> None:
         nonlocal cached
@@ -74,69 +129,49 @@ def train_pass(
     def done() -> int:
         return sum(x.shape[1] for x in parts)
 
-    # One lookup a pass: FSDP gathers the table for each, on all processes alike.
-    ids = torch.stack([torch.cat([row.prompt, row.tail]) for row in rows])
-    prompt, tail = core.embed_tokens(ids).split([len(rows[0].prompt), len(rows[0].tail)], dim=1)
-    if prompt.shape[1]:
-        add(prompt, None)
-    before_tail = done() - 1 if parts else None
+    # One lookup a pass: FSDP gathers the table for each, in all processes alike.
+    ids = torch.stack([torch.cat([row.prefix, row.suffix]) for row in rows])
+    lengths = [len(rows[0].prefix), len(rows[0].suffix)]
+    prefix, suffix = decoder.embed_tokens(ids).split(lengths, dim=1)
+    if prefix.shape[1]:
+        add(prefix, None)
+    before_suffix = done() - 1 if parts else None
     shown = [x for x in features if x is not None]
     if shown:
         visual = torch.stack(shown).to(encoder.device, encoder.dtype)
-        for window, ratio, chunks in _groups(plan, visual.shape[1], encoder.window):
+        for window, ratio, chunks in _equal_windows(plan, visual.shape[1], encoder.window):
             start = done()
             used, visual = visual.tensor_split([chunks * window], dim=1)
-            if ratio > window:  # leaves no VST; only the last raw row may have a reader
+            if ratio > window:  # there is no VST; only the last raw row may have a reader
                 if not visual.shape[1]:
                     segments.append(Segment(None, window, cached))
                     parts.append(used)
-                    before_tail = start + window - 1
-                sizes += [0] * chunks
+                    before_suffix = start + window - 1
+                vst_counts += [0] * chunks
                 continue
             layout = ChunkLayout(window, ratio, chunks, encoder.settings.order)
             add(encoder.chunk_rows(used, layout), layout)
-            before_tail = start + int(layout.raw_rows()[-1])
-            sizes += [layout.vsts_per_chunk] * chunks
-    tail_start = done()
-    add(tail, None)
-    idle = core.training and not any(s.layout is not None for s in segments)
+            before_suffix = start + int(layout.raw_rows()[-1])
+            vst_counts += [layout.vsts_per_chunk] * chunks
+    suffix_rows = slice(done(), None)
+    add(suffix, None)
+    idle = decoder.training and not any(s.layout is not None for s in segments)
     if idle:
-        parts[-1] = parts[-1] + 0 * core.beacon_embed_tokens.weight.sum()
-    step = TrainingStep(segments, len(rows), core.inv_freq(), encoder.settings, keep, idle)
-    hidden = core(torch.cat(parts, dim=1), step)
+        parts[-1] = parts[-1] + 0 * decoder.beacon_embed_tokens.weight.sum()
+    inv_freq = decoder.inv_freq()
+    context = TrainingContext(segments, len(rows), inv_freq, encoder.settings, keep, idle)
+    hidden = decoder(torch.cat(parts, dim=1), context)
     passes = []
     for i in range(len(rows)):
         kept = None
-        if step.kept is not None:
-            layers = [[x[i, :cached] for x in step.kept[n]] for n in range(len(core.layers))]
+        if context.kept is not None:
+            layers = [[x[i, :cached] for x in context.kept[n]] for n in range(len(decoder.layers))]
             kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])
-        own_tail = slice(tail_start, None)
-        passes.append(SequencePass(hidden[i], own_tail, before_tail, [*sizes, 0], kept))
+        passes.append(SequencePass(hidden[i], suffix_rows, before_suffix, [*vst_counts, 0], kept))
     return passes
 
 
-def alike(
-    rows: Sequence[TextRow],
-    features: Sequence[Tensor | None],
-    plans: Sequence[RatioPlan],
-    settings: ExecutionSettings,
-) -> list[list[int]]:
-    """Groups of rows that share a pass: prompt, video and tail as long, ratios drawn alike. Each
-    row alone among processes, since FSDP wants as many passes everywhere, and without gradients
-    where a row is to have the bits that it has alone."""
-    apart = settings.batch_invariant and not torch.is_grad_enabled()
-    if apart or (dist.is_available() and dist.is_initialized()):
-        return [[i] for i in range(len(rows))]
-    groups: dict[tuple[int, int | None, int, str], list[int]] = {}
-    states = {id(plan): plan.state() for plan in plans}
-    for i, (row, video, plan) in enumerate(zip(rows, features, plans, strict=True)):
-        visual = None if video is None else len(video)
-        shape = (len(row.prompt), visual, len(row.tail), states[id(plan)])
-        groups.setdefault(shape, []).append(i)
-    return list(groups.values())
-
-
-def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:
+def _equal_windows(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, int]]:
     """Neighbouring windows of one size and ratio: (window, ratio, how many)."""
     groups: list[tuple[int, int, int]] = []
     for start in range(0, tokens, window):
@@ -149,32 +184,48 @@ def _groups(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int, int, i
     return groups
 
 
-def loss_of(
+# -- what a call returns --------------------------------------------------------------------
+
+
+def padded_logits(
+    passes: list[SequencePass], rows: list[TextRow], columns: int, lm_head: nn.Module
+) -> Tensor:
+    """Logits `(batch, suffix, vocabulary)` in the columns that the suffixes have in input_ids
+    of `columns` columns, from the first suffix on; 0 elsewhere."""
+    first = min(row.suffix_start for row in rows)
+    padded = []
+    for one, row in zip(passes, rows, strict=True):
+        pad = (0, 0, row.suffix_start - first, columns - row.suffix_stop)
+        padded.append(F.pad(lm_head(one.hidden[one.suffix]), pad))
+    return torch.stack(padded)
+
+
+def token_loss(
     passes: list[SequencePass],
     rows: list[TextRow],
     labels: Tensor,
-    lm_head: torch.nn.Module,
+    lm_head: nn.Module,
     tokens: Tensor | float | None = None,
 ) -> Tensor:
     """Mean cross entropy over all supervised tokens of the batch.
 
     Args:
-        labels: as input_ids, -100 where nothing is supervised; what stands at -200 is ignored.
+        labels: as input_ids, -100 where nothing is supervised. The label at -200 is ignored.
         tokens: what the sum is divided by instead of the tokens of this batch, for a batch that
             is a part of a larger one.
     """
     hidden, targets = [], []
     for one, row, label in zip(passes, rows, labels, strict=True):
-        tail = label[row.tail_start : row.tail_stop]
-        first = one.tail.start
-        predicting = torch.arange(first - 1, first - 1 + len(tail), device=label.device)
-        if one.before_tail is None:  # text alone: nothing predicts its first token
-            tail, predicting = tail[1:], predicting[1:]
+        suffix = label[row.suffix_start : row.suffix_stop]
+        first = one.suffix.start
+        predicting = torch.arange(first - 1, first - 1 + len(suffix), device=label.device)
+        if one.before_suffix is None:  # text alone: nothing predicts its first token
+            suffix, predicting = suffix[1:], predicting[1:]
         else:
-            predicting[0] = one.before_tail
-        prompt = label[row.prompt_start : row.prompt_start + len(row.prompt)][1:]
-        target = torch.cat([prompt, tail])
-        predicting = torch.cat([torch.arange(len(prompt), device=label.device), predicting])
+            predicting[0] = one.before_suffix
+        prefix = label[row.prefix_start : row.prefix_start + len(row.prefix)][1:]
+        target = torch.cat([prefix, suffix])
+        predicting = torch.cat([torch.arange(len(prefix), device=label.device), predicting])
         wanted = target != IGNORE_INDEX
         hidden.append(one.hidden[predicting[wanted]])
         targets.append(target[wanted])
@@ -187,6 +238,22 @@ def loss_of(
     return F.cross_entropy(logits, target.long())
 
 
+def kept_states(
+    encoder: StreamEncoder, passes: list[SequencePass], plans: list[RatioPlan]
+) -> list[VideoState]:
+    """The sequences with what a pass with `keep` has kept of them, in a cache."""
+    kept = [one.kept for one in passes if one.kept is not None]
+    tokens = sum(x.shape[2] + 2 * encoder.settings.page_size for x in kept)
+    cache = encoder.cache(tokens + SLACK_TOKENS // 4)
+    return [
+        VideoState(cache.restore(x), plan.copy(), vst_counts=one.vst_counts, finished=True)
+        for one, x, plan in zip(passes, kept, plans, strict=True)
+    ]
+
+
+# -- refusals -------------------------------------------------------------------------------
+
+
 def check_labels(labels: Tensor, input_ids: Tensor, vocabulary: int) -> None:
     if labels.shape != input_ids.shape:
         fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(input_ids.shape)} as input_ids")
@@ -194,3 +261,11 @@ def check_labels(labels: Tensor, input_ids: Tensor, vocabulary: int) -> None:
     wrong &= (labels < 0) | (labels >= vocabulary)
     if bool(wrong.any()):
         fail("labels", int(labels[wrong][0]), f"0 to {vocabulary - 1}, or {IGNORE_INDEX}")
+
+
+def refuse_tensor_parallel(model: nn.Module, first_layer: Any) -> None:
+    """FSDP gathers each layer's weights around it, but nothing gathers those that tensor
+    parallelism has cut in all layers."""
+    cut = isinstance(first_layer.self_attn.q_proj.weight, DTensor)
+    if cut and not isinstance(model, FSDPModule):
+        fail("training", "a tensor-parallel model", "inference, or the model in one piece")

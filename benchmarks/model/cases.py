@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import vxl_model.decoder.attention
 import vxl_model.decoder.context
-import vxl_model.decoder.layers
 from benchmarks.peers.upstream_model import PublishedModel
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
 
@@ -65,11 +65,11 @@ def synchronize(device: str) -> None:
 
 
 class Stopwatch:
-    """Seconds of the parts of a pass, by wrapping what computes them."""
+    """Seconds of the parts of a pass, by wrapping the functions that compute them."""
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = {}
 
     def wrap(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -83,9 +83,12 @@ class Stopwatch:
         return timed
 
     @contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
+    def timing(self, model: Any) -> Iterator[None]:
+        """Times the parts from 0 on. AssertionError for a part that nothing called: the model then
+        reaches it by another name than the one wrapped here."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         functions = (
-            (vxl_model.decoder.layers, "vst_linear", "projections"),
+            (vxl_model.decoder.attention, "vst_linear", "projections"),
             (vxl_model.decoder.context, "rope_append", "append"),
             (vxl_model.decoder.context, "vst_attention", "attention"),
         )
@@ -98,6 +101,8 @@ class Stopwatch:
                     wrapped = self.wrap(part, inner.forward)
                     stack.enter_context(mock.patch.object(inner, "forward", wrapped))
             yield
+        untimed = [part for part, seconds in self.seconds.items() if not seconds]
+        assert not untimed, f"never called: {', '.join(untimed)}"
 
 
 def relative(x: Tensor, truth: Tensor) -> float:
@@ -141,8 +146,7 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
         window = random_window(options, chunk)
         names = names[1:] + names[:1]
         for name in names:
-            watch.seconds = dict.fromkeys(PARTS, 0.0)
-            with watch.watching(model) if name == "vxl" else ExitStack():
+            with watch.timing(model) if name == "vxl" else ExitStack():
                 synchronize(options.device)
                 start = time.perf_counter()
                 entrants[name](window)
@@ -189,7 +193,7 @@ def questions(options: argparse.Namespace) -> dict[str, Any]:
     memory = model.watch(input_ids=prompt, visual_features=features)
     synchronize(options.device)
     watched = time.perf_counter() - start
-    cache = memory._streams[0].sequence.pool.cache
+    cache = memory.batch.states[0].sequence.cache.pages
     used = cache.num_pages - cache.free_pages
     generator = torch.Generator().manual_seed(1)
     asked = []

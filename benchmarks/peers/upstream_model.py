@@ -33,7 +33,7 @@ class PublishedModel:
         self.inv_freq = self.core.inv_freq()
         config = model.config
         self.group = config.num_attention_heads // config.num_key_value_heads
-        self.head_dim = config.head_width
+        self.head_dim = config.head_dim
         self.past: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
 
     @property

@@ -178,18 +178,25 @@ def check_text(model, plain):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_apply_vst_to_qwen2(tied):
-    twin, model = qwen2(tie_word_embeddings=tied), qwen2(tie_word_embeddings=tied)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    assert apply_vst_to_qwen2(model, beacon_window=48, beacon_ratio=4) is model
+    plain = qwen2(tie_word_embeddings=tied)
+    model = apply_vst_to_qwen2(plain, beacon_window=48, beacon_ratio=4)
     assert isinstance(model, VideoXLForConditionalGeneration)
-    assert model.model.layers[0].mlp.up_proj.weight is weight
+    assert not model.training
     check_vst_start(model)
-    check_text(model, twin)
+    check_text(model, plain)  # which is still a Qwen2
+    assert type(plain) is Qwen2ForCausalLM
+    shared = {id(p) for p in plain.parameters()}
+    apart = {name for name, p in model.named_parameters() if id(p) not in shared}
+    assert len(shared) == len(list(model.parameters())) - len(apart)
+    assert all("beacon" in name for name in apart)
     assert not any(p.is_meta for p in model.parameters())
     memory = model.watch(input_ids=[1, 2], visual_features=torch.randn(100, 64))
     assert memory.vst_counts == [[0, 12, 12, 1]]
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM"):
-        apply_vst_to_qwen2(model)
+    for other in (model, plain.model):
+        with pytest.raises(
+            ValueError, match=f"model: got {type(other).__name__}, expected Qwen2For"
+        ):
+            apply_vst_to_qwen2(other)
 
 
 def test_auto_classes():

@@ -172,20 +172,24 @@ def test_generate_refuses(model, memory):
         model.generate(right, visual_features=[X[0], X[0]], attention_mask=mask, max_new_tokens=2)
 
 
-def test_the_cache_is_one_memory(model, memory):
+def test_the_cache_is_one_object(model, memory):
     """Under either of HF's names, or the same under both."""
     out = model(IDS, visual_features=X)
-    other = model(IDS, visual_features=X).memory
+    other = model(IDS, visual_features=X)
     for kwargs, words in (
-        ({"past_key_values": memory, "cache": other}, "past_key_values and cache: got two"),
+        (
+            {"past_key_values": out.cache, "cache": other.cache},
+            "past_key_values and cache: got two",
+        ),
         ({"past_key_values": "video"}, "past_key_values: got str"),
         ({"cache": DynamicCache()}, "cache: got DynamicCache"),
+        ({"cache": memory}, "cache: got a VideoMemory, expected .* memory="),
     ):
         for refuses in (model, model.prepare_inputs_for_generation):
             with pytest.raises(ValueError, match=words):
                 refuses(IDS[:, -1:], **kwargs)
-    same = model(IDS[:, -1:], past_key_values=out.memory, cache=out.memory)
-    assert torch.equal(same.logits, model(IDS[:, -1:], cache=other).logits)
+    same = model(IDS[:, -1:], past_key_values=out.cache, cache=out.cache)
+    assert torch.equal(same.logits, model(IDS[:, -1:], cache=other.cache).logits)
 
 
 def test_settings_refused(model):

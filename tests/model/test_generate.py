@@ -91,7 +91,7 @@ def test_both_names_of_the_cache(model, videos, name):
     ids, _ = ids_of([9, 10])
     out = model(ids, visual_features=videos[:1])
     for got in (getattr(out, name), out[name], out.get(name)):
-        assert got is out.memory
+        assert got is out.memory.batch
     assert name in out
     assert list(out) == ["logits", "memory"]  # once, though it has three names
     expected = model.generate(ids, visual_features=videos[:1], max_new_tokens=4, do_sample=False)
@@ -157,9 +157,9 @@ def test_beams_encode_the_video_once(model, videos, monkeypatch):
     calls = []
     forward = type(model.model).forward
 
-    def counted(self, hidden, step, keep_rows=None):
-        calls.append(step.layout)
-        return forward(self, hidden, step, keep_rows)
+    def counted(self, hidden, context, output_rows=None):
+        calls.append(context.layout)
+        return forward(self, hidden, context, output_rows)
 
     monkeypatch.setattr(type(model.model), "forward", counted)
     ids, mask = ids_of(*TAILS[:2])

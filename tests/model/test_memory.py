@@ -39,14 +39,14 @@ def test_ask_equals_generate_and_leaves_no_trace(model, features):
     want = model.generate(ids, visual_features=features[None], max_new_tokens=8, do_sample=False)
     memory = watch(model, features)
     before = [memory.keys_values(i) for i in range(3)]
-    free = memory._streams[0].sequence.pool.cache.free_pages
+    free = memory.batch.states[0].sequence.cache.pages.free_pages
     for question in (TAIL, TAIL.tolist(), TAIL[None]):
         answer = torch.as_tensor(memory.ask(question, max_new_tokens=8))
         assert answer.reshape(-1).tolist() == want[0, -8:].tolist()
     for i in range(3):
         for a, b in zip(before[i], memory.keys_values(i), strict=True):
             assert torch.equal(a, b)
-    assert memory._streams[0].sequence.pool.cache.free_pages == free
+    assert memory.batch.states[0].sequence.cache.pages.free_pages == free
 
 
 def test_a_batch_of_questions_to_one_video(model, features):
@@ -59,12 +59,12 @@ def test_a_batch_of_questions_to_one_video(model, features):
 
 def test_questions_cost_one_video_and_their_tails(model, features):
     memory = watch(model, features.repeat(8, 1))
-    cache = memory._streams[0].sequence.pool.cache
+    cache = memory.batch.states[0].sequence.cache.pages
     used = cache.num_pages - cache.free_pages
     forks = [memory.fork() for _ in range(14)]
     assert cache.num_pages - cache.free_pages == used
     outs = [model(TAIL[None], memory=fork) for fork in forks]
-    assert memory._streams[0].sequence.pool.cache is cache  # planned, so it has not grown
+    assert memory.batch.states[0].sequence.cache.pages is cache  # planned, so it has not grown
     tails = cache.num_pages - cache.free_pages - used
     assert tails <= 14  # a page each
     del outs, forks
@@ -125,13 +125,13 @@ def test_a_pool_grows_and_keeps_what_is_shared(model, features, monkeypatch):
     model.settings.page_size = 4
     try:
         stream = model.watch(input_ids=PROMPT, visual_features=[])
-        pool = stream._streams[0].sequence.pool
-        small = pool.cache.num_pages
+        pool = stream.batch.states[0].sequence.cache
+        small = pool.pages.num_pages
         forks = []
         for piece in features.repeat(15, 1).split(300):
             stream.append(visual_features=piece)
             forks.append(stream.fork())
-        grown = pool.cache
+        grown = pool.pages
         assert grown.num_pages > small
         used = grown.num_pages - grown.free_pages
         longest = stream.kept_tokens[0]

@@ -79,24 +79,24 @@ def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
     ids = torch.tensor([[5, 6, -200, 9, 10], [7, 8, -200, 11, 12], [5, 6, -200, 9, 1]])
     videos = [features[0], features[0].flip(0), features[1]]
     groups = []
-    alike = training_forward.alike
+    group_by_shape = training_forward.group_by_shape
 
     def apart(rows, *rest):
         return [[i] for i in range(len(rows))]
 
     def noted(*rest):
-        groups.append(alike(*rest))
+        groups.append(group_by_shape(*rest))
         return groups[-1]
 
     results = []
     for grouping in (noted, apart):
-        monkeypatch.setattr(training_forward, "alike", grouping)
+        monkeypatch.setattr(training_forward, "group_by_shape", grouping)
         model.zero_grad()
         out = model(ids, visual_features=videos, labels=ids)
         out.loss.backward()
         results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
     assert groups == [[[0, 1], [2]]]
-    monkeypatch.setattr(training_forward, "alike", noted)
+    monkeypatch.setattr(training_forward, "group_by_shape", noted)
     with torch.no_grad():  # there a row has the bits that it has alone
         model(ids, visual_features=videos, labels=ids)
         model.settings.batch_invariant = False
@@ -119,7 +119,7 @@ def test_what_sequences_must_have_in_common(model, features):
     ids[5, 2] = 7
     rows = text_rows(ids, mask, 1000)
     plans = [plan, plan, plan, other, plan, plan]
-    assert training_forward.alike(rows, videos, plans, model.settings) == [
+    assert training_forward.group_by_shape(rows, videos, plans, model.settings) == [
         [0, 4],
         [1],
         [2],

@@ -99,8 +99,8 @@ def test_align_resumes(place, tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
     from vxl_model import training_forward
 
-    real = training_forward.loss_of
-    monkeypatch.setattr(training_forward, "loss_of", lambda *args: real(*args) * float("nan"))
+    real = training_forward.token_loss
+    monkeypatch.setattr(training_forward, "token_loss", lambda *args: real(*args) * float("nan"))
     with pytest.raises(ValueError, match="loss: got nan in step 1"):
         go()
 
@@ -116,14 +116,14 @@ def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
 def test_a_gradient_that_is_no_number_is_not_saved(go, monkeypatch, tmp_path, values, words):
     from vxl_model import training_forward
 
-    real = training_forward.loss_of
+    real = training_forward.token_loss
 
     def spoiled(*args):
         loss = real(*args)
         loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
-    monkeypatch.setattr(training_forward, "loss_of", spoiled)
+    monkeypatch.setattr(training_forward, "token_loss", spoiled)
     with pytest.raises(ValueError, match=words):
         go(**{"save_strategy": "steps", "save_steps": 1, "max_steps": 1, **values})
     assert not [*tmp_path.glob("out0/checkpoint-*"), *tmp_path.glob("out0/model")]

@@ -142,6 +142,7 @@ class VstCache:
         return self._manager.stats()
 
     memory_for = staticmethod(plan_memory)
+    read_metadata = staticmethod(file_format.read_metadata)
 
     def __repr__(self) -> str:
         return (
@@ -239,7 +240,7 @@ class VstCache:
         geometry, dtype, length and a CRC-32 of each tensor and of itself.
 
         Args:
-            metadata: strings to keep with it; `file_format.read_metadata` reads them back.
+            metadata: strings to keep with it; `read_metadata` reads them back.
 
         Raises:
             OSError: the file can't be written; an older file of that name is untouched.

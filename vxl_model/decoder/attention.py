@@ -1,8 +1,9 @@
-"""One attention layer with two sets of projections."""
+"""One attention layer with two sets of projections.
+
+Source: Video-XL section 3.2; parameter names of the released checkpoint.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,10 @@ from torch.distributed.tensor import DTensor
 from vxl_kernels import ChunkLayout, vst_linear
 
 from .configuration import VideoXLConfig
+from .context import AttentionContext, CacheContext
+from .qwen2 import OUTPUT_BIAS, QKV_BIAS
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["VideoXLAttention"]
+__all__ = ["VideoXLAttention", "local"]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -24,34 +24,45 @@ def local(parameter: Tensor) -> Tensor:
 
 
 class VideoXLAttention(nn.Module):
-    """Projections of a layer: raw rows through `*_proj`, VSTs through `beacon_*_proj`."""
+    """Raw rows go through `*_proj`, VSTs through `beacon_*_proj`."""
 
     def __init__(self, config: VideoXLConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.head_dim = config.head_width
+        self.head_dim = config.head_dim
         hidden = config.hidden_size
         query = config.num_attention_heads * self.head_dim
         kept = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
         for prefix in ("", "beacon_"):
             for name, width in (("q", query), ("k", kept), ("v", kept)):
-                self.add_module(f"{prefix}{name}_proj", nn.Linear(hidden, width, bias=True))
-        self.o_proj = nn.Linear(query, hidden, bias=False)
+                self.add_module(f"{prefix}{name}_proj", nn.Linear(hidden, width, bias=QKV_BIAS))
+        self.o_proj = nn.Linear(query, hidden, bias=OUTPUT_BIAS)
+
+    def forward(self, parts: list[Tensor], context: AttentionContext) -> list[Tensor]:
+        """Attention of each part `(batch, rows, hidden)` up to `o_proj`, which the layer compiles
+        together with its MLP: `(batch, rows, heads * head_dim)`."""
+        backend = context.settings.backend
+        qkv = [self.project(x, layout, backend) for x, layout in context.segments(parts)]
+        attended = context.attend(self.layer_idx, qkv)
+        if context.idle_vsts:
+            attended = [x + self._idle_vsts() for x in attended]
+        return attended
+
+    def append(self, x: Tensor, vsts: bool, context: CacheContext) -> None:
+        """Keeps K and V of rows `(batch, rows, hidden)` that are all VSTs or all ordinary
+        tokens, and computes nothing else."""
+        prefix = "beacon_" if vsts else ""
+        k, v = (self._linear(x, name, None, None, prefix) for name in ("k", "v"))
+        context.append(self.layer_idx, k, v)
 
     def project(
-        self, x: Tensor, layout: ChunkLayout | None, backend: str | None = None
+        self, x: Tensor, layout: ChunkLayout | None, backend: str | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `(batch, rows, heads, head_dim)`, not rotated, of x `(batch, rows, hidden)`."""
         q, k, v = (self._linear(x, name, layout, backend) for name in ("q", "k", "v"))
         return q, k, v
 
-    def project_kept(self, x: Tensor, vsts: bool) -> tuple[Tensor, Tensor]:
-        """k and v of rows that are all VSTs, or all ordinary tokens."""
-        prefix = "beacon_" if vsts else ""
-        k, v = (self._linear(x, name, None, None, prefix) for name in ("k", "v"))
-        return k, v
-
-    def idle_vsts(self) -> Tensor:
+    def _idle_vsts(self) -> Tensor:
         """0, with a graph through the VSTs' projections."""
         parts = (getattr(self, f"beacon_{name}_proj") for name in ("q", "k", "v"))
         return 0 * torch.stack([w.sum() for p in parts for w in (p.weight, p.bias)]).sum()

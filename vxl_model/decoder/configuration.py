@@ -1,9 +1,9 @@
 """The configuration of a Video-XL checkpoint, in the published layout.
 
 `config.json` of the released model (`model_type` "llava_qwen", architecture
-`LlavaQwenForCausalLM`) is Qwen2's with `beacon_*`, `mm_*` and `image_*` keys added. The shape of
-the vision tower stands in a file of its own, `vision_config.json`, or is known by the name in
-`mm_vision_tower`.
+`LlavaQwenForCausalLM`) is the language model's with `beacon_*`, `mm_*` and `image_*` keys added.
+The shape of the vision tower is in a file of its own, `vision_config.json`, or is known by the
+name in `mm_vision_tower`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, Qwen2Config
+from transformers import CLIPVisionConfig
 from transformers.utils import cached_file
+
+from .qwen2 import MODEL_TYPE, ROPE_TYPES, TENSOR_PARALLEL_PLAN, TextConfig
 
 __all__ = ["VideoXLConfig"]
 
@@ -74,27 +76,29 @@ _NOT_IN_LAYOUT = {
 
 
 @strict
-class VideoXLConfig(Qwen2Config):
-    """Qwen2's configuration and Video-XL's own keys; every other key of a file is kept as an
-    attribute.
+class VideoXLConfig(TextConfig):
+    """The language model's configuration and Video-XL's own keys. Every other key of a file is
+    kept as an attribute.
 
     Attributes:
         beacon_window: raw visual tokens of a window, `beacon_stride` the same.
-        beacon_ratio: raw tokens per VST; of several, one is drawn for each window.
+        beacon_ratio: raw tokens per VST. Of several, one is drawn for each window.
+        head_dim: dimensions of an attention head, by default `hidden_size / heads`.
         vision_config: the tower's shape as CLIP names it; None without a tower.
 
     Raises:
-        ValueError: a key has a value that names another model than the one computed here.
+        ValueError: a key has a value that means another model than the one computed here.
     """
 
     model_type = "llava_qwen"
-    base_model_tp_plan = {  # noqa: RUF012  (Qwen2's, and the VST projections likewise)
-        **(Qwen2Config.base_model_tp_plan or {}),
+    base_model_tp_plan = {  # noqa: RUF012  (the VST projections are cut as the others)
+        **TENSOR_PARALLEL_PLAN,
         "layers.*.self_attn.beacon_q_proj": "colwise",
         "layers.*.self_attn.beacon_k_proj": "colwise",
         "layers.*.self_attn.beacon_v_proj": "colwise",
     }
 
+    head_dim: Any = None
     beacon_window: int = 1440
     beacon_stride: int | None = None
     beacon_ratio: list[int] | int = field(default_factory=lambda: [8])
@@ -111,6 +115,8 @@ class VideoXLConfig(Qwen2Config):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if not self.head_dim:
+            self.head_dim = self._default_head_dim
         if isinstance(self.beacon_ratio, int):
             self.beacon_ratio = [self.beacon_ratio]
         if self.beacon_stride is None:
@@ -132,21 +138,20 @@ class VideoXLConfig(Qwen2Config):
         if self.beacon_window < 1:
             wrong.append(f"beacon_window: got {self.beacon_window}, expected at least 1")
         rope = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope not in ("default", "linear", "llama3"):
-            wrong.append(f"rope_scaling: got {rope!r}, expected none, 'linear' or 'llama3'")
+        if rope not in ROPE_TYPES:
+            wrong.append(f"rope_scaling: got {rope!r}, expected one of {list(ROPE_TYPES)}")
         if wrong:
             raise ValueError("configuration: " + "; ".join(wrong))
 
     @property
-    def head_width(self) -> int:
-        """Dimensions of an attention head."""
-        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+    def _default_head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
 
     def clip_config(self) -> CLIPVisionConfig | None:
-        """The vision tower's configuration; None for a language model alone.
+        """The vision tower's configuration, None for a language model alone.
 
         Raises:
-            ValueError: `mm_vision_tower` names a tower of unknown shape.
+            ValueError: `mm_vision_tower` is a name whose shape is unknown.
         """
         if self.mm_vision_tower is None:
             return None
@@ -165,9 +170,10 @@ class VideoXLConfig(Qwen2Config):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         loaded, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = loaded.get("model_type")
-        if kind not in (cls.model_type, "qwen2", None):
+        if kind not in (cls.model_type, MODEL_TYPE, None):
             raise ValueError(
-                f"config.json: got model_type {kind!r}, expected {cls.model_type!r} or 'qwen2'"
+                f"config.json: got model_type {kind!r}, expected {cls.model_type!r} or "
+                f"{MODEL_TYPE!r}"
             )
         loaded["model_type"] = cls.model_type
         return _with_tower(loaded, pretrained_model_name_or_path, kwargs), rest
@@ -181,8 +187,12 @@ class VideoXLConfig(Qwen2Config):
         config = made[0] if isinstance(made, tuple) else made
         fresh = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
         fresh.vision_config = config.vision_config
-        # What the file said where the value read from it is unchanged: Qwen2's configuration
-        # drops `sliding_window` when it is unused, for example.
+        # transformers changes some values when it reads them. A file that says
+        # `"use_sliding_window": false, "sliding_window": 131072` gives a configuration with
+        # `sliding_window` None, and writing None would change a file that nobody edited. So each
+        # key is kept with what the file said and with what was made of it (by `fresh`, which
+        # no keyword argument has touched). `published` writes what the file said as long as the
+        # value is still what was made of it, and the new value otherwise.
         config._source = {
             key: (value, fresh._layout_value(key)) for key, value in config_dict.items()
         }
@@ -205,6 +215,8 @@ class VideoXLConfig(Qwen2Config):
         keys = {k for k in super().to_dict() if k not in _NOT_IN_LAYOUT and not k.startswith("_")}
         keys |= {"torch_dtype", "rope_theta", "rope_scaling"} | self._source.keys()
         keys -= {"vision_config", "architectures", "model_type", "_commit_hash"}
+        if "head_dim" not in self._source and self.head_dim == self._default_head_dim:
+            keys -= {"head_dim"}
         result: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": self.model_type}
         for key in keys:
             value = self._layout_value(key)
@@ -236,7 +248,7 @@ def _known_tower(name: str) -> dict[str, Any] | None:
 def _with_tower(
     loaded: dict[str, Any], source: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The contents of config.json with those of the file beside it that describes the tower."""
+    """The contents of config.json with the tower's shape from the file beside it."""
     if not source or not loaded.get("mm_vision_tower") or loaded.get("vision_config"):
         return loaded
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

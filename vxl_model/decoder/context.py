@@ -1,7 +1,8 @@
-"""What the rows of a pass through the decoder attend to.
+"""What the rows of a pass through the decoder are, and what they attend to.
 
-`CacheStep`: rows over sequences in a paged cache, for inference. `TrainingStep`: prompt, all
-windows and tail of one sequence at once, differentiable.
+An attention layer projects rows and gives q, k and v to a context, which rotates, appends and
+attends. `CacheContext`: rows of sequences in a paged cache, for inference. `TrainingContext`:
+prefix, all windows and suffix of sequences at once, differentiable.
 """
 
 from __future__ import annotations
@@ -16,26 +17,41 @@ from torch import Tensor
 from vxl_kernels import CacheBatch, ChunkLayout, rope_append, vst_attention
 
 from ..settings import ExecutionSettings
-from .attention import VideoXLAttention
 
-__all__ = ["CacheStep", "Segment", "Step", "TrainingStep"]
+__all__ = ["AttentionContext", "CacheContext", "Segment", "TrainingContext"]
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
-class Step(Protocol):
+class AttentionContext(Protocol):
+    """What attention layers ask of a pass.
+
+    Attributes:
+        settings: how it computes.
+        idle_vsts: no row is a VST, and the VSTs' projections take part with factor 0.
+    """
+
+    settings: ExecutionSettings
+    idle_vsts: bool
+
     def parts(self, hidden: Tensor) -> list[Tensor]:
-        """Slices of the batch that go through dense products together."""
+        """Slices of the batch. A dense product takes one of them at a time."""
 
-    def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
-        """Attention before `o_proj` of each part, heads flattened."""
+    def segments(self, parts: list[Tensor]) -> list[tuple[Tensor, ChunkLayout | None]]:
+        """The rows of all parts, cut where the layout changes, each piece with its layout."""
 
-    def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
-        """The rows whose K and V are kept, and whether they are VSTs."""
+    def attend(self, layer_idx: int, qkv: list[QKV]) -> list[Tensor]:
+        """Rotates q and k, appends what the layer keeps, attends.
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keeps K, not rotated yet, and V of those rows."""
+        Args:
+            qkv: of each segment, `(batch, rows, heads, head_dim)`, not rotated.
+
+        Returns:
+            The result of each part, heads flattened: `(batch, rows, heads * head_dim)`.
+        """
 
 
-class CacheStep:
+class CacheContext:
     """Rows of sequences in a cache, which has room for them.
 
     Args:
@@ -43,6 +59,8 @@ class CacheStep:
         layout: what the rows are; None for ordinary tokens.
         inv_freq: rotation per position.
     """
+
+    idle_vsts = False
 
     def __init__(
         self,
@@ -57,21 +75,21 @@ class CacheStep:
     def parts(self, hidden: Tensor) -> list[Tensor]:
         return list(hidden.split(1)) if self.settings.batch_invariant else [hidden]
 
-    def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
+    def segments(self, parts: list[Tensor]) -> list[tuple[Tensor, ChunkLayout | None]]:
+        return [(x, self.layout) for x in parts]
+
+    def attend(self, layer_idx: int, qkv: list[QKV]) -> list[Tensor]:
         backend = self.settings.backend
-        projected = [attn.project(x, self.layout, backend) for x in normed]
-        if len(projected) == 1:
-            q, k, v = projected[0]
-        else:
-            q, k, v = (torch.cat(x) for x in zip(*projected, strict=True))
-        cache = self.batch.layer(attn.layer_idx)
+        q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(x) for x in zip(*qkv, strict=True))
+        cache = self.batch.layer(layer_idx)
         q, k = rope_append(
             q, k, v, *cache, self.layout, self.inv_freq, inplace=True, backend=backend
         )
         out = vst_attention(q, k, v, *cache, self.layout, backend=backend).flatten(2)
-        return [out] if len(normed) == 1 else list(out.split(1))
+        return [out] if len(qkv) == 1 else list(out.split(1))
 
-    def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
+    def cached_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        """The rows of `(batch, rows, hidden)` whose K and V are kept, and whether they are VSTs."""
         layout = self.layout
         if layout is None:
             return hidden, False
@@ -79,16 +97,17 @@ class CacheStep:
             return hidden[:, layout.chunks * layout.window :], True
         return hidden[:, layout.vst_rows(hidden.device)], True
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        # The VSTs of all chunks follow one another in the cache, each rotated to its place
-        # there: just what ordinary tokens do. There is no q; k stands in for it.
-        cache = self.batch.layer(layer)
+    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
+        """Keeps K, not rotated yet, and V of those rows, and computes nothing else."""
+        # In the cache the VSTs of all chunks follow one another, and each is rotated to its
+        # place there, exactly as ordinary tokens are. There is no q, so k is passed twice.
+        cache = self.batch.layer(layer_idx)
         rope_append(k, k, v, *cache, None, self.inv_freq, backend=self.settings.backend)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of a training pass: prompt, windows of one ratio, or tail.
+    """Consecutive rows of a training pass: prefix, windows of one ratio, or suffix.
 
     Attributes:
         layout: what the rows are; None for ordinary tokens.
@@ -107,11 +126,11 @@ class Segment:
         return self.layout.chunks * self.layout.vsts_per_chunk
 
 
-class TrainingStep:
+class TrainingContext:
     """All rows of sequences of one shape, `(batch, rows, hidden)`, segment after segment.
 
     In each layer every segment first appends what it keeps to its sequence's page, then all
-    attend. So no attention saves a cache for the backward pass that is written afterwards.
+    attend. So the backward pass never needs a cache that was written to after it was saved.
 
     Args:
         keep: remember each layer's K and V in `kept`.
@@ -127,7 +146,7 @@ class TrainingStep:
         keep: bool = False,
         idle_vsts: bool = False,
     ) -> None:
-        self.segments = list(segments)
+        self._segments = list(segments)
         self.inv_freq, self.settings, self.idle_vsts = inv_freq, settings, idle_vsts
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         device = inv_freq.device
@@ -141,17 +160,17 @@ class TrainingStep:
     def parts(self, hidden: Tensor) -> list[Tensor]:
         return [hidden]
 
-    def attention(self, attn: VideoXLAttention, normed: list[Tensor]) -> list[Tensor]:
+    def segments(self, parts: list[Tensor]) -> list[tuple[Tensor, ChunkLayout | None]]:
+        rows = parts[0].split([s.rows for s in self._segments], dim=1)
+        return [(x, s.layout) for x, s in zip(rows, self._segments, strict=True)]
+
+    def attend(self, layer_idx: int, qkv: list[QKV]) -> list[Tensor]:
         backend = self.settings.backend
-        rows = normed[0].split([s.rows for s in self.segments], dim=1)
-        projected = [
-            attn.project(x, s.layout, backend) for x, s in zip(rows, self.segments, strict=True)
-        ]
-        shape = (len(normed[0]), self._capacity, *projected[0][1].shape[2:])
-        like = projected[0][1]  # under autocast not of the rows' dtype
+        like = qkv[0][1]  # under autocast its dtype is not that of the rows
+        shape = (len(like), self._capacity, *like.shape[2:])
         k_cache, v_cache = like.new_zeros(shape), like.new_zeros(shape)
         rotated = []
-        for (q, k, v), segment, lens in zip(projected, self.segments, self._lens, strict=True):
+        for (q, k, v), segment, lens in zip(qkv, self._segments, self._lens, strict=True):
             q, k = rope_append(
                 q,
                 k,
@@ -167,17 +186,10 @@ class TrainingStep:
             rotated.append((q, k, v))
         out = [
             vst_attention(
-                *qkv, k_cache, v_cache, self._table, lens, segment.layout, backend=backend
+                q, k, v, k_cache, v_cache, self._table, lens, segment.layout, backend=backend
             )
-            for qkv, segment, lens in zip(rotated, self.segments, self._lens, strict=True)
+            for (q, k, v), segment, lens in zip(rotated, self._segments, self._lens, strict=True)
         ]
         if self.kept is not None:
-            self.kept[attn.layer_idx] = (k_cache.detach(), v_cache.detach())
-        attended = torch.cat(out, dim=1).flatten(2)
-        return [attended + attn.idle_vsts() if self.idle_vsts else attended]
-
-    def kept_rows(self, hidden: Tensor) -> tuple[Tensor, bool]:
-        raise NotImplementedError("a training pass runs every layer in full")
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        raise NotImplementedError("a training pass runs every layer in full")
+            self.kept[layer_idx] = (k_cache.detach(), v_cache.detach())
+        return [torch.cat(out, dim=1).flatten(2)]

@@ -1,7 +1,7 @@
-"""What callers hand in, made uniform; every refusal of it.
+"""The arguments of a call in one form, and every refusal of them.
 
-Each error is one ValueError that names the argument, what came and what was expected, before
-anything is computed.
+Each error is one ValueError that names the argument, what came and what was expected. It is raised
+before anything is computed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,27 @@ from torch import Tensor
 
 from ..errors import fail
 
-__all__ = ["IGNORE_INDEX", "IMAGE_TOKEN", "TextRow", "VisualSource", "text_rows", "visual_sources"]
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TOKEN",
+    "TextRow",
+    "VisualSource",
+    "given_one",
+    "prefix_row",
+    "refuse_mismatch",
+    "text_rows",
+    "visual_sources",
+]
 
 IMAGE_TOKEN = -200  # the one id in input_ids that marks the visual part
 IGNORE_INDEX = -100  # the label of a token that is not supervised
+
+
+def given_one(call: str, options: dict[str, Any]) -> None:
+    """Refuses a call that does not give exactly one of these arguments."""
+    names = [name for name, value in options.items() if value is not None]
+    if len(names) != 1:
+        fail(call, " and ".join(names) or "none", f"one of {', '.join(options)}")
 
 
 @dataclass(frozen=True)
@@ -26,18 +43,18 @@ class TextRow:
     """One row of input_ids.
 
     Attributes:
-        prompt, tail: ids `(tokens,)` before and behind the visual part, without padding. A row
-            without one is all tail.
-        tail_start, tail_stop: columns of the tail in input_ids.
-        prompt_start: column of the prompt's first token.
+        prefix, suffix: ids `(tokens,)` before and after the visual part, without padding. A row
+            without a visual part has only a suffix.
+        prefix_start: column of the prefix's first token.
+        suffix_start, suffix_stop: columns of the suffix in input_ids.
         visual: the row has a visual part.
     """
 
-    prompt: Tensor
-    tail: Tensor
-    prompt_start: int
-    tail_start: int
-    tail_stop: int
+    prefix: Tensor
+    suffix: Tensor
+    prefix_start: int
+    suffix_start: int
+    suffix_stop: int
     visual: bool
 
 
@@ -72,13 +89,13 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
             fail("attention_mask", f"no token in row {b}", "at least one")
         start, stop = int(columns[0]), int(columns[-1]) + 1
         if stop - start != len(columns):
-            fail("attention_mask", f"a hole in row {b}", "padding at the ends only")
+            fail("attention_mask", f"padding inside row {b}", "padding at the ends only")
         places = (host[b, start:stop] == IMAGE_TOKEN).nonzero().flatten() + start
         if len(places) > 1:
             fail("input_ids", f"{len(places)} times {IMAGE_TOKEN} in row {b}", "one a row")
         at = int(places[0]) if len(places) else start - 1
         if at + 1 >= stop:
-            fail("input_ids", f"no token behind {IMAGE_TOKEN} in row {b}", "at least one")
+            fail("input_ids", f"no token after {IMAGE_TOKEN} in row {b}", "at least one")
         row = input_ids[b].long()
         rows.append(
             TextRow(
@@ -93,10 +110,24 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
     return rows
 
 
+def prefix_row(input_ids: Any, vocabulary: int) -> Tensor:
+    """Ids `(tokens,)` before a video, given with or without a final -200."""
+    ids = torch.as_tensor(input_ids, dtype=torch.long).reshape(-1)
+    if len(ids) and ids[-1] == IMAGE_TOKEN:
+        ids = ids[:-1]
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if bool(wrong.any()):
+        got = int(ids[wrong][0])
+        if got == IMAGE_TOKEN:
+            fail("input_ids", f"tokens after {IMAGE_TOKEN}", "the ids before the video only")
+        fail("input_ids", f"id {got}", f"0 to {vocabulary - 1}")
+    return ids
+
+
 @dataclass(frozen=True)
 class VisualSource:
     """The visual part of one row: `features (tokens, hidden)`, or `pixels (frames, 3, size,
-    size)`; neither for a row of text alone."""
+    size)`, or neither for a row of text alone."""
 
     features: Tensor | None = None
     pixels: Tensor | None = None
@@ -138,6 +169,26 @@ def visual_sources(
         if size is not None and given is not None and len(given) > 1:
             pixels[i] = given[1:]
     return [VisualSource(pixels=x) for x in pixels]
+
+
+def refuse_mismatch(
+    rows: Sequence[TextRow], sources: Sequence[VisualSource] | None, has_memory: bool
+) -> None:
+    """Refuses text that has no place for its video, a place without a video, and a memory
+    together with either."""
+    marked = [row.visual for row in rows]
+    if has_memory:
+        if sources is not None:
+            fail("memory", "visual input too", "one of the two")
+        if any(marked):
+            fail("input_ids", f"{IMAGE_TOKEN} and a memory", "only the text after the video")
+    elif sources is None and any(marked):
+        fail("input_ids", f"{IMAGE_TOKEN}", "visual_features or pixel_values for it")
+    for i, source in enumerate(sources or ()):
+        if not source.empty and not marked[i]:
+            fail("input_ids", f"no {IMAGE_TOKEN} in row {i}", "one a row")
+        if source.empty and marked[i]:
+            fail("input_ids", f"{IMAGE_TOKEN} in row {i}", "visual input for that row")
 
 
 def _per_row(name: str, value: Any, batch: int, dims: int) -> list[Tensor | None]:

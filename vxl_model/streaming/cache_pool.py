@@ -1,94 +1,172 @@
-"""A cache that grows: sequences of a `VstCache` whose pool is replaced by a larger one when it is
-full. Sizes are planned ahead where they are known, so that growing is the exception."""
+"""A cache that grows: sequences of a `VstCache` that is replaced by a larger one when it is full.
+Sizes are planned where they are known, so that growing is the exception.
+
+Threads: one step runs at a time. Forks and growth wait for it, reading what has been committed
+does not. Garbage collection may end a sequence in the middle of a step, so a handle that is gone
+is noted first and freed when no step runs.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from vxl_kernels import CacheBatch, HostSequence, VstCache
 
-__all__ = ["CachePool", "PooledSequence"]
+__all__ = ["SLACK_TOKENS", "GrowingCache", "SequenceHandle"]
+
+SLACK_TOKENS = 2048  # room for questions before a cache has to grow: 112 MiB of Qwen2-7B in bf16
 
 
-class PooledSequence:
-    """A sequence of a pool; its pages go back when nobody holds this object any more."""
+class SequenceHandle:
+    """A sequence of a `GrowingCache`. Its pages go back when the last reference to it is gone."""
 
-    def __init__(self, pool: CachePool, seq: int) -> None:
-        self.pool, self.seq = pool, seq
-        pool._live.add(self)
+    def __init__(self, cache: GrowingCache, key: int) -> None:
+        self.cache, self._key = cache, key
+
+    @property
+    def place(self) -> tuple[VstCache, int]:
+        """The cache that holds the sequence, and its id there. Committed rows can be read from
+        there as long as this handle lives, even if another thread makes the cache grow."""
+        return self.cache._places[self._key]
 
     @property
     def length(self) -> int:
-        return self.pool.cache.length(self.seq)
+        """Committed rows."""
+        cache, seq = self.place
+        return cache.length(seq)
 
-    def fork(self) -> PooledSequence:
-        return PooledSequence(self.pool, self.pool.cache.fork(self.seq))
+    def fork(self) -> SequenceHandle:
+        """A sequence with the same rows, independent from here on. Copies nothing."""
+        return self.cache._fork(self)
+
+    def __copy__(self) -> SequenceHandle:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceHandle:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a sequence of a cache cannot be pickled; VideoMemory.save writes a file")
 
     def __del__(self) -> None:
-        pool = getattr(self, "pool", None)
-        if pool is not None:
-            pool._freed(self.seq)
+        self.cache._drop(self._key)
 
 
-class CachePool:
+class GrowingCache:
     """Pages for sequences, more of them when they run out.
 
     Args:
-        make: makes a cache of so many pages.
+        make: makes a cache of this many pages.
         tokens: rows to have room for at first.
         page_size: of the caches that `make` makes.
+
+    Attributes:
+        pages: the cache that holds the sequences now.
     """
 
     def __init__(self, make: Callable[[int], VstCache], tokens: int, page_size: int) -> None:
         self._make = make
-        self._live: weakref.WeakSet[PooledSequence] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._keys = itertools.count()
+        self._places: dict[int, tuple[VstCache, int]] = {}  # by key of the handle
+        self._dropped: deque[int] = deque()  # keys of handles that are gone, not freed yet
         self._batch: CacheBatch | None = None
-        self.cache = make(max(1, -(-tokens // page_size)))
+        self.pages = make(max(1, -(-tokens // page_size)))
 
-    def new(self) -> PooledSequence:
-        return PooledSequence(self, self.cache.new())
+    def new(self) -> SequenceHandle:
+        with self._exclusive():
+            return self._handle(self.pages.new())
 
-    def load(self, path: str | os.PathLike[str]) -> PooledSequence:
+    def load(self, path: str | os.PathLike[str]) -> SequenceHandle:
         """A sequence from a file; see `VstCache.load`."""
-        return PooledSequence(self, self.cache.load(path))
+        with self._exclusive():
+            return self._handle(self.pages.load(path))
 
-    def restore(self, data: Tensor) -> PooledSequence:
+    def restore(self, data: Tensor) -> SequenceHandle:
         """A sequence with the rows of `data (2, layers, length, kv_heads, head_dim)`."""
-        return PooledSequence(self, self.cache.restore(HostSequence(data, None)))
+        with self._exclusive():
+            return self._handle(self.pages.restore(HostSequence(data, None)))
 
-    def batch(self, sequences: Sequence[PooledSequence], rows: int) -> CacheBatch:
-        """The sequences with room for `rows` more rows each."""
+    @contextmanager
+    def step(self, sequences: Sequence[SequenceHandle], rows: int) -> Iterator[CacheBatch]:
+        """The sequences with room for `rows` more rows each, which count when the block ends
+        without an error. Other threads wait meanwhile."""
+        with self._exclusive():
+            batch = self._reserve(sequences, rows)
+            yield batch
+            batch.commit(rows)
+
+    # -- private -----------------------------------------------------------------------
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._lock:
+            self._free_dropped()
+            try:
+                yield
+            finally:
+                self._free_dropped()
+
+    def _handle(self, seq: int) -> SequenceHandle:
+        key = next(self._keys)
+        self._places[key] = (self.pages, seq)
+        return SequenceHandle(self, key)
+
+    def _fork(self, handle: SequenceHandle) -> SequenceHandle:
+        with self._exclusive():
+            return self._handle(self.pages.fork(handle.place[1]))
+
+    def _drop(self, key: int) -> None:
+        """A handle is gone. Garbage collection calls this at any moment, even in a thread that
+        holds the lock."""
+        self._dropped.append(key)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._free_dropped()
+            finally:
+                self._lock.release()
+
+    def _free_dropped(self) -> None:
+        while self._dropped:
+            cache, seq = self._places.pop(self._dropped.popleft())
+            cache.free(seq)
+
+    def _reserve(self, sequences: Sequence[SequenceHandle], rows: int) -> CacheBatch:
         try:
-            self.cache.reserve([s.seq for s in sequences], rows)
+            self.pages.reserve([s.place[1] for s in sequences], rows)
         except MemoryError as error:
             needed = getattr(error, "pages_needed", None)  # PoolExhausted; else out of memory
             if needed is None:
                 raise
-            self._grow(needed - self.cache.free_pages)
-        seqs = [s.seq for s in sequences]  # growing renames them
-        if self._batch is None or self._batch.cache is not self.cache or self._batch.seqs != seqs:
-            self._batch = self.cache.batch(seqs)
+            self._grow(needed - self.pages.free_pages)
+        seqs = [s.place[1] for s in sequences]  # growing renames them
+        if self._batch is None or self._batch.cache is not self.pages or self._batch.seqs != seqs:
+            self._batch = self.pages.batch(seqs)
         self._batch.reserve(rows)
         return self._batch
 
     def _grow(self, missing: int) -> None:
         """Moves everything to a larger cache. What sequences share stays shared."""
-        old, self._batch = self.cache, None
+        old, self._batch = self.pages, None
         new = self._make(old.num_pages + max(missing, old.num_pages // 4) + 1)
-        sequences = sorted(self._live, key=lambda s: s.seq)
-        seqs = [s.seq for s in sequences]
+        keys = sorted(self._places, key=lambda key: self._places[key][1])
+        seqs = [self._places[key][1] for key in keys]
         tables = old.batch(seqs).block_table.tolist() if seqs else []
-        placed: list[tuple[list[int], int, int]] = []  # pages and length before, id now
+        moved: list[tuple[list[int], int, int]] = []  # pages and length before, id now
         for seq, table in zip(seqs, tables, strict=True):
             length = old.length(seq)
             pages = table[: -(-length // old.page_size)]
             best, parent = 0, None
-            for other_pages, other_length, now in placed:
+            for other_pages, other_length, now in moved:
                 shared = _common(pages, other_pages) * old.page_size
                 shared = min(shared, length, other_length)
                 if shared > best:
@@ -97,13 +175,10 @@ class CachePool:
             if parent is not None:
                 new.truncate(child, best)
             _copy_rows(old, seq, new, child, best, length)
-            placed.append((pages, length, child))
-        for sequence, (_, _, now) in zip(sequences, placed, strict=True):
-            sequence.seq = now
-        self.cache = new
-
-    def _freed(self, seq: int) -> None:
-        self.cache.free(seq)
+            moved.append((pages, length, child))
+        for key, (_, _, now) in zip(keys, moved, strict=True):
+            self._places[key] = (new, now)
+        self.pages = new
 
 
 def _common(first: Iterable[int], second: Iterable[int]) -> int:

@@ -1,51 +1,74 @@
-"""Videos that have been watched: what a model kept of them, to be asked as often as you like."""
+"""Videos that have been watched: what a model kept of them, to be asked any number of times.
+
+Threads: any number of them may use one memory. What a memory holds is never changed in place:
+`append` works on a fork and puts it in place when it is complete.
+"""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from vxl_kernels.cache.file_format import read_metadata
+from ..errors import fail
+from . import memory_file
+from .batch import StreamBatch
+from .encoder import StreamEncoder
+from .state import VideoState
 
-from ..decoder.attention import local
-from .ratios import RatioPlan
-from .stream import Stream
+__all__ = ["Owner", "VideoMemory"]
 
-if TYPE_CHECKING:
-    from ..modeling import VideoXLForConditionalGeneration
 
-__all__ = ["VideoMemory"]
+class Owner(Protocol):
+    """What a memory asks of the model that made it."""
 
-_FORMAT = "vxl-memory-1"
-SLACK_TOKENS = 2048  # room for questions before a pool has to grow: 112 MiB of Qwen2-7B in bf16
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def processor(self) -> Any:
+        """Text to ids and back; a ValueError where there is none."""
+
+    def encoder(self) -> StreamEncoder:
+        """Runs videos through the decoder."""
+
+    def append_video(
+        self, state: VideoState, frames: Any, visual_features: Any, pixel_values: Any
+    ) -> None:
+        """Encodes one of the three at the end of a state."""
+
+    def generate(self, inputs: Tensor, **options: Any) -> Any:
+        """`inputs (batch, tokens)` and what follows them, after the video of `memory`."""
 
 
 class VideoMemory:
     """What is kept of one video, or of several as a batch: `model.watch(...)` makes it.
 
-    It costs the K and V of the prompt and of the VSTs. Questions and forks share them.
+    It costs the K and V of the prefix and of the VSTs. Questions and forks share them.
 
-    `len(memory)` videos; `memory[i]` is one of them.
+    `len(memory)` is the number of videos, `memory[i]` is one of them. Copies made with `copy` are
+    forks. A memory is not pickled but written to a file with `save`.
+
+    Attributes:
+        model: the model that made it.
+        batch: the sequences; HF's `generate` carries such an object.
     """
 
-    is_compileable = False  # what HF's generate asks a cache
-
-    def __init__(self, model: VideoXLForConditionalGeneration, streams: Iterable[Stream]) -> None:
-        self.model = model
-        self._streams = list(streams)
+    def __init__(self, model: Owner, batch: StreamBatch) -> None:
+        self.model, self.batch = model, batch
+        self._appending, self._flushing = threading.Lock(), threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self.batch)
 
     def __getitem__(self, index: int) -> VideoMemory:
-        return VideoMemory(self.model, [self._streams[index]])
+        if len(self) == 1 and index in (0, -1):
+            return self
+        return VideoMemory(self.model, StreamBatch([self.batch.states[index]]))
 
     def __iter__(self) -> Iterator[VideoMemory]:
         return (self[i] for i in range(len(self)))
@@ -56,59 +79,61 @@ class VideoMemory:
             f"{self.visual_tokens}, kept tokens {self.kept_tokens}, {self.bytes / 2**20:.1f} MiB)"
         )
 
+    def __copy__(self) -> VideoMemory:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VideoMemory:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a VideoMemory cannot be pickled: save(path) writes it to a file")
+
     # -- what is in it -----------------------------------------------------------------
 
     @property
     def visual_tokens(self) -> list[int]:
         """Raw visual tokens of each video."""
-        return [s.visual_tokens for s in self._streams]
+        return [state.visual_tokens for state in self.batch.states]
 
     @property
     def kept_tokens(self) -> list[int]:
-        """Tokens of each video whose K and V are kept: prompt, VSTs, text read since."""
-        sizes = [
-            sum(after) - sum(s.sizes)
-            for after, s in zip(self.vst_counts, self._streams, strict=True)
-        ]
-        return [s.sequence.length + n for s, n in zip(self._streams, sizes, strict=True)]
+        """Tokens of each video whose K and V are kept: prefix, VSTs, text read since."""
+        return [self._kept_tokens(state) for state in self.batch.states]
 
     @property
     def vst_counts(self) -> list[list[int]]:
-        """VSTs of every step of each video, as the published code lists them: 0 for the prompt
+        """VSTs of every step of each video, as the published code lists them: 0 for the prefix
         and for text, one entry for each window. A last window that is not full counts."""
-        return [self.model.encoder().sizes_if_ended(s) for s in self._streams]
+        encoder = self.model.encoder()
+        return [encoder.final_vst_counts(state) for state in self.batch.states]
 
     @property
     def bytes(self) -> int:
         """Bytes of the kept K and V, were nothing shared."""
-        pools = {id(s.sequence.pool): s.sequence.pool for s in self._streams}
-        token = {k: p.cache.page_bytes // p.cache.page_size for k, p in pools.items()}
-        return sum(
-            token[id(s.sequence.pool)] * kept
-            for s, kept in zip(self._streams, self.kept_tokens, strict=True)
-        )
+        total = 0
+        for state in self.batch.states:
+            cache = state.sequence.place[0]
+            total += cache.page_bytes // cache.page_size * self._kept_tokens(state)
+        return total
 
     def keys_values(self, layer: int, index: int = 0) -> tuple[Tensor, Tensor]:
         """Copies of K and V of a layer, `(tokens, kv_heads, head_dim)` each. K is rotated to
         its final position."""
-        sequence = self._sealed()[index].sequence
-        return sequence.pool.cache.gather(sequence.seq, layer)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Kept tokens of the longest sequence. For HF's generate."""
-        return max(self.kept_tokens)
+        sequence = self._flushed().states[index].sequence
+        cache, seq = sequence.place
+        return cache.gather(seq, layer)
 
     # -- asking ------------------------------------------------------------------------
 
     def ask(
         self, question: str | Tensor | Sequence[int], max_new_tokens: int = 256, **options: Any
     ) -> Any:
-        """Answers a question; the memory stays as it is.
+        """Answers a question. The memory stays as it is.
 
         Args:
             question: text (the checkpoint has to have a tokenizer), or the ids of everything
-                behind the video, `(tokens,)` or `(batch, tokens)`. One video takes any number
-                of questions of a batch.
+                after the video, `(tokens,)` or `(batch, tokens)`. One video takes any number
+                of questions as a batch.
             options: of `generate`: `do_sample`, `num_beams`, `streamer`, ...
 
         Returns:
@@ -135,6 +160,16 @@ class VideoMemory:
         sequences = out if isinstance(out, Tensor) else out.sequences
         return sequences[:, ids.shape[1] :]
 
+    def forks(self, rows: int) -> StreamBatch:
+        """Sequences for `rows` rows of text after the video. One video serves them all.
+
+        Raises:
+            ValueError: a memory of several videos, but not of `rows`.
+        """
+        if len(self) not in (1, rows):
+            fail("memory", f"{len(self)} videos", f"1 or {rows} as input_ids")
+        return self._flushed().forks(rows)
+
     # -- going on ----------------------------------------------------------------------
 
     def append(
@@ -144,7 +179,7 @@ class VideoMemory:
         visual_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
     ) -> VideoMemory:
-        """Goes on watching. Give one of the three.
+        """Goes on watching. Give one of the three. They are not kept: a buffer may be used again.
 
         Args:
             frames: uint8 `(frames, height, width, 3)`.
@@ -152,22 +187,30 @@ class VideoMemory:
             pixel_values: `(frames, 3, size, size)`, normalised.
 
         Returns:
-            The memory itself. A last window that is not full waits for more frames; questions
-            see it all the same.
+            The memory itself. A last window that is not full waits for more frames, but questions
+            see it.
 
         Raises:
-            ValueError: not exactly one of the three, shapes, or a memory that has already read
-                text behind the video.
+            ValueError: not exactly one of the three, other shapes, or a memory that has read text
+                after the video. The memory is as before then.
         """
         if len(self) != 1:
-            raise ValueError(f"append: got a memory of {len(self)} videos, expected one")
-        self._refuse_closed("append")
-        self.model._feed(self._streams[0], frames, visual_features, pixel_values)
+            fail("append", f"a memory of {len(self)} videos", "one video")
+        with self._appending:
+            if self.batch.states[0].finished:
+                fail(
+                    "append",
+                    "a memory that has read text after the video",
+                    "one from watch() or one of its forks",
+                )
+            state = self.batch.states[0].fork()
+            self.model.append_video(state, frames, visual_features, pixel_values)
+            self.batch = StreamBatch([state])
         return self
 
     def fork(self) -> VideoMemory:
         """An independent memory that shares what there is so far. Copies nothing."""
-        return VideoMemory(self.model, [s.fork() for s in self._streams])
+        return VideoMemory(self.model, self.batch.forks(len(self)))
 
     # -- files -------------------------------------------------------------------------
 
@@ -179,111 +222,25 @@ class VideoMemory:
             OSError: the file can't be written.
         """
         if len(self) != 1:
-            raise ValueError(f"save: got a memory of {len(self)} videos, expected one: memory[i]")
-        stream = self._streams[0]
-        pending = torch.cat(stream.pending).cpu() if stream.pending else torch.empty(0)
-        raw = pending.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        metadata = {
-            "memory": _FORMAT,
-            "model": model_fingerprint(self.model),
-            "plan": stream.plan.state(),
-            "state": json.dumps(
-                {
-                    "length": stream.sequence.length,
-                    "sizes": stream.sizes,
-                    "visual_tokens": stream.visual_tokens,
-                    "closed": stream.closed,
-                    "drawn": stream.drawn,
-                    "pending": list(pending.shape),
-                    "pending_dtype": str(pending.dtype).removeprefix("torch."),
-                }
-            ),
-            "pending": base64.b64encode(raw).decode(),
-        }
-        stream.sequence.pool.cache.save(path, stream.sequence.seq, metadata)
+            fail("save", f"a memory of {len(self)} videos", "one video: memory[i]")
+        memory_file.save_state(path, self.batch.states[0], self.model.encoder().decoder)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], model: VideoXLForConditionalGeneration) -> VideoMemory:
-        """Reads what `save` wrote, for the same model, on whatever device it is.
+    def load(path: str | os.PathLike[str], model: Owner) -> VideoMemory:
+        """Reads what `save` wrote, for the same model, on the device where it is now.
 
         Raises:
-            ValueError: the file is no memory, is damaged, or was made by another model.
+            ValueError: the file is damaged, is no memory, or was made by another model.
             OSError: the file can't be read.
         """
-        metadata = read_metadata(path)
-        if metadata.get("memory") != _FORMAT:
-            raise ValueError(f"path: got {os.fspath(path)!r}, expected a file that save() wrote")
-        if metadata["model"] != model_fingerprint(model):
-            raise ValueError(
-                f"path: got {os.fspath(path)!r}, the memory of another model (other weights, "
-                "geometry or dtype)"
-            )
-        state = json.loads(metadata["state"])
-        pool = model.encoder().pool(state["length"] + SLACK_TOKENS)
-        sequence = pool.load(path)
-        stream = Stream(sequence, RatioPlan.from_state(metadata["plan"]))
-        stream.sizes, stream.visual_tokens = state["sizes"], state["visual_tokens"]
-        stream.closed, stream.drawn = state["closed"], state["drawn"]
-        raw = base64.b64decode(metadata["pending"])
-        if raw:
-            dtype = getattr(torch, state["pending_dtype"])
-            pending = torch.frombuffer(bytearray(raw), dtype=dtype).reshape(state["pending"])
-            stream.pending = [pending.to(model.device)]
-        return VideoMemory(model, [stream])
+        return VideoMemory(model, StreamBatch([memory_file.load_state(path, model.encoder())]))
 
     # -- private -----------------------------------------------------------------------
 
-    def _sealed(self) -> list[Stream]:
-        with torch.no_grad():
-            return [self.model.encoder().seal(s) for s in self._streams]
+    def _flushed(self) -> StreamBatch:
+        with self._flushing, torch.no_grad():  # one thread encodes a last window, the others wait
+            return self.batch.flushed(self.model.encoder())
 
-    def _refuse_closed(self, what: str) -> None:
-        if any(s.closed for s in self._streams):
-            raise ValueError(
-                f"{what}: got a memory that has read text behind the video, expected one from "
-                "watch() or one of its forks"
-            )
-
-    def _for_tail(self, batch: int) -> VideoMemory:
-        """Forks to read a tail each; one video serves a whole batch."""
-        if len(self) not in (1, batch):
-            raise ValueError(f"memory: got {len(self)} videos, expected 1 or {batch} as input_ids")
-        streams = self._sealed() * (batch if len(self) == 1 else 1)
-        return VideoMemory(self.model, [s.fork() for s in streams])
-
-    def _select(self, rows: Sequence[int]) -> VideoMemory:
-        """The sequences of these rows, some perhaps several times. Copies nothing."""
-        used: set[int] = set()
-        streams = []
-        for row in rows:
-            streams.append(self._streams[row].fork() if row in used else self._streams[row])
-            used.add(row)
-        return VideoMemory(self.model, streams)
-
-
-def model_fingerprint(model: VideoXLForConditionalGeneration) -> str:
-    """What tells one model's memories from another's: geometry, dtype, and a digest of weights
-    from every layer."""
-    config = model.config
-    core = model.model
-    fields = [
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_width,
-        config.beacon_window,
-        config.published()["rope_theta"],
-        str(core.beacon_embed_tokens.weight.dtype),
-    ]
-    digest = hashlib.sha256(json.dumps(fields).encode())
-    # The first row of every parameter: 28 layers of Qwen2-7B are 9 MB.
-    for _, weight in [*core.layers.named_parameters(), *core.norm.named_parameters()]:
-        digest.update(_bytes(local(weight)[:1]))
-    for embedding in (core.embed_tokens, core.beacon_embed_tokens):
-        digest.update(_bytes(embedding.weight[:1]))
-    return digest.hexdigest()
-
-
-def _bytes(x: Tensor) -> bytes:
-    return x.detach().float().cpu().contiguous().numpy().tobytes()
+    def _kept_tokens(self, state: VideoState) -> int:
+        counts = self.model.encoder().final_vst_counts(state)
+        return state.sequence.length + sum(counts) - sum(state.vst_counts)

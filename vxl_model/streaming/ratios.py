@@ -1,9 +1,9 @@
-"""How many raw tokens stand for one VST, window by window.
+"""How many raw tokens one VST summarises, window by window.
 
 A fixed ratio serves every window. Of several allowed ones, one is drawn per window:
-`numpy.random.default_rng(42).choice(valid)`, one generator for a sequence, where `valid` keeps
-the order of the list without the ratios that do not divide the window. So the same call always
-gives the same ratios.
+`numpy.random.default_rng(42).choice(valid)`, one generator for a sequence, where `valid` is the
+list, in order, without the ratios that do not divide the window. So the same call always gives
+the same ratios.
 
 Source: Video-XL section 3.3; the published code's `beacon_ratio_mix = "step-random"`.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..decoder.configuration import VideoXLConfig
+from ..errors import fail
 
-__all__ = ["RatioPlan", "WindowRatios"]
+__all__ = ["Ratio", "RatioPlan", "WindowRatios", "make_plan", "row_plans"]
 
 _SEED = 42
 
@@ -32,30 +33,33 @@ def _positive(value: object) -> int:
         except TypeError:
             number = 0
     if number < 1:
-        raise ValueError(f"ratio: got {value!r}, expected positive integers")
+        fail("ratio", repr(value), "positive integers")
     return number
 
 
 class WindowRatios:
     """A ratio for each window, in order: `ratio=WindowRatios([8, 8, 2])`.
 
-    A plain list means something else: the ratios to draw from.
+    A plain list holds the ratios to draw from, as `beacon_ratio` in a checkpoint's config.json.
 
     Raises:
-        ValueError: empty, or a value is no positive integer.
+        ValueError: empty, or a value is not a positive integer.
     """
 
     def __init__(self, ratios: Iterable[int]) -> None:
         self.ratios = tuple(_positive(r) for r in ratios)
         if not self.ratios:
-            raise ValueError("ratio: got no ratios, expected one for each window")
+            fail("ratio", "no ratios", "one for each window")
 
     def __repr__(self) -> str:
         return f"WindowRatios({list(self.ratios)})"
 
 
+Ratio = int | Sequence[int] | WindowRatios | None
+
+
 class RatioPlan:
-    """Hands out the ratio of one window after the other.
+    """The ratio of one window after the other.
 
     Args:
         ratio: an integer, a list to draw from, or `WindowRatios`.
@@ -77,7 +81,7 @@ class RatioPlan:
         else:
             self.allowed = (_positive(ratio),)
         if not self.allowed:
-            raise ValueError("ratio: got an empty list, expected at least one ratio")
+            fail("ratio", "an empty list", "at least one ratio")
         self._drawn = 0
         self._generator = np.random.default_rng(seed)
 
@@ -90,19 +94,19 @@ class RatioPlan:
         """
         if self._windows is not None:
             if self._drawn >= len(self._windows):
-                raise ValueError(
-                    f"ratio: got {len(self._windows)} ratios, expected one for each window; "
-                    f"window {self._drawn + 1} has none"
-                )
+                expected = f"one for each window; window {self._drawn + 1} has none"
+                fail("ratio", f"{len(self._windows)} ratios", expected)
             ratio = self._windows[self._drawn]
         elif len(self.allowed) == 1:  # nothing is drawn, nothing has to divide
             ratio = self.allowed[0]
         else:
             valid = [r for r in self.allowed if r <= tokens and tokens % r == 0]
             if not valid:
-                raise ValueError(
-                    f"ratio: got {list(self.allowed)} to draw from, expected one that divides a "
-                    f"window of {tokens} tokens, or a single ratio, which need not"
+                fail(
+                    "ratio",
+                    f"{list(self.allowed)} to draw from",
+                    f"one that divides a window of {tokens} tokens, or a single ratio, which need "
+                    "not",
                 )
             ratio = int(self._generator.choice(valid))
         self._drawn += 1
@@ -138,18 +142,33 @@ class RatioPlan:
         return plan
 
 
-def make_plan(config: VideoXLConfig, ratio: int | Sequence[int] | WindowRatios | None) -> RatioPlan:
+def make_plan(config: VideoXLConfig, ratio: Ratio) -> RatioPlan:
     """The plan for `ratio`, or for the configuration's own."""
     plan = RatioPlan(config.beacon_ratio if ratio is None else ratio)
     if max(plan.allowed) > config.beacon_window:
-        raise ValueError(
-            f"ratio: got {max(plan.allowed)}, expected at most the window of "
-            f"{config.beacon_window} tokens"
-        )
+        fail("ratio", max(plan.allowed), f"at most the window of {config.beacon_window} tokens")
     mix = config.beacon_ratio_mix
     if ratio is None and len(plan.allowed) > 1 and mix != "step-random":
-        raise ValueError(
-            f"ratio: got None and beacon_ratio_mix {mix!r} in the configuration, expected "
-            "'step-random'; name a ratio"
-        )
+        got = f"None and beacon_ratio_mix {mix!r} in the configuration"
+        fail("ratio", got, "'step-random'; name a ratio")
     return plan
+
+
+def row_plans(
+    config: VideoXLConfig,
+    ratio: Ratio | Sequence[WindowRatios | None],
+    default: Ratio,
+    batch: int,
+) -> list[RatioPlan]:
+    """A plan for each row of a batch.
+
+    Args:
+        ratio: for all rows, or a list of one `WindowRatios` for each row.
+        default: the ratio of rows that have none.
+    """
+    each = list(ratio) if isinstance(ratio, Sequence) else []
+    if not any(r is None or isinstance(r, WindowRatios) for r in each):
+        return [make_plan(config, default if ratio is None else ratio)] * batch  # type: ignore[arg-type]
+    if len(each) != batch:
+        fail("ratio", f"{len(each)} WindowRatios", f"{batch}, one for each row")
+    return [make_plan(config, default if r is None else r) for r in each]

@@ -7,49 +7,52 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cache_pool import PooledSequence
+from .cache_pool import SequenceHandle
 from .ratios import RatioPlan
 
-__all__ = ["Stream"]
+__all__ = ["VideoState"]
 
 
 @dataclass
-class Stream:
+class VideoState:
     """One sequence being encoded.
 
     Attributes:
         sequence: what is kept of it.
         plan: ratios of the windows to come.
         pending: visual tokens that do not fill a window yet, `(tokens, hidden)` each.
-        sizes: VSTs of every step so far; 0 for prompt and tails, as the published code counts.
+        vst_counts: VSTs of every step so far, 0 for prefix and suffixes, as the published code
+            counts them.
         visual_tokens: raw ones so far.
-        closed: a tail has been read; no more video can follow.
+        finished: a suffix has been read, so no more video can follow.
+        flushed: this state with its last, partial window encoded, once somebody has asked for it.
+        drawn_ratios: of full windows that are pending.
     """
 
-    sequence: PooledSequence
+    sequence: SequenceHandle
     plan: RatioPlan
     pending: list[Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    vst_counts: list[int] = field(default_factory=list)
     visual_tokens: int = 0
-    closed: bool = False
-    sealed: Stream | None = None
-    drawn: list[int] = field(default_factory=list)  # ratios of full windows, not used yet
+    finished: bool = False
+    flushed: VideoState | None = None
+    drawn_ratios: list[int] = field(default_factory=list)
 
     @property
     def pending_tokens(self) -> int:
         return sum(len(x) for x in self.pending)
 
-    def fork(self) -> Stream:
-        """The same, independent from here on. Shares pages; copies nothing."""
-        return Stream(
+    def fork(self) -> VideoState:
+        """The same, independent from here on. Shares pages and copies nothing."""
+        return VideoState(
             self.sequence.fork(),
             self.plan.copy(),
             list(self.pending),
-            list(self.sizes),
+            list(self.vst_counts),
             self.visual_tokens,
-            self.closed,
-            self.sealed,
-            list(self.drawn),
+            self.finished,
+            self.flushed,
+            list(self.drawn_ratios),
         )
 
     def take(self, tokens: int) -> Tensor:
