@@ -131,7 +131,7 @@ def estimate_video(
         tokens_per_frame=per_frame,
         num_layers=config.num_hidden_layers,
         kv_heads=_kv_heads(config),
-        head_dim=config.head_width,
+        head_dim=config.head_dim,
         page_size=page_size,
         dtype=dtype,
     )
@@ -179,8 +179,8 @@ class _Decoder:
 
     def __init__(self, config: VideoXLConfig) -> None:
         self.config = config
-        self.heads, self.head_dim = config.num_attention_heads, config.head_width
-        hidden, kv = config.hidden_size, _kv_heads(config) * config.head_width
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        hidden, kv = config.hidden_size, _kv_heads(config) * config.head_dim
         self.kv_row = 2 * 2 * hidden * kv  # K and V of a row
         attention = 2 * hidden * self.heads * self.head_dim  # q, and likewise o
         self.row = 2 * attention + self.kv_row + 6 * hidden * config.intermediate_size

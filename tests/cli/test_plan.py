@@ -49,7 +49,7 @@ def test_plan_is_what_watch_takes():
         memory = model.watch(pixel_values=pixels, input_ids=prompt, ratio=ratio)
     assert memory.visual_tokens == [plan.visual_tokens]
     assert memory.kept_tokens == [plan.kept_tokens]
-    pool = memory._streams[0].sequence.pool.cache
+    pool = memory.batch.states[0].sequence.cache.pages
     assert abs(pool.bytes - plan.cache_bytes) <= 2 * pool.page_bytes
     counted = counter.get_total_flops()
     assert counted == pytest.approx(plan.vision_flops + plan.dense_flops, rel=0.01)
