@@ -3,12 +3,12 @@
 One layer of Qwen2-7B's attention, one call at a time: `chunk` (a window with its VSTs),
 `tail` (rows of the prompt's end) and `decode` (one row), each over a cache. The cases
 `rope_append`, `threads`, `chunks`, `pages` and `bf16` have a table of their own. On a GPU
-`chunk_c4` is four chunks in one call, peers taking a call for each. `--backward` times the
+`chunk_c4` is four chunks in one call; peers make one call for each chunk. `--backward` times the
 gradients of a sequence of four chunks instead.
 
-Every result is checked against float64 in the same run; a wrong one gets no time, and where it is
-one of ours the exit status is 1. All providers are repeated in turns, and the ceilings of the
-machine are read between the cases.
+Every result is checked against float64 in the same run. A wrong result gets no time; if it is one
+of ours, the exit status is 1. All providers are repeated in turns, and the ceilings of the machine
+are measured between the cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks.attention.groups import (
     MAIN_CASES,
     MORE_CASES,
-    Entrant,
+    Competitor,
     Group,
     backward_chunks,
     geometry,
@@ -166,11 +166,11 @@ class Runner:
         answers: dict[tuple[Case, str], Answer] = {}
         results: list[Result] = []
         measure: dict[int, Callable[[], float]] = {}
-        for i, entrant in enumerate(group.entrants):
-            case, provider = entrant.case, entrant.provider
+        for i, competitor in enumerate(group.competitors):
+            case, provider = competitor.case, competitor.provider
             result = Result(
                 case.name,
-                entrant.label,
+                competitor.label,
                 case.dtype_name,
                 case.cache_len,
                 case.batch,
@@ -183,14 +183,14 @@ class Runner:
             if reason:
                 result.note = reason
                 continue
-            self._budget.tell(f"{entrant.label}, prepare and check")
+            self._budget.tell(f"{competitor.label}, prepare and check")
             if case not in inputs:
                 inputs[case] = Inputs(case)
             x = inputs[case]
             answer = self._answer(answers, x, provider)
-            run = self._checked(entrant, x, answer, result)
+            run = self._checked(competitor, x, answer, result)
             if run is not None:
-                measure[i] = self._measurement(entrant, run, result)
+                measure[i] = self._measurement(competitor, run, result)
         if measure and not self._options.interpret:
             self._budget.tell("repeats")
             self._time(results, group, measure)
@@ -208,33 +208,33 @@ class Runner:
         return answers[key]
 
     @staticmethod
-    def _checked(entrant: Entrant, x: Inputs, answer: Answer, result: Result) -> Run | None:
-        """The run, if its first call is right. A peer that cannot run here is no failure."""
+    def _checked(competitor: Competitor, x: Inputs, answer: Answer, result: Result) -> Run | None:
+        """The run, if its first call is right. A peer that cannot run here is not a failure."""
         try:
-            run = entrant.provider.prepare(x)
-            with threads(entrant.threads):
+            run = competitor.provider.prepare(x)
+            with threads(competitor.threads):
                 output = run.rows(run.call())
-            if x.case.device == "cuda":  # what a kernel did wrong is known only now
+            if x.case.device == "cuda":  # errors of a kernel surface only here
                 torch.cuda.synchronize()
             verdict = answer.judge(output)
         except Exception as error:
             first_line = (str(error).strip().splitlines() or [""])[0]
             result.note = f"failed: {type(error).__name__}: {first_line[:150]}"
-            result.ok = False if entrant.provider.ours else None
+            result.ok = False if competitor.provider.ours else None
             return None
         result.max_error, result.ok = verdict.max_error, verdict.ok
         if not verdict.ok:
             result.note = "WRONG: error beyond the tolerance, not timed"
         return run if verdict.ok else None
 
-    def _measurement(self, entrant: Entrant, run: Run, result: Result) -> Callable[[], float]:
-        """Seconds of a call; those on the host go into the result."""
-        case, clock = entrant.case, self._clock
+    def _measurement(self, competitor: Competitor, run: Run, result: Result) -> Callable[[], float]:
+        """Seconds of a call; the host's seconds go into the result."""
+        case, clock = competitor.case, self._clock
         host: list[float] = []
         cold = case.is_decode or case.name == "rope_append"
 
         def seconds() -> float:
-            with threads(entrant.threads):
+            with threads(competitor.threads):
                 value = clock.seconds(run.call, cold)
             if clock.host_seconds is not None:
                 host.append(clock.host_seconds)
@@ -249,17 +249,17 @@ class Runner:
         repeats = self._options.repeats
         least, most = (repeats, repeats) if repeats else (3, 5 if self._options.small else 30)
         ceiling: list[float] = []
-        kind = self._ceiling_kind(group.entrants[0].case)
+        kind = self._ceiling_kind(group.competitors[0].case)
 
         def read_ceiling() -> float:
             ceiling.append(self.ceilings.sample(kind))
             return 0.0
 
-        # A ceiling drifts with the machine: it takes its turn among the providers.
+        # A ceiling drifts with the machine, so it is measured in turn with the providers.
         times = interleave({**measure, -1: read_ceiling}, self._budget.group_left(), least, most)
         del times[-1]
         for i, values in times.items():
-            case, result = group.entrants[i].case, results[i]
+            case, result = group.competitors[i].case, results[i]
             seconds = statistics.median(values)
             result.ms, result.spread, result.repeats = 1e3 * seconds, spread(values), len(values)
             rate = case.flops / seconds
@@ -307,7 +307,7 @@ def _time_text(r: Result) -> str:
 
 
 def make_ratios(results: list[Result], ceilings: this_machine.Ceilings) -> list[Ratio]:
-    """The lines of "also measured" that have their numbers."""
+    """The lines of "also measured" whose numbers exist."""
     ratios = []
     for name in MORE_CASES:
         found = [r for r in results if r.case == name]
@@ -368,7 +368,7 @@ published (joins and rotates the whole cache anew, repeats K and V, dense mask).
 COLD = {
     "cpu": "decode and rope_append start with a cold last-level cache.",
     "cuda": """\
-Every call starts with a cold L2, behind a GPU kept busy until the call is queued: ms is the GPU's
+Every call starts with a cold L2, on a GPU kept busy until the call is queued: ms is the GPU's
 time alone. host ms: Python's, to queue it; without a CUDA graph a call takes the larger.""",
 }
 
@@ -396,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show([*machine, *describe(options, g)])
 
     def save(results: list[Result]) -> None:
-        if options.json:  # after each group: a run that is ended keeps what it has
+        if options.json:  # after each group: an interrupted run keeps its results
             save_json(options.json, results, **{n: t for n, t in machine if n != "command"})
 
     with torch.no_grad():

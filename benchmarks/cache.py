@@ -1,8 +1,8 @@
 """Times the VST cache against plain memory and files: `python benchmarks/cache.py`.
 
 Append, gather, fork, copy-on-write, save and load, the bookkeeping of a step, and what pages
-cost the attention. Every line is a ratio of two things measured in turns in this run; what it
-times is checked first, and a wrong result ends the run with exit status 1.
+cost the attention. Every line is a ratio of two things that are measured in turns in this run.
+Every result is checked before it is timed; a wrong one ends the run with exit status 1.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Bench:
         self.g = Geometry.small() if options.small else Geometry()
         self.dtype, self.device = DTYPES[options.dtype], options.device
         self.tokens = options.tokens
-        # Something larger than the last-level cache, read before a call that shall be cold.
+        # Larger than the last-level cache; it is read before a cold call.
         evict = torch.ones((1 << 20 if options.small else 1 << 26), device=self.device)
         self.clock = Clock(self.device, evict)
 
     def cache(self, layers: int, tokens: int, page_size: int | None = None) -> VstCache:
-        """A pool that holds `tokens` rows and some spare pages, full of numbers."""
+        """A pool of random numbers that holds `tokens` rows and some spare pages."""
         size = page_size or self.options.page_size
         cache = VstCache(
             layers,
@@ -219,8 +219,8 @@ def fork(b: Bench) -> list[Ratio]:
 
 
 def files(b: Bench) -> list[Ratio]:
-    """Both writes go to a new file, end with an fsync and replace the old file, as is safe in a
-    crash; both reads start from the disk."""
+    """Both writes go to a new file, end with an fsync and replace the old file, which is safe in a
+    crash. Both reads start from the disk."""
     cache = b.cache(b.options.layers, 2 * b.tokens)
     seq = b.video(cache)
     with tempfile.TemporaryDirectory(dir=b.options.directory) as directory:

@@ -1,14 +1,14 @@
-"""What only a machine with a GPU can say: the tests marked gpu, attn.py, its gradients, and whole
-windows through Qwen2-7B's shape (prefill.py), one after the other.
+"""Runs all checks that need a GPU, one after the other: the tests marked gpu, attn.py, its
+gradients, and whole windows through Qwen2-7B's shape (prefill.py).
 
 `make gpu-check`, or straight from a checkout with any Python that has torch and triton:
 
     python benchmarks/gpu_check.py [--tests] [--attn] [--backward] [--prefill] [--bench]
         [-k EXPRESSION] [--limit SECONDS] [--out DIR|FILE.json]
 
-Nothing is installed or built for it. What cannot run here says why and stops nothing else; the
-exit status is the worst of all. Without pytest the tests count as failed, status 1; prefill.py
-without the extension, transformers or safetensors counts as 0, not run.
+It installs and builds nothing. A part that cannot run says why and does not stop the others; the
+exit status is the worst of all. Without pytest the tests count as failed, status 1. Without the
+extension, transformers or safetensors, prefill.py is not run and counts as status 0.
 
 Numbers go to `benchmarks/results/<gpu>-<commit>.json`, `-dirty` where the tree is not the commit's,
 written after every part: `{machine, parts: {name: {command, status, seconds, note}}, attn,
@@ -68,7 +68,7 @@ class Part:
     json: bool = True
 
 
-# parity: float32, where vxl and the published method are held to 1e-4 of one another.
+# parity: in float32, vxl and the published method may differ by 1e-4.
 PARTS = {
     "tests": Part(
         "tests",
@@ -133,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def result_path(out: Path | None) -> Path:
-    """FILE.json as given; in a folder named after the GPU and the commit."""
+    """FILE.json as given; in a folder, a file named after the GPU and the commit."""
     if out is not None and out.suffix == ".json":
         return out.absolute()
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -142,7 +142,7 @@ def result_path(out: Path | None) -> Path:
 
 
 def run(command: list[str], limit: float | None) -> tuple[int, str]:
-    """Status and a note; output goes to the terminal."""
+    """Returns the status and a note; the part's output goes to the terminal."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
@@ -160,20 +160,20 @@ def run(command: list[str], limit: float | None) -> tuple[int, str]:
 
 
 def begin(path: Path) -> dict:
-    """The report of an earlier run, if it is of this GPU and these versions; else an empty one."""
+    """The report of an earlier run with this GPU and these versions, or an empty one."""
     machine = dict(this_machine.describe("cuda"))
     try:
         known = json.loads(path.read_text())
         same = all(known["machine"][n] == machine[n] for n in ("gpu", "versions"))
         if same and isinstance(known["parts"], dict):
             return {**known, "machine": machine}
-    except (OSError, ValueError, KeyError, TypeError):  # none, or of something else
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or not a report
         pass
     return {"machine": machine, "parts": {}}
 
 
 def check(options: argparse.Namespace, path: Path) -> dict:
-    """Runs the parts; what is known so far is in the file after each."""
+    """Runs the parts; the file holds all results so far after each part."""
     report = begin(path)
     for name in options.parts:
         part = PARTS[name]
@@ -184,7 +184,7 @@ def check(options: argparse.Namespace, path: Path) -> dict:
             command += ["-k", options.k]
         print(f"\n== {name}: python {' '.join(command)}", flush=True)
         report.pop(name, None)
-        own.unlink(missing_ok=True)  # an interrupted run's
+        own.unlink(missing_ok=True)  # left by an interrupted run
         start, note = time.perf_counter(), part.missing()
         if note:
             status = 1 if name == "tests" else 0
@@ -192,7 +192,7 @@ def check(options: argparse.Namespace, path: Path) -> dict:
         else:
             status, note = run(command, options.limit)
         seconds = round(time.perf_counter() - start, 1)
-        if part.json and own.exists():  # of a part that failed, too: as far as it came
+        if part.json and own.exists():  # also of a failed part, as far as it got
             try:
                 report[name] = json.loads(own.read_text())
             except ValueError as error:

@@ -1,16 +1,16 @@
-"""Proof of the GPU kernels' quality without a GPU: compile, disassemble, count, model.
+"""Holds the GPU kernels' machine code to bars without a GPU: compile, disassemble, count, model.
 
     python benchmarks/machine_code.py                        every kernel, every target
     python benchmarks/machine_code.py --target cuda:90 --kernel prefill
-    python benchmarks/machine_code.py --check --json sass.json
+    python benchmarks/machine_code.py --check --json code.json
 
 Compiles every shipped configuration (`vxl_kernels._triton.catalog`) and a plain flash attention
-2 (`_plain_flash.py`) ahead of time, with the tools in Triton's package; no device is needed.
-`_sass_loops.py` says how the loop over full tiles is found, `_sass_model.py` what its counts mean,
-`_gpu_limits.py` what is assumed of each architecture.
+2 (`codegen/plain_flash.py`) ahead of time, with the tools in Triton's package; no device is needed.
+In `codegen/`, `loops.py` describes how the loop over full tiles is found, `model.py` what its
+counts mean, and `limits.py` what is assumed of each architecture.
 
-The plain kernel is given its best: of every configuration in its sweep that keeps the loop free
-of spilled registers, the one that this model likes most.
+The plain kernel gets its best configuration: among those of its sweep whose loop spills no
+registers, the one with the highest modelled share of peak.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def kernels(source: str, arch: str, head_dim: int = 128, dtype: str = "bf16") ->
 
 
 def run(job: Job) -> Measured:
-    """Compiles and measures one kernel. A loop that cannot be read is an error in the line, for
-    the table to go on and the exit status to say so."""
+    """Compiles and measures one kernel. An unreadable loop becomes an error in its line: the table
+    continues, and the exit status reports it."""
     source, arch, index, head_dim, dtype = job
     kernel = kernels(source, arch, head_dim, dtype)[index]
     failed = Measured(
@@ -76,7 +76,7 @@ def run(job: Job) -> Measured:
     )
     try:
         compiled = compile_kernel(kernel, arch)
-    except Exception as error:  # whatever Triton, LLVM or ptxas throw
+    except Exception as error:  # any error of Triton, LLVM or ptxas
         first = (str(error).splitlines() or [""])[0]
         return replace(failed, error=f"does not compile: {type(error).__name__}: {first}")
     try:
@@ -86,8 +86,8 @@ def run(job: Job) -> Measured:
 
 
 def comparable(target: str, dtype: str) -> str:
-    """The type in which the plain kernel is compiled to be compared with `dtype`. NVIDIA's code
-    for both 16-bit types is the same instruction by instruction; AMD's rounds to bf16 by hand."""
+    """The dtype of the plain kernel that `dtype` is compared with. NVIDIA's code for both 16-bit
+    types has the same instructions; AMD's rounds to bf16 in software."""
     return "bf16" if dtype == "fp16" and not target.endswith("gfx942") else dtype
 
 
@@ -109,7 +109,7 @@ def jobs(targets: Sequence[str], wanted: str | None) -> list[Job]:
 
 
 def with_baseline(rows: Sequence[Measured]) -> list[Measured]:
-    """Fills `baseline`, and drops of the plain kernel all but its best configuration."""
+    """Fills `baseline`, and keeps only the best configuration of the plain kernel."""
     best: dict[tuple[str, int, str], Measured] = {}
     for r in rows:
         key = (r.target, r.head_dim, r.dtype)
@@ -152,7 +152,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def collect(todo: Sequence[Job], workers: int) -> list[Measured]:
-    """Compiles in a cache of its own, so that times are those of compiling."""
+    """Compiles with an empty cache, so that the times are those of compiling."""
     with tempfile.TemporaryDirectory() as folder:
         old = os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = folder

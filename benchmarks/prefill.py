@@ -1,7 +1,7 @@
 """Times how a video becomes a memory: `python benchmarks/prefill.py`.
 
 `encode`: windows through a few layers of Qwen2-7B's geometry, `vxl_model` against what the
-published code does (same weights; kept K and logits are compared in the same run).
+published code does (same weights; cached K and logits are compared in the same run).
 `questions`: many questions over one video against encoding it again for each.
 `pipeline`: what comes before the language model, a frame at a time.
 `memory`: peak memory of long streams against a short one.

@@ -1,4 +1,4 @@
-"""What a video will cost a model: memory and arithmetic, before anything is loaded."""
+"""Estimates the memory and arithmetic of a video; loads no weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class VideoEstimate:
         dense_flops: projections and MLP of the language model over the video.
         attention_flops: its attention over the video.
         raw_attention_flops: the same if every token were kept, as Qwen2 does it.
-        raw_dense_flops: likewise (no VST rows).
+        raw_dense_flops: dense_flops if every token were kept (no VST rows).
         question_flops: reading a question and writing the answer.
     """
 
@@ -107,7 +107,7 @@ def estimate_video(
     Args:
         config: of the model; no weight is read.
         ratio: raw tokens per VST.
-        device: the memory of it decides how many windows go through a step together.
+        device: its memory decides how many windows a step takes.
         prompt, question, answer: tokens of text.
 
     Raises:
@@ -166,12 +166,12 @@ def _kv_heads(config: VideoXLConfig) -> int:
 
 
 def count_parameters(config: VideoXLConfig) -> int:
-    """Of the whole model, without allocating any."""
+    """Number of parameters of the whole model; allocates none."""
     from vxl_model.modeling import VideoXLForConditionalGeneration
 
     with torch.device("meta"):
         model = VideoXLForConditionalGeneration(config)
-    return sum(p.numel() for p in model.parameters())  # tied ones once
+    return sum(p.numel() for p in model.parameters())  # tied parameters count once
 
 
 class _Decoder:
@@ -182,7 +182,7 @@ class _Decoder:
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         hidden, kv = config.hidden_size, _kv_heads(config) * config.head_dim
         self.kv_row = 2 * 2 * hidden * kv  # K and V of a row
-        attention = 2 * hidden * self.heads * self.head_dim  # q, and likewise o
+        attention = 2 * hidden * self.heads * self.head_dim  # q; o takes the same
         self.row = 2 * attention + self.kv_row + 6 * hidden * config.intermediate_size
         self.layers = config.num_hidden_layers
 
@@ -193,7 +193,7 @@ class _Decoder:
         rows, attention = prompt, self._causal(prompt)
         for start in range(0, tokens, window):
             raw = min(window, tokens - start)
-            if ratio > raw:  # leaves nothing behind, so it is not computed
+            if ratio > raw:  # yields no VST, so it is not computed
                 continue
             layout = ChunkLayout(raw, ratio)
             attention += layout.flops(self.heads, self.head_dim, kept)
@@ -203,7 +203,7 @@ class _Decoder:
         return dense, (self.layers - 1) * attention
 
     def raw(self, tokens: int, prompt: int) -> tuple[int, int]:
-        """The same for a Qwen2 that keeps every token, its last layer cut short likewise."""
+        """The same for a Qwen2 that keeps every token; its last layer is cut short too."""
         rows = tokens + prompt
         dense = (self.layers - 1) * rows * self.row + rows * self.kv_row
         return dense, (self.layers - 1) * self._causal(rows)
@@ -220,7 +220,7 @@ class _Decoder:
 
 
 def _vision_flops(config: VideoXLConfig, clip: Any, side: int) -> int:
-    """Of a frame."""
+    """FLOPs of a frame."""
     width, rows = clip.hidden_size, side * side + 1
     patches = 2 * side * side * clip.num_channels * clip.patch_size**2 * width
     dense = 2 * rows * (4 * width * width + 2 * width * clip.intermediate_size)
@@ -233,7 +233,7 @@ def _vision_flops(config: VideoXLConfig, clip: Any, side: int) -> int:
 def _step_bytes(
     config: VideoXLConfig, clip: Any, tokens: int, ratio: int, chunks: int, dtype: torch.dtype
 ) -> int:
-    """Activations alive together in the larger of a decoder step and a batch of frames."""
+    """Bytes of activations alive at once, in the larger of a decoder step and a batch of frames."""
     raw = min(tokens, chunks * config.beacon_window)
     rows = raw + raw // ratio
     # Residual, normed rows, q, k, v, attention's result; gate, up and their product.

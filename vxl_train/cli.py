@@ -146,7 +146,7 @@ def add_train(commands: Any, name: str = "train") -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command; raises ValueError or OSError for what cannot be used."""
+    """Runs the command; raises ValueError or OSError for invalid input."""
     for name in ("data", "config", "root"):
         value = getattr(options, name)
         for path in value if isinstance(value, list) else [value]:
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
     settings = TrainSettings.read(
         options.config, options.stage, on_bad_sample=options.on_bad_sample
     )
-    VideoXLProcessor.read_config(options.model)  # says what is wrong in one line
+    VideoXLProcessor.read_config(options.model)  # its errors are one line
     import torch
     from transformers.utils import logging
 

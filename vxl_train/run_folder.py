@@ -162,12 +162,12 @@ def check_resumable(checkpoint: Path) -> None:
 
 
 def check_same_run(path: Path, record: dict[str, Any], checkpoint: Path | None) -> None:
-    """A resumed run must be the one that was begun.
+    """Raises ValueError if a resumed run differs from the one that was begun.
 
     Args:
         path: its run.json.
-        record: what is compared with it: "settings", and any others.
-        checkpoint: None for a new run, which nothing is compared for.
+        record: the fields to compare: "settings" and any others.
+        checkpoint: None for a new run, which is not compared.
     """
     if checkpoint is None or not path.is_file():
         return
@@ -186,7 +186,7 @@ def check_same_run(path: Path, record: dict[str, Any], checkpoint: Path | None) 
 
 
 def finished(checkpoint: Path) -> bool:
-    """It is its run's last."""
+    """Whether a checkpoint is the last of its run."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return state["global_step"] >= state["max_steps"]
 
@@ -200,7 +200,7 @@ def crc(path: str | os.PathLike[str]) -> int:
 
 
 def samples_crc(samples: Sequence[Sample]) -> int:
-    """Of the samples that are used, in order, and the lengths they are grouped by."""
+    """Checksum of the used samples, in order, and of the lengths they are grouped by."""
     value = 0
     for sample in samples:
         value = zlib.crc32(json.dumps([sample.id, sample.length]).encode(), value)

@@ -17,7 +17,7 @@ __all__ = ["TrainSettings", "reproducibility_fields"]
 
 STAGES = ("align", "finetune")
 
-# What both stages take where a configuration says nothing else; names are TrainingArguments'.
+# Defaults of both stages; names are TrainingArguments'.
 _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
@@ -98,25 +98,25 @@ _FREE = {
 
 @dataclasses.dataclass
 class TrainSettings:
-    """What a configuration file may say, beside any of `transformers.TrainingArguments`.
+    """What a configuration file may set, besides any of `transformers.TrainingArguments`.
 
     Attributes:
         stage: "align" or "finetune".
-        train_vision_tower: finetune the layers of the tower that are run, too.
-        projector_learning_rate, vision_learning_rate: where they differ from `learning_rate`.
-        frames: most frames of a video, most pictures of a sample.
-        fps: frames a second of a video that is short enough for it.
-        ratio: raw tokens per VST, one for each window drawn from a list; by default the
+        train_vision_tower: also finetune the layers of the tower that run.
+        projector_learning_rate, vision_learning_rate: default to `learning_rate`.
+        frames: the most frames of a video, and the most pictures of a sample.
+        fps: frames a second, unless that gives more than `frames`.
+        ratio: raw tokens per VST. From a list, one is drawn for each window. Default: the
             checkpoint's.
-        max_text_tokens: a sample with more is bad.
+        max_text_tokens: a sample with more text is bad.
         on_bad_sample: "skip" takes the next sample in order; "stop" ends the run.
-        group_by_length: steps of samples of similar lengths.
-        probe_files: look for all files, and into their headers, before the start.
-        torch_compile: compile norms, MLP and residuals, by `torch_compile_backend`.
+        group_by_length: each step holds samples of similar lengths.
+        probe_files: check that all files exist, and read their headers, before the start.
+        torch_compile: compile norms, MLP and residuals with `torch_compile_backend`.
         new_optimizer: a resumed run may start with a new optimizer and schedule where the
             checkpoint holds none (`save_only_model`); its losses then differ.
-        dtype: of the weights, "float32" or "bfloat16". What learns is float32 under autocast
-            (TrainingArguments' `bf16`) whatever this says.
+        dtype: of the weights, "float32" or "bfloat16". Under autocast (TrainingArguments' `bf16`)
+            trainable weights are float32 regardless.
         arguments: the TrainingArguments.
     """
 
@@ -165,7 +165,7 @@ class TrainSettings:
         return made
 
     def check(self) -> None:
-        """ValueError for the first value that cannot be."""
+        """Raises ValueError for the first invalid value."""
         for name in ("frames", "max_text_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -198,7 +198,7 @@ class TrainSettings:
             raise ValueError("train_vision_tower: got true in stage 'align', expected false there")
 
     def training_arguments(self, output: str) -> TrainingArguments:
-        """HF's arguments: ours where nothing else was said.
+        """HF's arguments, with the recipe's defaults.
 
         Raises:
             ValueError: TrainingArguments refuses one.
@@ -215,14 +215,14 @@ class TrainSettings:
         try:
             arguments = TrainingArguments(output_dir=output, **values)
             for reporter in get_reporting_integration_callbacks(arguments.report_to):
-                reporter()  # says which package it lacks
+                reporter()  # raises if its package is missing
         except (TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ValueError(f"config: {' '.join(str(error).split())}") from None
         return arguments
 
 
 def _checkpointing(values: dict[str, Any]) -> None:
-    """Gradient checkpointing under the name this release of transformers has for it."""
+    """Sets gradient checkpointing by the name that this release of transformers uses."""
     fields = {f.name for f in dataclasses.fields(TrainingArguments)}
     name = "activation" if "activation_checkpointing" in fields else "gradient"
     for old in ("activation", "gradient"):
@@ -231,7 +231,7 @@ def _checkpointing(values: dict[str, Any]) -> None:
                 values.setdefault(name + rest, values.pop(old + rest))
                 values.pop(old + rest, None)
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
-        values[f"{name}_checkpointing"] = False  # FSDP's own instead, which gathers once less
+        values[f"{name}_checkpointing"] = False  # FSDP's own checkpointing gathers once less
     elif values.get(f"{name}_checkpointing"):
         values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
 
@@ -266,7 +266,7 @@ def _default(name: str) -> Any:
 
 
 def _number(known: Any, value: Any) -> Any:
-    """YAML reads 1e-5 as text."""
+    """A number that YAML read as text, like 1e-5."""
     if isinstance(value, str) and ("float" in str(known.type) or "int" in str(known.type)):
         try:
             return float(value) if "." in value or "e" in value.lower() else int(value)

@@ -1,4 +1,4 @@
-"""Checkpoints of a model that FSDP2 has sharded: weights as one file, optimizer state in shards."""
+"""Checkpoints of a model sharded by FSDP2: weights in one file, optimizer state in shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIMIZER = "optimizer"
 
 
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """All weights, whole, on the CPU, for the process that keeps them. All processes call it: a
+    """All weights, whole, on the CPU, for the process with `keep`. Every process calls it; one
     weight at a time is gathered."""
     gathered = {}
     for name, value in model.state_dict().items():
@@ -34,7 +34,7 @@ def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Weights of the safetensors in a folder; each process reads all and keeps its shards."""
+    """Loads the safetensors of a folder; each process reads all and keeps its shards."""
     held = model.state_dict()
     missing = set(held)
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def save_optimizer(model: nn.Module, optimizer: Any, folder: str | os.PathLike[str]) -> None:
-    """Each process writes what it holds; it can be read by another number of processes."""
+    """Each process writes its shards; another number of processes can read them."""
     state = get_optimizer_state_dict(model, optimizer)
     dcp.save(state, checkpoint_id=Path(folder) / OPTIMIZER)
 

@@ -2,7 +2,7 @@
 
 Stage "align": only the projector learns. Stage "finetune": everything does, the vision tower if
 `train_vision_tower` says so. `python -m vxl_train run` is this on the command line;
-`data/samples.py` says what a data file holds.
+`data/dataset.py` describes data files.
 
 A run's output folder::
 
@@ -10,12 +10,12 @@ A run's output folder::
     train_log.jsonl      a line a step: step, epoch, loss, grad_norm, learning_rate, tokens, seconds
                          (tokens: those of process 0 since the line before)
     bad_samples.jsonl    a line a sample that could not be used: kind, id, message
-    checkpoint-N/        to resume from; a checkpoint as any other where all weights learn
+    checkpoint-N/        to resume from; complete where all weights learn
     model/               the result, in the published layout
 
-Killed at any moment, a run goes on from its last checkpoint: a checkpoint is written beside its
-place and renamed, and sample order, ratios and what stands for a bad sample depend on the seed and
-the step alone. On a CPU the losses are the same to the bit.
+A run that is killed at any moment resumes from its last checkpoint. A checkpoint is written to a
+temporary folder and renamed. Sample order, ratios and replacements of bad samples depend only on
+the seed and the step. On a CPU the losses of a resumed run are bitwise the same.
 
 Source: Video-XL section 3.4 (stages, at most 128 frames, a ratio drawn per window); learning rates
 are LLaVA's for the same stages.
@@ -75,7 +75,7 @@ __all__ = [
 def set_trainable_parameters(
     model: VideoXLForConditionalGeneration, settings: TrainSettings
 ) -> None:
-    """Sets requires_grad as the stage wants it."""
+    """Sets requires_grad as the stage requires."""
     core = model.model
     tower = getattr(core, "vision_tower", None)
     if settings.stage == "align":
@@ -88,7 +88,7 @@ def set_trainable_parameters(
     if tower is None:
         return
     tower.requires_grad_(settings.train_vision_tower)
-    clip = tower.vision_tower.vision_model  # layers behind the one that is read never run
+    clip = tower.vision_tower.vision_model  # layers after the one that is read never run
     clip.post_layernorm.requires_grad_(False)
     for layer in clip.encoder.layers[tower.layers_run :]:
         layer.requires_grad_(False)
@@ -106,11 +106,11 @@ def _rates(name: str, settings: TrainSettings, rate: float) -> float:
 
 
 class VideoXLTrainer(Trainer):
-    """HF's Trainer with the recipe's sample order, learning rates, and checkpoints that are there
-    as a whole or not at all.
+    """HF's Trainer with the recipe's sample order, learning rates, and checkpoints that are
+    complete or absent.
 
     Args:
-        model: parameters that learn require gradients.
+        model: its trainable parameters require gradients.
         data: the samples.
         settings: the recipe.
     """
@@ -127,7 +127,7 @@ class VideoXLTrainer(Trainer):
         self.tokens = 0
         self._beside: Path | None = None
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        # Weights that do not learn are in the checkpoint the run started from.
+        # Frozen weights are in the checkpoint that the run started from.
         self._light = 2 * learning < sum(p.numel() for p in model.parameters())
         super().__init__(
             model=model,
@@ -169,7 +169,8 @@ class VideoXLTrainer(Trainer):
         return batches, tokens
 
     def start_bad_list(self, bad: Iterable[BadSample], resumed: bool) -> None:
-        """Begins `bad_samples.jsonl` with what is known: now, and by the run that goes on."""
+        """Begins `bad_samples.jsonl` with the known bad samples, those of a resumed run
+        included."""
         path = Path(self.args.output_dir) / BAD
         for line in read_log(path) if resumed else ():
             self.bad.add(BadSample(**line))
@@ -185,7 +186,7 @@ class VideoXLTrainer(Trainer):
                     file.write(json.dumps(one._asdict()) + "\n")
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Frames to pixels on the device: a quarter of the bytes go there."""
+        """Converts frames to pixels on the device: uint8 frames are a quarter of the bytes."""
         frames, sizes = inputs.pop("frames"), inputs.pop("image_sizes")
         inputs = super()._prepare_inputs(inputs)
         self.tokens += int(inputs["attention_mask"].sum())
@@ -230,10 +231,13 @@ class VideoXLTrainer(Trainer):
         return os.fspath(self._beside) if self._beside else super()._get_output_dir(trial)
 
     def _check_weights(self) -> None:
-        """ValueError where weights are no numbers, with a finite loss too: they are not saved."""
+        """Raises ValueError if a trained weight is NaN or Inf, so that no such checkpoint is saved.
+        The loss may still be finite."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not bool(local(parameter).isfinite().all()):
-                raise ValueError(f"{name}: no finite weights after step {self.state.global_step}")
+                raise ValueError(
+                    f"{name}: weights are not finite after step {self.state.global_step}"
+                )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_weights()
@@ -252,7 +256,7 @@ class VideoXLTrainer(Trainer):
             put_in_place(output / WRITING / name, output / name)
             limit = self.args.save_total_limit
             for old in checkpoints(output)[: -limit if limit else 0]:
-                gone = output / WRITING / old.name  # half deleted, it must not look whole
+                gone = output / WRITING / old.name  # a half-deleted folder must not look complete
                 old.rename(gone)
                 shutil.rmtree(gone)
         self.accelerator.wait_for_everyone()
@@ -262,7 +266,7 @@ class VideoXLTrainer(Trainer):
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, sharded.gather_weights(self.model, self.args.should_save))
 
-    # Under FSDP accelerate would save all weights a second time, and wait for ever on a CPU.
+    # Under FSDP accelerate would save all weights again, and would wait forever on a CPU.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -305,7 +309,7 @@ class VideoXLTrainer(Trainer):
             raise ValueError(f"checkpoint: got one of another model or stage ({wrong[0]})")
 
     def gather_counts(self) -> None:
-        """Tokens and bad samples of all processes."""
+        """Collects tokens and bad samples of all processes."""
         if self.args.world_size > 1:
             tokens = torch.tensor(self.tokens, device=self.args.device)
             self.tokens = int(self.accelerator.reduce(tokens, "sum"))
@@ -313,7 +317,8 @@ class VideoXLTrainer(Trainer):
                 self.bad.add(BadSample(*one))
 
     def save_result(self) -> Path:
-        """The trained model, in the published layout; ValueError if its weights are not finite."""
+        """Saves the trained model in the published layout; ValueError if its weights are not
+        finite."""
         self._check_weights()
         output = Path(self.args.output_dir)
         if self.args.should_save:
@@ -329,12 +334,12 @@ class VideoXLTrainer(Trainer):
 
 
 def _inner(optimizer: Any) -> Any:
-    """torch's optimizer in accelerate's."""
+    """torch's optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 class _Epochs(TrainerCallback):
-    """Tells the order which epoch begins."""
+    """Tells the sampler which epoch begins."""
 
     def __init__(self, trainer: VideoXLTrainer) -> None:
         self.trainer = trainer
@@ -346,7 +351,7 @@ class _Epochs(TrainerCallback):
 
 
 class _Log(TrainerCallback):
-    """`train_log.jsonl`: a line a step that was logged, none twice."""
+    """Writes `train_log.jsonl`: one line for each logged step, none twice."""
 
     def __init__(self, trainer: VideoXLTrainer) -> None:
         self.trainer = trainer
@@ -365,7 +370,9 @@ class _Log(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             raise ValueError(f"loss: got {logs['loss']} in step {state.global_step}")
         norm = logs.get("grad_norm")
-        if norm is not None and not math.isfinite(norm) and not args.fp16:  # whose scaler skips it
+        if (
+            norm is not None and not math.isfinite(norm) and not args.fp16
+        ):  # fp16's scaler skips the step
             raise ValueError(f"grad_norm: got {norm} in step {state.global_step}")
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {

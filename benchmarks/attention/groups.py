@@ -1,4 +1,4 @@
-"""Which providers are timed together, in which cases."""
+"""The groups: which competitors are timed together, and in which cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vxl_kernels import ChunkLayout
 __all__ = [
     "MAIN_CASES",
     "MORE_CASES",
-    "Entrant",
+    "Competitor",
     "Group",
     "backward_chunks",
     "geometry",
@@ -25,13 +25,13 @@ __all__ = [
 MAIN_CASES = ("chunk", "chunk_c4", "tail", "decode", "backward")
 MORE_CASES = ("rope_append", "threads", "chunks", "pages", "bf16")
 GPU_PAGE_SIZE = 128
-MANY_CHUNKS, MANY_CHUNKS_CACHE = 4, 2  # of chunk_c4; the third of the cache lengths
-SPEED_GUESS = 150e9  # FLOP/s of a slow provider on two cores; only shares out the budget
+MANY_CHUNKS, MANY_CHUNKS_CACHE = 4, 2  # of chunk_c4: the third cache length
+SPEED_GUESS = 150e9  # FLOP/s of a slow provider on two cores; it only divides the budget
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """A provider as one line of a group. `threads=None` leaves the number as it is."""
+class Competitor:
+    """A provider as one line of a group. `threads=None` keeps the number of threads."""
 
     label: str
     provider: Provider
@@ -41,16 +41,16 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Group:
-    """Entrants that are repeated in turns."""
+    """Competitors that are repeated in turns."""
 
     name: str
-    entrants: list[Entrant]
+    competitors: list[Competitor]
 
     @property
     def weight(self) -> float:
-        """Guessed seconds: the ceilings, the float64 answer, and for each entrant a checked
+        """Guessed seconds: the ceilings, the float64 answer, and for each competitor a checked
         call and three repeats."""
-        cases = [e.case for e in self.entrants]
+        cases = [e.case for e in self.competitors]
         answer = max(c.flops * min(1.0, ROWS_CHECKED / c.rows) for c in cases) / 4e9
         calls = sum(4 * (c.flops / SPEED_GUESS + c.kv_bytes / 1e9) for c in cases)
         return 2.0 + answer + calls
@@ -80,7 +80,7 @@ def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
     cases.append(Case("tail", g, longest, 1, *common, plain_rows=g.tail_rows))
     for batch in g.decode_batches:
         cases.append(Case("decode", g, longest, batch, *common, plain_rows=1))
-    if options.case is not None:  # 10 s of float64 for the answer: only where it is asked for
+    if options.case is not None:  # its float64 answer takes 10 s, so it runs only when asked for
         all_chunks = replace(layout, chunks=backward_chunks(options))
         cases.append(Case("backward", g, 0, 1, *common, layout=all_chunks))
     return cases
@@ -102,37 +102,37 @@ def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
             )
         ]
         if options.provider is None and options.device == "cuda":
-            # "vxl" is the same launches there
+            # "vxl" makes the same launches on a GPU
             chosen = [p for p in chosen if p.name != "triton"]
         batch = f", batch {case.batch}" if case.batch > 1 else ""
         name = f"{case.name}, cache {case.cache_len}{batch}"
         if chosen:
-            groups.append(Group(name, [Entrant(p.name, p, case) for p in chosen]))
+            groups.append(Group(name, [Competitor(p.name, p, case) for p in chosen]))
     ours = options.provider is None or "vxl" in options.provider
     for name in MORE_CASES:
         if name in options.case if options.case is not None else ours:
-            entrants = more_entrants(name, options, g)
-            if entrants:
-                groups.append(Group(name, entrants))
+            competitors = more_competitors(name, options, g)
+            if competitors:
+                groups.append(Group(name, competitors))
     return groups
 
 
-def more_entrants(name: str, options: argparse.Namespace, g: Geometry) -> list[Entrant]:
+def more_competitors(name: str, options: argparse.Namespace, g: Geometry) -> list[Competitor]:
     layout = ChunkLayout(g.window, options.alpha, 1, options.order)
     case = Case(name, g, g.caches[1], 1, options.dtype, options.device, layout=layout)
     vxl = PROVIDERS["vxl"]
     if name == "rope_append":
-        return [Entrant("vxl", ROPE_APPEND, case)]
+        return [Competitor("vxl", ROPE_APPEND, case)]
     if name == "threads":
         if options.device != "cpu" or torch.get_num_threads() < 2:
             return []
-        return [Entrant(f"vxl, {n} thread{'s'[: n - 1]}", vxl, case, n) for n in (1, 2)]
+        return [Competitor(f"vxl, {n} thread{'s'[: n - 1]}", vxl, case, n) for n in (1, 2)]
     if name == "pages":
         if options.device != "cuda":
             return []
         sizes = (16, GPU_PAGE_SIZE)
-        return [Entrant(f"vxl, pages of {n}", vxl, case.with_pages(n)) for n in sizes]
+        return [Competitor(f"vxl, pages of {n}", vxl, case.with_pages(n)) for n in sizes]
     if name == "chunks":
         four = case.with_chunks(4)
-        return [Entrant("vxl, 1 chunk", vxl, case), Entrant("vxl, 4 chunks", vxl, four)]
-    return [Entrant("vxl", vxl, replace(case, dtype_name=d)) for d in ("fp32", "bf16")]
+        return [Competitor("vxl, 1 chunk", vxl, case), Competitor("vxl, 4 chunks", vxl, four)]
+    return [Competitor("vxl", vxl, replace(case, dtype_name=d)) for d in ("fp32", "bf16")]

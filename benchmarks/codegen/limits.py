@@ -35,7 +35,7 @@ class Limits:
     warp: int
     # -- throughput, per clock and SM --
     matrix_flops: dict[str, int]
-    """Dense FLOP of each kind of matrix instruction: 16-bit ones, and behind a dot 32-bit ones,
+    """Dense FLOP of each kind of matrix instruction: 16-bit ones, and after a dot 32-bit ones,
     which run at half the rate on tf32 [a100] [h100] [b200]."""
     slots: int
     """Instructions issued, in lanes: 4 schedulers x one warp instruction."""

@@ -51,7 +51,7 @@ def _load(
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Rows `first` to `first + ROWS` of K or V; those behind `limit` are zero if MASKED, and
+    """Rows `first` to `first + ROWS` of K or V; those from `limit` on are zero if MASKED, and
     always with a descriptor."""
     if TMA:
         rows = source.load([first, 0])

@@ -1,8 +1,8 @@
 """The case "backward": gradients of attention, ours and torch's, and their float64 answer.
 
-Timed is the backward pass alone, for a given gradient of the output; the forward pass ran
-before. All chunks of a sequence are one call for us; peers get one call a chunk, as in the
-forward cases, and their gradients of K and V are joined as autograd does it.
+Only the backward pass is timed, for a given gradient of the output; the forward pass ran before.
+All chunks of a sequence are one call for us. Peers make one call a chunk, as in the forward cases,
+and autograd joins their gradients of K and V.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _grad_out(case: Case) -> torch.Tensor:
 
 def _checked_part(case: Case, grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """What is compared, `(batch, rows, group + 2, head_dim)`: dQ of the query heads of KV head
-    0, its dK and dV; behind the rows of the call the cache entries', with no dQ."""
+    0, its dK and dV. After the rows of the call come the cache entries, which have no dQ."""
     group = case.geometry.heads // case.geometry.kv_heads
     dq, dk, dv, dk_seen, dv_seen = grads
     own = torch.cat([dq[:, :, :group], dk[:, :, :1], dv[:, :, :1]], dim=2)

@@ -22,7 +22,7 @@ class Geometry:
     kv_heads: int = 4
     head_dim: int = 128
     window: int = 1440
-    page_size: int = 64  # a GPU's: `VstCache`'s own 128, which the copy engine can follow
+    page_size: int = 64  # a GPU's: `VstCache`'s own 128, which TMA can follow
     caches: tuple[int, ...] = (0, 1620, 8100, 20250)
     tail_rows: int = 64
     decode_batches: tuple[int, ...] = (1, 4)
@@ -35,8 +35,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one layer. `layout=None` are ordinary tokens (tail, decode). A name may have a
-    variant behind its kind: "chunk_c4" is a "chunk"."""
+    """One call of one layer. `layout=None` are ordinary tokens (tail, decode). A name may end with
+    a variant: "chunk_c4" is a "chunk"."""
 
     name: str
     geometry: Geometry
@@ -75,8 +75,8 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Useful FLOPs: only pairs that attend are counted. Gradients are five products where
-        attention is two."""
+        """Useful FLOPs: only pairs that attend are counted. Gradients take five products, attention
+        two."""
         g = self.geometry
         if self.layout is not None:
             forward = self.batch * self.layout.flops(g.heads, g.head_dim, self.cache_len)
@@ -101,8 +101,8 @@ class Case:
         return self.batch * (rotated + 3 * kept * g.kv_heads) * g.head_dim * self.dtype.itemsize
 
     def sequence_rows(self) -> torch.Tensor:
-        """Rows in the order of the sequence, `(chunks, rows of a chunk)`: what a peer that
-        knows no split order is given."""
+        """Rows in the order of the sequence, `(chunks, rows of a chunk)`, for peers without
+        the split order."""
         if self.layout is None:
             return torch.arange(self.rows, device=self.device)[None]
         layout = self.layout

@@ -1,4 +1,4 @@
-"""The machine: what it is, and its ceilings, read again and again during the run."""
+"""The machine: its description, and its ceilings, measured throughout the run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def git_state() -> str:
         return done.stdout.strip()
 
     try:
-        # Results that gpu_check.py keeps here change no code.
+        # The results that gpu_check.py keeps here are not code.
         changed = git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -68,7 +68,7 @@ def describe(device: str) -> list[tuple[str, str]]:
     if device == "cuda":
         lines.append(("gpu", torch.cuda.get_device_name()))
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
-    if device == "cuda":  # the wheel's version of Triton, and of the peers that are there
+    if device == "cuda":  # Triton's version by its wheel, and those of installed peers
         for name in ("triton", "flash-attn", "flashinfer-python", "transformers"):
             with suppress(importlib.metadata.PackageNotFoundError):
                 versions += f", {name} {importlib.metadata.version(name)}"
@@ -78,7 +78,7 @@ def describe(device: str) -> list[tuple[str, str]]:
 
 
 class Ceilings:
-    """What the machine reaches: matrix product in FLOP/s, read and copy in bytes/s.
+    """The rates that the machine reaches: matrix product in FLOP/s, read and copy in bytes/s.
 
     On a CPU the matrix product is sgemm for every dtype, as storage of 16 bits is computed
     in float32. MKL's own is slow on some CPUs, so oneDNN's with a prepacked weight runs too
@@ -96,7 +96,7 @@ class Ceilings:
         self._products = _cuda_products(dtype, small) if device == "cuda" else _cpu_products(small)
 
     def read(self) -> None:
-        """One more reading of every ceiling."""
+        """Measures every ceiling once more."""
         for name, (flops, call) in self._products.items():
             self._add(name, flops / self._best(call))
         buffer, copy = self.buffer, self._copy
@@ -105,8 +105,8 @@ class Ceilings:
         self._add("copy", 2 * size / self._best(lambda: copy.copy_(buffer)))
 
     def sample(self, kind: str) -> float:
-        """One reading of "read", "copy" or "product" (the best so far) in the midst of a
-        case's repeats; returns its rate."""
+        """Measures "read", "copy" or "product" (the better library so far) once, between repeats of
+        a case; returns its rate."""
         size = self.buffer.numel() * self.buffer.element_size()
         if kind == "product":
             name = self.product_name
@@ -121,7 +121,7 @@ class Ceilings:
         return rate
 
     def _best(self, call: Callable[[], object]) -> float:
-        # The better of two, as a short first one pays for waking threads and frequency.
+        # The better of two: the first one wakes threads and raises the clock frequency.
         first = self._clock.seconds(call)
         return first if first > 0.3 else min(first, self._clock.seconds(call))
 

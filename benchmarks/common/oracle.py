@@ -1,4 +1,4 @@
-"""Is a result right? A float64 answer and a derived tolerance.
+"""The oracle: a float64 answer and a derived tolerance decide whether a result is right.
 
 A subset of rows (random ones, and those at the edges of chunks and VSTs) is computed in
 float64 from the same quantised inputs. With errors measured relative to the largest output
@@ -7,14 +7,14 @@ of their row, a provider may err, in each row, at most
     2 * (the worst error of a plain evaluation of these rows) + 8 * eps(float32)
       + (4 + |LSE| / 2) * eps(float32) * (sum p |v|) / (the row's largest output)
 
-The plain evaluation is one dense softmax in float32. With 16 bits of storage it rounds what
-its peers round: the weights before the second product, the result, and RoPE's tables and
-steps (`published`). So the first term is what one honest evaluation costs for these very
-numbers, and twice that leaves room for another order of summation. The floor is a few
-roundings, where the plain evaluation is exact (one row that sees one key). The last term is
-what float32 sums and scores may cost in any order of summation, so that the verdict depends
-neither on the BLAS library nor on its threads: a plain evaluation can be lucky. Of gradients
-that term is `4 * eps(float32)` times their sums of absolute terms.
+The plain evaluation is one dense softmax in float32. With 16 bits of storage it rounds what its
+peers round: the weights before the second product, the result, and RoPE's tables and steps
+(`published`). So the first term is the error of an honest evaluation of the same numbers, and
+twice that leaves room for another order of summation. The second term allows a few roundings
+where the plain evaluation is exact (one row that sees one key). The last term is what float32
+sums and scores may cost in any order of summation. Without it the verdict would depend on the
+BLAS library and its number of threads, whose plain evaluation can be accurate by luck. For
+gradients it is `4 * eps(float32)` times their sums of absolute terms.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def _attend(
 
 
 def _rotate64(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """RoPE in float64, at angles rounded to float32: that rounding is part of the model as
-    trained, and near position 20000 worth 1e-3."""
+    """RoPE in float64, at angles rounded to float32. That rounding is part of the trained model;
+    near position 20,000 it changes results by 1e-3."""
     angle = (positions.float()[:, None] * inv_freq[None, :]).double()
     cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
     first, second = x.double().chunk(2, dim=-1)
@@ -134,8 +134,8 @@ def _rotate_plain(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tens
 
 
 def attention_answer(inputs: Inputs, with_rope: bool) -> Answer:
-    """What attention over the rotated inputs gives; `with_rope`: what RoPE and attention
-    together give from the unrotated ones."""
+    """The result of attention over the rotated inputs; with `with_rope`, of RoPE and attention
+    together over the unrotated inputs."""
     case = inputs.case
     rows = rows_to_check(case)
     mask = case.mask()[rows]
@@ -156,8 +156,8 @@ def attention_answer(inputs: Inputs, with_rope: bool) -> Answer:
 
 
 def rope_answer(inputs: Inputs) -> Answer:
-    """What `rope_append` gives, all of it: rotated q and k, side by side as heads, and of the
-    rows that are kept the cached K and V (of the others, their own k and v in that place)."""
+    """The whole result of `rope_append`, side by side as heads: the rotated q and k, and the cached
+    K and V of appended rows. Rows that are not appended have their own k and v there."""
     case, turn, at = inputs.case, inputs.inv_freq, inputs.case.positions()
     rows = torch.arange(case.rows, device=case.device)
     kept = rows if case.layout is None else case.layout.vst_rows(case.device)

@@ -1,4 +1,4 @@
-"""Results as a table, as JSON and as a picture."""
+"""Results as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Result:
     ok: bool | None = None
     note: str = ""
     repeats: int = 0
-    host_ms: float | None = None  # on a GPU: what Python takes to queue the call
+    host_ms: float | None = None  # on a GPU: the seconds Python takes to queue the call
     page_size: int | None = None
     chunks: int | None = None
     ours: bool = False
@@ -128,7 +128,7 @@ def _cells(r: Result) -> list[str]:
 def table(results: Sequence[Result]) -> str:
     lines: list[list[str]] = []
     group = None
-    # The last column is of a GPU's runs only.
+    # Only runs on a GPU have the last column.
     width = len(_HEADER) - all(r.host_ms is None for r in results)
     for r in results:
         key = (r.case, r.cache_len, r.batch)
@@ -150,7 +150,7 @@ def ratio_table(ratios: Sequence[Ratio], title: str = "also measured") -> str:
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-    """Each distinct note once, with whom it is about."""
+    """Each distinct note once, with the providers and cases it belongs to."""
     about: dict[tuple[str, str], list[str]] = {}
     for r in results:
         if r.note:
@@ -196,7 +196,7 @@ def save_json(path: Path, results: Sequence[Result], **run: str) -> None:
     write_beside(path, json.dumps(rows, indent=1) + "\n")
 
 
-# Ours strong, peers lighter; a colour and a marker each, readable without colour too.
+# Ours are strong, peers lighter. Markers differ, so the plot reads without colour too.
 _STYLES = {
     "vxl": ("#c1121f", "o", "-", 2.4),
     "triton": ("#c1121f", "h", ":", 2.4),

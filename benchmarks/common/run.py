@@ -1,4 +1,4 @@
-"""A prepared call, as providers hand it out."""
+"""A prepared call of a provider."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["Run"]
 
 @dataclass(frozen=True)
 class Run:
-    """`rows(call())` is the result as `(batch, rows, heads, head_dim)`, which is not timed. The
-    first call is the one that is checked."""
+    """`rows(call())` is the result as `(batch, rows, heads, head_dim)`; `rows` is not timed. The
+    first call is checked."""
 
     call: Callable[[], object]
     rows: Callable[..., torch.Tensor]

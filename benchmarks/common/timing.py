@@ -19,20 +19,20 @@ _FIRST_CYCLES, _MAX_CYCLES = 1 << 20, 1 << 26  # of a GPU that waits: 0.6 ms and
 
 
 class Clock:
-    """Times one call. `cold` calls start with nothing of theirs in the last-level cache:
-    on a CPU the ones that are bound by memory, on a GPU all.
+    """Times one call. `cold` calls start with none of their data in the last-level cache:
+    on a CPU those that are bound by memory, on a GPU all.
 
-    On a GPU the time is the GPU's own: it spins while the host prepares and queues the call, so
-    that what Python takes is in nobody's number. It is in `host_seconds`, of the last call. Where a
-    call cannot be queued ahead, because it waits for the GPU itself or launches more than the
-    driver's queue holds, `queued_ahead` is False and the time contains the host's.
+    On a GPU only the GPU's time counts: it spins while the host prepares and queues the call, so no
+    number contains Python's time. `host_seconds` has that of the last call. A call may wait for the
+    GPU itself or launch more than the driver's queue holds. Such a call cannot be queued ahead;
+    `queued_ahead` is then False and the time includes the host's.
     """
 
     def __init__(self, device: str, evict: torch.Tensor) -> None:
         self._cuda = device == "cuda"
         self._evict = evict
         self._cycles = _FIRST_CYCLES
-        self._not_ahead: weakref.WeakSet[Call] = weakref.WeakSet()  # a call holds its tensors
+        self._not_ahead: weakref.WeakSet[Call] = weakref.WeakSet()  # a call keeps its tensors alive
         self.host_seconds: float | None = None
         self.queued_ahead = True
 
@@ -46,7 +46,7 @@ class Clock:
         return time.perf_counter() - start
 
     def _cuda_seconds(self, call: Call) -> float:
-        known = call in self._not_ahead  # not every length of waiting again at each repeat
+        known = call in self._not_ahead  # repeats start with the wait that sufficed
         cycles = _MAX_CYCLES if known else self._cycles
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -56,10 +56,10 @@ class Clock:
             began = time.perf_counter()
             call()
             self.host_seconds = time.perf_counter() - began
-            self.queued_ahead = not start.query()  # the GPU has not even begun
+            self.queued_ahead = not start.query()  # the GPU has not begun yet
             end.record()
             torch.cuda.synchronize()
-            if self.queued_ahead and known:  # the host had been held up, once
+            if self.queued_ahead and known:  # the host was delayed once
                 self._not_ahead.discard(call)
             elif self.queued_ahead:
                 self._cycles = cycles
@@ -76,11 +76,11 @@ def interleave(
     least: int,
     most: int,
 ) -> dict[int, list[float]]:
-    """Seconds of each entrant, repeated in turns, so that drift of the machine hits all alike.
+    """Seconds of each competitor, repeated in turns, so drift of the machine affects all alike.
 
-    Everybody is in the first `least` rounds, each round starting with another one. After
-    them a round goes on with those that have used less than their even part of `seconds`,
-    or so little that a median of them would be luck.
+    All take part in the first `least` rounds; each round starts with another one. Later rounds
+    continue with those that have used less than an even share of `seconds`, or have too few
+    repeats for a reliable median.
     """
     times: dict[int, list[float]] = {name: [] for name in measure}
     used = dict.fromkeys(measure, 0.0)
@@ -99,8 +99,8 @@ def interleave(
 
 
 def spread(times: list[float]) -> float:
-    """Half the range between the quartiles, as a part of the median; of fewer than four
-    repeats half the full range."""
+    """Half the interquartile range as a fraction of the median; with fewer than four repeats, half
+    the full range."""
     middle = statistics.median(times)
     if len(times) < 4:
         return (max(times) - min(times)) / 2 / middle
@@ -110,7 +110,7 @@ def spread(times: list[float]) -> float:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Another number of CPU threads for a while; None leaves it."""
+    """Sets the number of CPU threads inside a `with` block; None keeps it."""
     before = torch.get_num_threads()
     if count is None or count == before:
         yield
@@ -123,7 +123,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 class Budget:
-    """Shares the seconds of a run among its groups by weight, and tells progress."""
+    """Divides the seconds of a run among its groups by weight, and reports progress."""
 
     def __init__(self, seconds: float, weights: list[float]) -> None:
         self._start = time.perf_counter()
@@ -143,11 +143,11 @@ class Budget:
         self._done += 1
 
     def group_left(self) -> float:
-        """Seconds left to the group; repeats beyond the least stop there."""
+        """Seconds left to the group; repeats after the first `least` stop there."""
         return max(0.0, self._group_end - self._now())
 
     def tell(self, what: str) -> None:
-        """One line that is overwritten; where that cannot be, a line a group."""
+        """Writes one line and overwrites it; where that is impossible, one line a group."""
         finished, left = self._done - 1, self._seconds
         if finished > 0:
             per_weight = self._group_start / sum(self._weights[:finished])

@@ -25,12 +25,12 @@ from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
 __all__ = ["PARTS", "encode", "make_model", "memory", "peak_of", "pipeline", "questions"]
 
 PARTS = ("projections", "append", "attention", "MLP")
-TOLERANCE = 1e-4  # relative; both are float32, summed in other orders over thousands of keys
+TOLERANCE = 1e-4  # relative; float32 sums over thousands of keys in different orders
 TOKENS_PER_FRAME = 144
 
 
 def make_model(options: argparse.Namespace, layers: int) -> Any:
-    """Random weights; residuals stay near 1, as in a trained model."""
+    """A model with random weights whose residuals stay near 1, as in a trained model."""
     torch.manual_seed(0)
     g = options.geometry
     config = VideoXLConfig(
@@ -48,7 +48,7 @@ def make_model(options: argparse.Namespace, layers: int) -> Any:
     )
     with torch.device("meta"):
         model = VideoXLForConditionalGeneration(config)
-    # dtype first: in float32 all of Qwen2-7B would not fit beside its own copy
+    # dtype first: a float32 Qwen2-7B and its copy would not fit
     model.to(options.dtype).to_empty(device=options.device).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -120,23 +120,23 @@ def random_window(options: argparse.Namespace, index: int) -> Tensor:
 
 
 def encode(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every window for each entrant; windows in turns, so that drift of the machine
-    hits all alike."""
+    """Seconds of every window for each competitor. Windows are encoded in turns, so drift of the
+    machine affects all alike."""
     model = make_model(options, options.layers)
     prompt = torch.arange(14, device=options.device) % options.geometry["vocab"]
     watch = Stopwatch(options.device)
     published = PublishedModel(model)
     published.read(prompt)
     ours = {True: _memory(model, prompt), False: _memory(model, prompt)}
-    entrants = {
+    competitors = {
         "vxl": lambda x: _append(model, ours[True], x, shortcut=True),
         "vxl, last layer in full": lambda x: _append(model, ours[False], x, shortcut=False),
         "published": lambda x: published.watch(x, options.alpha),
     }
-    names = list(entrants)
+    names = list(competitors)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     parts: list[dict[str, float]] = []
-    for name in names:  # a first call pays for pages and code
+    for name in names:  # the first call allocates pages and loads code
         if name == "published":
             PublishedModel(model).watch(
                 random_window(options, 0)[: options.alpha * 8], options.alpha
@@ -149,7 +149,7 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
             with watch.timing(model) if name == "vxl" else ExitStack():
                 synchronize(options.device)
                 start = time.perf_counter()
-                entrants[name](window)
+                competitors[name](window)
                 synchronize(options.device)
                 seconds[name].append(time.perf_counter() - start)
             if name == "vxl":
@@ -221,8 +221,7 @@ def questions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory above the model's own for streams of several lengths, each in a process of its
-    own."""
+    """Peak memory above the model's for videos of several lengths, each in its own process."""
     rows = []
     for frames in options.memory_frames:
         command = [sys.executable, str(Path(__file__).parents[1] / "prefill.py")]
@@ -239,7 +238,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_of(options: argparse.Namespace, frames: int) -> dict[str, float]:
-    """MiB above what the process holds before the stream begins."""
+    """Peak MiB above what the process holds before the video begins."""
     model = make_model(options, 2)
     tokens = frames * TOKENS_PER_FRAME
     window = options.geometry["window"]
@@ -249,7 +248,7 @@ def peak_of(options: argparse.Namespace, frames: int) -> dict[str, float]:
             yield random_window(options, start)[: tokens - start]
 
     prompt = torch.arange(14) % options.geometry["vocab"]
-    # A first stream of one window loads code and warms the allocator.
+    # A first video of one window loads code and warms the allocator.
     model.watch(input_ids=prompt, visual_features=[random_window(options, 0)])
     before = _peak_bytes(options.device, reset=True)
     watched = model.watch(input_ids=prompt, visual_features=stream(), tokens=tokens)
@@ -266,7 +265,7 @@ def _peak_bytes(device: str, reset: bool) -> int:
             return module.memory_allocated()
         return module.max_memory_allocated()
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     name = "VmRSS" if reset else "VmHWM"
     status = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in status if line.startswith(name))
@@ -309,7 +308,7 @@ def pipeline(options: argparse.Namespace) -> dict[str, float]:
     pixels = torch.randn(frames, 3, 336, 336, device=options.device, dtype=options.dtype)
     seconds: dict[str, float] = {}
     seconds |= _decode_seconds(options)
-    for _ in range(2):  # the second counts
+    for _ in range(2):  # the second run counts
         start = time.perf_counter()
         features = tower(pixels)
         synchronize(options.device)
@@ -322,7 +321,7 @@ def pipeline(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _decode_seconds(options: argparse.Namespace) -> dict[str, float]:
-    """Decoding with resizing, and normalising; nothing where no decoder is installed."""
+    """Seconds of decoding with resizing, and of normalising; empty without a decoder."""
     try:
         from examples.demo_clip import write_demo_clip
         from vxl_model.inputs.processing import VideoXLProcessor

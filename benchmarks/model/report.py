@@ -71,7 +71,7 @@ def _projection(result: dict[str, Any], options: argparse.Namespace) -> str:
     mlp = sum(p["MLP"] for p in result["parts"])
     # vxl runs all layers but the last, of which it projects K and V of the VSTs: nothing.
     ours = (sum(seconds["vxl"]) + mlp * (wider - 1)) * (full - 1) / max(1, layers - 1)
-    # published: its MLP takes what ours takes a layer; its logits are not projected.
+    # The published method's MLP takes as long a layer as ours; its logits are not projected.
     theirs = (sum(seconds["published"]) + mlp / max(1, layers - 1) * layers * (wider - 1)) * (
         full / layers
     )
@@ -126,7 +126,7 @@ def memory_text(result: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def save_plot(path: Path, result: dict[str, Any]) -> None:
-    """Time over the windows, and what vxl's goes into."""
+    """Plots the time over the windows, and the parts of vxl's time."""
     import matplotlib
 
     matplotlib.use("Agg")

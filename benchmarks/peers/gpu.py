@@ -1,7 +1,7 @@
-"""flash-attn and FlashInfer, imported only when they are asked for a call.
+"""flash-attn and FlashInfer, imported only when a call is prepared.
 
-Both align the causal mask to the lower right, which is one chunk over its cache: they get a call
-for each chunk, over a cache of its own that is laid out ahead.
+Both align the causal mask to the lower right, which is the mask of one chunk over its cache. They
+make one call for each chunk, each over its own cache, which is laid out ahead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _joined(x: Inputs, outs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def flash_attn(x: Inputs) -> Prepared:
-    """`flash_attn_with_kvcache`, which also copies the chunk's K and V behind the cache."""
+    """`flash_attn_with_kvcache`, which also appends the chunk's K and V to the cache."""
     from flash_attn import flash_attn_with_kvcache
 
     calls = []

@@ -1,9 +1,9 @@
 """The registry of what is timed. To add a provider, write a `prepare` function and list it.
 
-`prepare(inputs)` builds, untimed, everything that may be built ahead, and returns a `Run`.
-Peers get all of it for free: masks, `[cache | chunk]` joined, repeated heads, the layout
-they like (rows in the order of the sequence, `(batch, heads, rows, head_dim)`), and with
-several chunks a call for each, so that none pays for pairs that the mask forbids.
+`prepare(inputs)` builds, untimed, everything that may be built ahead, and returns a `Run`. So
+peers do not pay for masks, for joining `[cache | chunk]`, for repeated heads, or for their own
+layout (rows in the order of the sequence, `(batch, heads, rows, head_dim)`). With several chunks
+they make one call for each, so that none computes pairs that the mask forbids.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["BACKWARD", "PROVIDERS", "ROPE_APPEND", "Provider"]
 
 @dataclass(frozen=True)
 class Provider:
-    """`ours` is what the others are peers of. `with_rope` times rotation (and, ours, the
-    append) too; such providers are compared with one another only."""
+    """`ours` marks this package's providers; the others are peers. `with_rope` providers also time
+    the rotation, ours the append too; they are compared only with one another."""
 
     name: str
     prepare: Callable[[Inputs], Run]
@@ -48,7 +48,7 @@ def _backend(case: Case) -> str:
 
 
 def _vxl_unsupported(case: Case) -> str | None:
-    """The reference would serve instead; its time means nothing."""
+    """Why vxl is not timed: the reference would serve, whose time means nothing."""
     backend = _backend(case)
     reasons = vxl_kernels.backends()[backend]
     return f"backend {backend!r} cannot run here: {'; '.join(reasons)}" if reasons else None
@@ -79,7 +79,7 @@ def _rotated_cache(x: Inputs) -> Paged:
 
 
 def _vxl_rope(x: Inputs) -> Run:
-    # In place, so later repeats rotate what is rotated already: the same work.
+    # In place: later repeats rotate rotated rows, which is the same work.
     case, q, k, v = x.case, x.q.clone(), x.k.clone(), x.v
     cache, layout, backend = _rotated_cache(x).arguments(), case.layout, _backend(case)
 
@@ -282,7 +282,7 @@ BACKWARD = {
     )
 }
 
-# Not an attention: a case of its own.
+# Not attention, so it has a case of its own.
 ROPE_APPEND = Provider(
     "vxl", _rope_append, ("rope_append",), ours=True, unsupported=_vxl_unsupported
 )

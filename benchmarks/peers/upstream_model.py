@@ -5,7 +5,7 @@ A window at a time, in interleaved order. Per window: the rows' embeddings are f
 token in Python, a dense float mask is built, and logits are computed for every row, in
 float32. Per layer: both weight sets multiply every row and a choice is made afterwards, the
 unrotated cache is joined with the window's K and V, all of K is rotated anew, K and V are
-repeated for the query heads, and SDPA runs under the mask. The last layer does it all too.
+repeated for the query heads, and SDPA runs with the mask. The last layer does all of this too.
 """
 
 from __future__ import annotations

@@ -93,20 +93,20 @@ def groups(*arguments):
 
 def test_groups_of_a_gpu():
     _, found = groups()
-    by_case = {g.entrants[0].case.name: g for g in found}
-    four = by_case["chunk_c4"].entrants
+    by_case = {g.competitors[0].case.name: g for g in found}
+    four = by_case["chunk_c4"].competitors
     assert {e.case.layout.chunks for e in four} == {4}
     assert {e.case.cache_len for e in four} == {8100}
     assert {"vxl", "flash_attn", "flashinfer", "sdpa_bool"} <= {e.label for e in four}
     for group in found:
-        labels = [e.label for e in group.entrants]
+        labels = [e.label for e in group.competitors]
         assert "triton" not in labels, f"{group.name}: the same launches as vxl, timed twice"
-    pages = [e.case.geometry.page_size for e in by_case["pages"].entrants]
+    pages = [e.case.geometry.page_size for e in by_case["pages"].competitors]
     assert pages == [16, 128]
     main = [g for g in found if g.name != "pages"]
-    assert {e.case.geometry.page_size for g in main for e in g.entrants} == {128}
+    assert {e.case.geometry.page_size for g in main for e in g.competitors} == {128}
     _, asked = groups("--provider", "triton", "--case", "chunk")
-    assert {e.label for g in asked for e in g.entrants} == {"triton"}
+    assert {e.label for g in asked for e in g.competitors} == {"triton"}
 
 
 # -- the clock ---------------------------------------------------------------------------------
@@ -221,8 +221,8 @@ def test_an_error_that_comes_late_is_the_providers(monkeypatch, where, ours):
     answer = SimpleNamespace(judge=fail)
     x = SimpleNamespace(case=SimpleNamespace(device="cuda"))
     result = Result("chunk", "a", "bf16", 0, 1)
-    entrant = SimpleNamespace(provider=provider, threads=None)
-    assert attn.Runner._checked(entrant, x, answer, result) is None
+    competitor = SimpleNamespace(provider=provider, threads=None)
+    assert attn.Runner._checked(competitor, x, answer, result) is None
     assert result.note == f"failed: RuntimeError: in the {where}"
     assert result.ok is (False if ours else None)
 

@@ -222,7 +222,7 @@ HOSTILE = {
     "missing folder": ((*VICO, "--videos", "none/"), "videos: none/: no such file"),
     "folder without": ((*VICO, "--videos", "chat"), "videos: chat: a folder without video files"),
     "output nowhere": ((*VICO, "--output", "no/where"), "output: no/where: no such folder"),
-    "output a folder": ((*VICO, "--output", "chat"), "output: chat: no such folder, or a folder"),
+    "output a folder": ((*VICO, "--output", "chat"), "output: chat: parent folder does not exist"),
     "output a video": ((*VICO, "--output", "videos/a.mp4"), "output: videos/a.mp4: one of the"),
     "missing model": ((*VICO, "--captioner", "./none"), "captioner ./none: "),
     "empty model": ((*VICO, "--captioner", "videos"), "captioner videos: "),

@@ -109,8 +109,8 @@ def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
     ("values", "words"),
     [
         ({}, "grad_norm: got nan in step 1"),
-        ({"logging_steps": 5}, "no finite weights after step 1"),
-        ({"logging_steps": 5, "save_strategy": "no"}, "no finite weights after step 1"),
+        ({"logging_steps": 5}, "weights are not finite after step 1"),
+        ({"logging_steps": 5, "save_strategy": "no"}, "weights are not finite after step 1"),
     ],
 )
 def test_a_gradient_that_is_no_number_is_not_saved(go, monkeypatch, tmp_path, values, words):

@@ -16,11 +16,11 @@ SYSTEM = "You are a helpful assistant."
 
 
 def conversation_ids(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """input_ids and labels of a sample, one -200 where the visual part stands; -100 where nothing
-    is supervised.
+    """`(input_ids, labels)` of a sample. One id -200 stands for the visual part; labels are -100
+    where nothing is supervised.
 
-    What is not supervised is tokenized in one piece from control token to answer, and an answer
-    by itself: the ids are those that inference sees and writes.
+    Unsupervised text is tokenized in one piece and each answer separately, which yields exactly
+    the ids of inference.
 
     Source: the released model's prompt (`processing.PROMPT`).
     """

@@ -1,4 +1,4 @@
-"""Instruction data in LLaVA's JSON: read, checked, counted, made ready for the model.
+"""The data set: instruction data in LLaVA's JSON, decoded and tokenized for the model.
 
 A file is a JSON list of samples, or JSONL with a sample a line::
 
@@ -8,15 +8,15 @@ A file is a JSON list of samples, or JSONL with a sample a line::
 
 - `image` is a path or a list of paths, `video` a path; without either the sample is text alone.
   Paths are relative to the file's folder, or to the root that is given. One picture is cut into
-  tiles, several are like a video of as many frames, as in the released model.
-- `conversations` alternates "human" and "gpt" ("user" and "assistant" do too), behind one
-  "system" turn or none. `<image>` and `<video>` are taken out wherever they stand in a human turn;
-  the visual part, one for a sample, goes to the front of the first turn that has one, else of the
-  first turn. Only the assistant's words and the `<|im_end|>` behind them are supervised.
-- `width`, `height` (pictures), `frames` and `duration` (seconds, videos) are optional; they spare
-  a look into the file when lengths are estimated.
+  tiles; several pictures are treated as the frames of a video, as in the released model.
+- `conversations` alternates "human" and "gpt" ("user" and "assistant" are accepted too).
+  One "system" turn may come first. `<image>` and `<video>` are removed from human turns. A sample
+  has one visual part; it goes to the front of the first turn with a marker, or of the first turn.
+  Only the assistant's words and the `<|im_end|>` after them are supervised.
+- `width`, `height` (pictures), `frames` and `duration` (seconds, videos) are optional; with
+  them, lengths are estimated without opening the file.
 
-A sample that cannot be used is a `BadSample` of one of `KINDS`; nothing else is lost with it.
+A sample that cannot be used becomes a `BadSample` of one of `KINDS`; the others are kept.
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ __all__ = ["TrainingData", "collate"]
 
 
 class TrainingData(Dataset):
-    """Samples as the model trains on them, decoded when they are asked for.
+    """Samples as the model trains on them, decoded on access.
 
-    Key `epoch * len(samples) + index` is a sample in an epoch: everything that is drawn depends
-    on seed, epoch and index alone, so a resumed run sees what the first would have seen. A sample
-    that cannot be decoded is replaced by the next one in order that can; that too depends on
-    nothing else.
+    Key `epoch * len(samples) + index` is a sample in an epoch. Everything drawn depends only on
+    seed, epoch and index, so a resumed run sees what the first run would have seen. A sample that
+    cannot be decoded is replaced by the next one that can.
 
     Args:
         samples: from `read_samples`.
@@ -82,7 +81,7 @@ class TrainingData(Dataset):
 
     def __getitem__(self, key: int) -> dict[str, Any]:
         """`input_ids`, `labels` (lists), `frames` uint8 `(n, size, size, 3)` or None,
-        `image_size`, `ratio`, and `bad`, the samples this one stands for."""
+        `image_size`, `ratio`, and `bad`, the bad samples that it replaces."""
         epoch, start = divmod(key, len(self.samples))
         bad: list[BadSample] = []
         for step in range(len(self.samples)):
@@ -142,7 +141,7 @@ class TrainingData(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of `TrainingData`'s items, padded at the end."""
+    """A batch of `TrainingData`'s items, padded at the right."""
     bad = [x for item in items for x in item["bad"]]
     if any(item["stop"] for item in items):  # HF counts labels before the Trainer can stop
         return {"bad": bad, "stop": True, "labels": torch.full((1, 1), IGNORE_INDEX)}

@@ -1,4 +1,4 @@
-"""The order in which samples are trained: alike lengths together."""
+"""The order in which samples are trained, grouped by length."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MEGABATCH = 50  # batches whose samples are sorted by length together
 
 
 class TrainingOrder(Sampler):
-    """Keys of `TrainingData`, epoch by epoch.
+    """A sampler: the keys of `TrainingData`, epoch by epoch.
 
     Args:
         lengths: of the samples, estimated.
         batch: samples of a step, over all processes.
-        seed: the order depends on it and the epoch alone.
-        by_length: steps hold samples of similar lengths, so that no process waits for another
-            with a longer video and little is padding.
+        seed: the order depends only on it and the epoch.
+        by_length: each step holds samples of similar lengths. Processes then wait little for one
+            another, and there is little padding.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int, by_length: bool) -> None:
@@ -48,7 +48,7 @@ class TrainingOrder(Sampler):
         full = len(order) // self.batch * self.batch
         steps = order[:full].reshape(-1, self.batch)
         steps = steps[generator.permutation(len(steps))]
-        if len(steps):  # the longest first: if memory does not suffice, that is said at once
+        if len(steps):  # the longest first: a lack of memory shows at once
             longest = int(np.argmax(self.lengths[steps].max(axis=1)))
             steps = np.concatenate([steps[longest : longest + 1], np.delete(steps, longest, 0)])
         return np.concatenate([steps.reshape(-1), order[full:]])

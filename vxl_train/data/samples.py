@@ -1,4 +1,4 @@
-"""Samples of JSON files, each checked once; bad ones are counted."""
+"""Reads samples from JSON files; each is checked once, and bad ones are counted."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ _OTHER_FORMATS = {  # by a file's first bytes
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-_CHARACTERS_A_TOKEN = 4  # of English text, roughly; only lengths' order matters
-_MOST = 1e12  # of a width, a number of frames, seconds
+_CHARACTERS_A_TOKEN = 4  # of English text, roughly; only the order of lengths matters
+_MOST = 1e12  # upper limit of a width, a number of frames, seconds
 
 KINDS = (
     "broken line",
@@ -109,16 +109,16 @@ class BadSamples:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as its file has it, checked.
+    """A checked sample.
 
     Attributes:
         id: its "id", or the file's name and its place in it.
         kind: "image", "images", "video" or "text".
-        files: what it shows.
-        turns: (role, text) with markers taken out.
-        visual_turn: which turn the visual part stands in front of.
-        about: `width`, `height`, `frames`, `duration`, as far as given.
-        length: tokens, estimated.
+        files: its pictures or video.
+        turns: (role, text), without markers.
+        visual_turn: index of the turn that the visual part precedes.
+        about: `width`, `height`, `frames`, `duration`, where given.
+        length: estimated tokens.
     """
 
     id: str
@@ -132,14 +132,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class VisualShape:
-    """What a model makes of frames.
+    """How frames become tokens.
 
     Attributes:
         window: raw tokens of a window.
-        tokens_per_frame: of a frame or tile.
-        ratios: raw tokens per VST to draw from.
-        frames: most frames of a video, or pictures of a sample; more are thinned out evenly.
-        fps: frames a second of a video, as long as that gives no more than `frames`.
+        tokens_per_frame: tokens of a frame or tile.
+        ratios: raw tokens per VST; one is drawn for each window.
+        frames: the most frames of a video or pictures of a sample; more are thinned out evenly.
+        fps: frames a second of a video, unless that gives more than `frames`.
     """
 
     window: int
@@ -149,7 +149,7 @@ class VisualShape:
     fps: float = 1.0
 
     def check(self) -> None:
-        """ValueError where a window can occur that no ratio divides."""
+        """Raises ValueError if a window can occur that no ratio divides."""
         rests = {self.window}
         for n in range(1, self.frames + 1):
             rests.add(n * self.tokens_per_frame % self.window or self.window)
@@ -171,12 +171,12 @@ def read_samples(
 
     Args:
         root: what paths in the files are relative to; by default each file's folder.
-        probe: look for the files, and into their headers for the lengths of videos and sizes of
-            pictures; no frame is decoded. Without, `missing file` is found when it is needed, and
+        probe: check that files exist, and read their headers for the lengths of videos and sizes
+            of pictures; no frame is decoded. If False, a missing file is found on first use, and
             videos count as `shape.frames` frames.
 
     Raises:
-        ValueError, OSError: a data file cannot be read, or is a list that is no JSON.
+        ValueError, OSError: a data file cannot be read, or is a damaged list.
     """
     bad, samples = BadSamples(), []
     control = sorted(processor.control_tokens())
@@ -279,7 +279,8 @@ def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sampl
 
 
 def _encodable(text: str, errors: str = "strict") -> bool:
-    """Without lone surrogates, which JSON can hold and no tokenizer or file system takes."""
+    """Whether a text has no lone surrogates: JSON allows them, tokenizers and file systems do
+    not."""
     try:
         text.encode(errors=errors)
     except UnicodeEncodeError:
@@ -343,7 +344,7 @@ def _turns(
 
 
 def _length(sample: Sample, processor: VideoXLProcessor, shape: VisualShape, probe: bool) -> int:
-    """Tokens of a sample, VSTs included, from what it says and its files' headers."""
+    """Estimated tokens of a sample, VSTs included, from its own data and its files' headers."""
     about = dict(sample.about)
     for path in sample.files if probe else ():
         if not os.path.isfile(path):

@@ -3,9 +3,9 @@
 Source: Video-XL (arXiv 2409.14485), its section on composite data curation, "Visual Clue Order":
 long videos are cut into clips of 14 s, a vision-language model describes each clip, key events
 are drawn from the descriptions, and questions ask for their order in time. There GPT-4 draws the
-events; here a clue is a clip's caption, kept if it can be told from every other one
-(`questions.pick_clues`), so that one model on one's own machine is enough and the right
-answer follows from the clips' times alone.
+events. Here a clue is the caption of a clip, kept if it differs from every other one
+(`questions.pick_clues`). So one local model is enough, and the right answer follows from the times
+of the clips alone.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SUFFIXES = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .w
 
 @dataclass
 class VicoSummary:
-    """What a run did. `skipped` and `bad`: reasons by file. `dropped`: captions that became no
-    clue, by reason."""
+    """The result of a run. `skipped` and `bad`: reasons by file. `dropped`: number of captions that
+    did not become clues, by reason."""
 
     output: str
     videos: int = 0
@@ -61,24 +61,25 @@ def make_vico(
 ) -> VicoSummary:
     """Captions videos and writes questions on the order of what they show.
 
-    Captions are kept in `output + ".captions"` one by one; a run that was ended in any way goes on
-    there when it is repeated. They are made anew where the video (place, size, time of change),
-    the captioner's `identity` or the cut into pictures is another. Samples are written at the end,
-    whole or not at all.
+    Captions are stored in `output + ".captions"` one by one; an interrupted run continues there
+    when it is repeated. They are made again if the video (path, size, modification time), the
+    captioner's `identity` or the cut into pictures changed. Samples are written at the end,
+    atomically.
 
     Args:
-        videos: files, and folders in which video files are looked for at any depth.
-        captioner: puts a clip's pictures into words.
+        videos: files, and folders that are searched recursively.
+        captioner: describes the pictures of a clip.
         output: JSON lines `{"id", "video", "duration", "conversations", "vico"}` as LLaVA's.
             "video" is relative to the output's folder where it lies in it, else absolute. "vico"
             holds the form of the question, its clues with their times, the seed and the captioner.
-        on_error: what an unreadable video does: "skip" counts it, "stop" raises.
-        progress: called with the clips that were captioned so far, and None.
-        report: called with a line on every video that gave no sample, and on lost captions.
+        on_error: at an unreadable video, "skip" counts it and "stop" raises.
+        progress: called with the number of clips captioned so far, and None.
+        report: called with a line for every video without samples, and for lost captions.
 
     Raises:
         VideoError: an unreadable video, with "stop".
-        ValueError: names the argument; before a video is opened. Or no video gave a sample.
+        ValueError: an invalid argument, raised before a video is opened; or no video gave a
+            sample.
     """
     settings = settings or VicoSettings()
     report = report or (lambda line: None)
@@ -117,7 +118,7 @@ def make_vico(
 
 
 def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Files as given, each once; of folders the files with a video's suffix, by name."""
+    """The given files, each once, and the video files of the given folders, sorted by name."""
     found: dict[str, None] = {}
     suffixes = SUFFIXES.split()
     for path in paths:
@@ -147,10 +148,12 @@ def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def check_output(output: str | os.PathLike[str], videos: Sequence[Path]) -> Path:
-    """The absolute path to write; ValueError where that can't be done."""
+    """The absolute path to write; ValueError if it cannot be written."""
     target = Path(os.path.abspath(output))
     if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"output: {os.fspath(output)}: no such folder, or a folder itself")
+        raise ValueError(
+            f"output: {os.fspath(output)}: parent folder does not exist, or the path is a folder"
+        )
     if target in videos:
         raise ValueError(f"output: {os.fspath(output)}: one of the videos")
     if not os.access(target.parent, os.W_OK):
@@ -170,7 +173,7 @@ def _captions(
     summary: VicoSummary,
     progress: Callable[[int, int | None], None] | None,
 ) -> list[Caption]:
-    """All captions of a video, those that are missing made now; raises VideoError."""
+    """All captions of a video; missing ones are made now. Raises VideoError."""
     clips = kept.clips(key)
     decoder = None
     if clips is None:
@@ -196,7 +199,7 @@ def _captions(
 
 
 def _key(file: Path, captioner: Captioner, settings: VicoSettings) -> str:
-    """What captions of a video depend on."""
+    """A digest of everything that the captions of a video depend on."""
     try:
         stat = file.stat()
     except OSError as error:

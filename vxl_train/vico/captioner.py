@@ -1,4 +1,4 @@
-"""Who writes the captions: a small interface, and transformers' image-text models behind it."""
+"""Captioners: a small interface, and its implementation by transformers' image-text models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Captioner", "TransformersCaptioner"]
 
 
 class Captioner(Protocol):
-    """Anything that puts a few pictures into words.
+    """Describes a few pictures in words.
 
     Attributes:
-        name: for people; written beside the captions.
-        identity: changes whenever the captions could: captions kept under another one are made
-            anew.
+        name: shown to people and written to the samples.
+        identity: changes whenever the captions could change; stored captions of another identity
+            are made again.
     """
 
     name: str
@@ -39,20 +39,20 @@ class TransformersCaptioner:
 
     Models with a chat template get every picture and the prompt as one user message; models
     without one that know an image token get that token once a picture, then the prompt; models
-    that know neither (BLIP, GIT) caption the middle picture, and the prompt is not used. Decoding
-    is greedy, so the same pictures give the same words.
+    that know neither (BLIP, GIT) caption the middle picture and ignore the prompt. Decoding is
+    greedy, so the same pictures give the same words.
 
-    Configuration and processor are read at once, weights with the first caption: a run whose
-    captions are all there never loads them.
+    Configuration and processor are loaded at once, weights at the first caption. A run whose
+    captions are all stored never loads weights.
 
     Args:
         model: a folder, or a name on the Hub.
-        prompt: what is asked about the pictures.
+        prompt: the question about the pictures.
         max_new_tokens: the longest caption.
         device, dtype: of the weights.
 
     Raises:
-        ValueError: `model` is no image-text model; names what it is.
+        ValueError: `model` is not an image-text model; the message names its type.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TransformersCaptioner:
 
 
 def _new_ids(ids: Tensor, prompt: Tensor | None) -> Tensor:
-    """What was generated: decoders repeat the prompt, encoder-decoders and BLIP-2 don't."""
+    """The generated ids: decoders repeat the prompt, encoder-decoders and BLIP-2 do not."""
     row = ids[0]
     if prompt is not None and torch.equal(row[: prompt.shape[1]], prompt[0]):
         row = row[prompt.shape[1] :]

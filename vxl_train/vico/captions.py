@@ -1,4 +1,4 @@
-"""A video's clips, the pictures of each, and the file that remembers their captions."""
+"""The clips of a video, their pictures, and the file that stores their captions."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Caption:
-    """What was said of a clip. `damaged`: how many of its pictures could not be decoded; such a
-    clip is not captioned, because other clips' pictures would stand for its own."""
+    """The caption of a clip. `damaged`: number of its pictures that could not be decoded; such a
+    clip is not captioned, because pictures of other clips would replace its own."""
 
     clip: Clip
     text: str
@@ -40,8 +40,8 @@ class Caption:
 
 
 def cut(decoder: Decoder, seconds: float) -> list[Clip]:
-    """The video in clips of `seconds`. What remains at the end is a clip if it has half the length
-    or more. Stretches in which no new frame comes on show (slides, gaps) make no clips."""
+    """Cuts a video into clips of `seconds`. The rest at the end is a clip if it has at least half
+    the length. Stretches without a new frame (slides, gaps) make no clips."""
     times = decoder.seconds(np.arange(decoder.total))
     whole = int(decoder.duration / seconds + 0.5)
     indices = np.unique((times / seconds).astype(np.int64))
@@ -75,18 +75,18 @@ def read_clips(
             before = decoder.damaged
     except (VideoError, MemoryError):
         raise
-    except Exception as error:  # whatever a library throws at a broken file
+    except Exception as error:  # any error of a library at a broken file
         raise VideoError(f"{path}: reading it failed ({error})") from error
 
 
 class CaptionFile:
-    """Captions on the disk, a JSON line each, appended and synchronised one by one.
+    """Captions on the disk, one JSON line each, appended and synchronised one by one.
 
-    A run that is killed loses the caption it was making. Lines that a crash left unfinished or
-    unreadable are dropped and their clips captioned again. One process at a time.
+    A killed run loses only the caption it was making. Unfinished or unreadable lines are dropped,
+    and their clips are captioned again. One process at a time may write.
 
     Attributes:
-        dropped: unreadable lines that were found.
+        dropped: number of unreadable lines.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class CaptionFile:
         return self._lines.get(key, {})
 
     def add_video(self, key: str, name: str, duration: float, clips: list[Clip]) -> None:
-        """Notes how a video is cut, so that a complete one need not be opened again."""
+        """Stores how a video is cut, so that a complete one is not opened again."""
         self._clips[key] = {clip.index: clip for clip in clips}
         self._durations[key] = round(duration, 3)
         self._append(
@@ -132,7 +132,7 @@ class CaptionFile:
         )
 
     def add(self, key: str, caption: Caption) -> None:
-        """Keeps a caption; it is on the disk when this returns."""
+        """Stores a caption; it is on the disk when this returns."""
         self._lines.setdefault(key, {})[caption.clip.index] = caption
         entry = {"key": key, "clip": caption.clip.index, "caption": caption.text}
         self._append({**entry, "damaged": caption.damaged} if caption.damaged else entry)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from .captions import Caption
 
 WORDS = 40  # the longest clue
-SAME = 0.6  # captions that share so much of their words may show the same
+SAME = 0.6  # captions that share this part of their words may show the same
 
-# Control tokens and placeholders; in a sample they would be read as such.
+# Control tokens and placeholders: a tokenizer would read them as such.
 _TOKENS = re.compile(r"<\|[^<>]*\|>|</?[A-Za-z_][\w ]{0,30}>")
-# A letter of scripts that write no spaces counts as a word.
+# In scripts without spaces a letter counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]|[^\W_]+(?:'[^\W_]+)?")
 _COMMON = (
     "a an and are as at be by clip for from has have he her his image in into is it its of on or "
@@ -29,8 +29,8 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Clue:
-    """What is seen from `start` to `end` (seconds) and at no other time: one clip, or neighbours
-    of which the same was said. `clips`: their indices."""
+    """What is seen only from `start` to `end` (seconds): one clip, or neighbours with the same
+    caption. `clips`: their indices."""
 
     text: str
     start: float
@@ -66,24 +66,24 @@ def clean(caption: str) -> str:
 
 
 def words(text: str) -> frozenset[str]:
-    """The words that say something, in one spelling."""
+    """The content words, normalised."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return frozenset(_WORD.findall(plain)).difference(_COMMON.split())
 
 
 def likeness(a: frozenset[str], b: frozenset[str]) -> float:
-    """Shared words by all words (Jaccard), 0 to 1."""
+    """Jaccard similarity of two sets of words, 0 to 1."""
     return len(a & b) / max(1, len(a | b))
 
 
 def pick_clues(captions: Sequence[Caption], same: float = SAME) -> tuple[list[Clue], Counter[str]]:
-    """What can be put in order, and why the rest can't.
+    """The clues that can be put in order, and why the other captions cannot.
 
     Captions are taken in order of time. One whose clip was damaged, or with fewer than two words
     that say something, is dropped. One that is like an earlier clue's first caption (`likeness` of
-    `same` or more) belongs to that clue. A clue whose captions are not neighbours comes back later
-    in the video: its place in the order is not one, so it is dropped whole. Any two clues that
-    are left are less alike than `same`.
+    `same` or more) belongs to that clue. A clue whose captions are not neighbours is seen again
+    later in the video and has no single place in the order, so it is dropped. Any two remaining
+    clues are less alike than `same`.
     """
     dropped: Counter[str] = Counter()
     groups: list[tuple[frozenset[str], list[int]]] = []
@@ -127,7 +127,7 @@ class _Asked:
     draw: random.Random
     texts: list[str]
     ranks: list[int]
-    anchor: int = -1  # of `next`: which clue the question is about
+    anchor: int = -1  # of `next`: the clue that the question is about
     answer: str = ""
     lines: list[str] = field(default_factory=list)
 
@@ -249,10 +249,9 @@ FORMS = {
 def ask(clues: Sequence[Clue], name: str, seed: int, samples: int, most: int) -> list[Question]:
     """Up to `samples` different questions on clues given in order of time.
 
-    Forms take turns in a shuffled order; each question draws 2 (3) to `most` of the clues. All is
-    drawn from `seed`, `name` and the clues' words alone, so that neither other videos nor the
-    folder's place change a question.
-    """
+    Forms take turns in a shuffled order; each question draws 2 (3) to `most` of the clues. All
+    draws depend only on `seed`, `name` and the words of the clues, so other videos and the folder
+    do not change a question."""
     about = json.dumps([seed, name, [clue.text for clue in clues]])
     draw = random.Random(int.from_bytes(hashlib.sha256(about.encode()).digest(), "big"))
     usable = min(len(clues), most)

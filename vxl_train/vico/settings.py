@@ -19,11 +19,11 @@ class VicoSettings:
     """How samples are made.
 
     Args:
-        seed: what is drawn follows from it, a video's file name and its captions alone.
-        samples: at most so many of a video.
-        clues: at most so many in a question, 2 to 26.
+        seed: draws depend only on it, the file name of a video and its captions.
+        samples: the most samples of a video.
+        clues: the most clues in a question, 2 to 26.
         clip_seconds: length of a clip.
-        pictures: shown to the captioner of each clip.
+        pictures: number of pictures of a clip that the captioner sees.
         edge: their longest edge in pixels.
     """
 
