@@ -19,7 +19,7 @@ help:
 	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
 	@echo "make test-oldest-triton  the Triton kernels with the oldest supported Triton"
-	@echo "make lint       ruff, mypy and formatting"
+	@echo "make lint       ruff, mypy, formatting and the arrows of import"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
 	@echo "make fuzz       random operations on the page manager against a model"
 	@echo "make cuda-check the CUDA kernels, compiled and held to limits; their bodies run on the CPU"
@@ -66,6 +66,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Reads docstrings without importing the packages, so nothing is built.
 docs: $(VENV)/.docs
@@ -87,7 +88,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
-	  hypothesis matplotlib mypy ninja pybind11 pytest ruff accelerate av pillow transformers
+	  hypothesis import-linter matplotlib mypy ninja pybind11 pytest ruff \
+	  accelerate av pillow transformers
 	@$(BIN)/python -c 'import torch; exit(not (torch.version.cuda or torch.version.hip))' || \
 	  $(BIN)/python -m pip install -q triton==$(TRITON)
 	@touch $@
