@@ -7,9 +7,11 @@ safetensors, or `.bin` through torch's weights-only unpickler.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from .decoder.attention import local
@@ -48,8 +50,8 @@ class CheckpointMixin:
             `output_loading_info` a pair of both.
 
         Raises:
-            ValueError: the checkpoint lacks weights that cannot be made of others, or holds
-                another kind of model.
+            ValueError: the checkpoint lacks weights that cannot be made of others, some but not
+                all VST weights included, or holds another kind of model; or a file is damaged.
         """
         if kwargs.get("weights_only") is False:
             fail(
@@ -59,11 +61,16 @@ class CheckpointMixin:
             )
         if kwargs.get("tp_plan") is not None:
             kwargs |= _distributed(kwargs.pop("tp_plan"), kwargs.pop("tp_size", None))
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            _name_damaged_file(pretrained_model_name_or_path, error)
+            raise
         missing = set(info["missing_keys"])
-        made = initialize_vst(model.model, missing)
+        vst = {name for name, _ in model.named_parameters() if ".beacon_" in name}
+        made = set() if vst - missing else initialize_vst(model.model, missing)
         lost = missing - made
         if model.config.tie_word_embeddings:
             lost -= {"lm_head.weight"}
@@ -82,6 +89,18 @@ class CheckpointMixin:
             model.ratio = ratio
         model.loading_info = info
         return (model, info) if output_loading_info else model
+
+
+def _name_damaged_file(path: str | os.PathLike[str], error: Exception) -> None:
+    """Raises ValueError with the name of the first unreadable safetensors file, if there is one."""
+    if not os.path.isdir(path):
+        return
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            raise ValueError(f"checkpoint: {file} is damaged or incomplete: {damage}") from error
 
 
 def _distributed(tp_plan: Any, tp_size: int | None) -> dict[str, Any]:

@@ -109,6 +109,29 @@ def test_missing_and_unexpected_keys_are_reported(tmp_path):
     assert model.loading_info is info
 
 
+@pytest.mark.parametrize(
+    "lost", ["layers.1.self_attn.beacon_k_proj.weight", "beacon_embed_tokens.weight"]
+)
+def test_a_checkpoint_that_lost_some_vst_weights_is_refused(tmp_path, lost):
+    tensors = load_file(TINY / "model.safetensors")
+    del tensors[f"model.{lost}"]
+    folder = copy_tiny(tmp_path / "lost", tensors)
+    with pytest.raises(ValueError, match=rf"checkpoint: got .*lost' without model\.{lost}"):
+        VideoXLForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "header", "empty"])
+def test_a_damaged_file_is_named(tmp_path, sharded, damage):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="100KB" if sharded else "1GB")
+    *_, last = sorted(tmp_path.glob("*.safetensors"))
+    data = last.read_bytes()
+    wrong = {"cut": data[: len(data) // 2], "header": b"x" * 64 + data[64:], "empty": b""}[damage]
+    last.write_bytes(wrong)
+    with pytest.raises(ValueError, match=rf"checkpoint: .*{last.name} is damaged or incomplete"):
+        VideoXLForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_a_checkpoint_without_vst_weights(tmp_path):
     tensors = load_file(TINY / "model.safetensors")
     copy_tiny(tmp_path, {k: v for k, v in tensors.items() if "beacon" not in k})
