@@ -156,8 +156,9 @@ def rope_append(
         copied for it.
 
     Raises:
-        ValueError: as `vst_attention`, before anything is written; and for `inplace` with an
-            input that requires a gradient.
+        ValueError: as `vst_attention`, before anything is written; for `inplace` with an input
+            that requires a gradient; and where what is written shares memory: elements of a
+            tensor, two arguments, or on a CPU a page that two entries of block_table name.
 
     Source: Video-XL section 3.2; positions as measured on the published code, which keeps K
     unrotated and rotates the whole cache anew in every layer of every chunk.
@@ -165,9 +166,8 @@ def rope_append(
     checks.qkv_shapes(q, k, v, layout)
     checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=True)
     checks.inv_freq_shape(inv_freq, k)
-    checks.writable(k_cache=k_cache, v_cache=v_cache)
-    if inplace:
-        checks.writable(q=q, k=k)
+    rows, caches = {"q": q, "k": k}, {"k_cache": k_cache, "v_cache": v_cache}
+    checks.writable(caches | rows if inplace else caches, {**rows, "v": v})
     name = chosen(backend, "rope_append_" if inplace else "rope_append", q)
     wants_grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, k_cache, v_cache)

@@ -7,6 +7,7 @@ implementations do that before they write (the compiled one in C++, with the sam
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ._arguments import fail
@@ -109,11 +110,72 @@ def cache_shapes(
     return True
 
 
-def writable(**tensors: torch.Tensor) -> None:
-    """Refuses tensors of which several elements share memory."""
-    for name, x in tensors.items():
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            fail(name, f"an expanded tensor (strides {x.stride()})", "memory of its own, to write")
+def _overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether two elements share memory."""
+    dims = sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1)
+    if torch.compiler.is_compiling() or (dims and dims[0][0] == 0):
+        return any(s == 0 for s, _ in dims)
+    reach = 0
+    for stride, size in dims:
+        if stride <= reach:  # a step lands among the smaller ones: look at each element
+            offsets = np.zeros(1, np.int64)
+            for s, n in dims:
+                offsets = np.add.outer(offsets, s * np.arange(n)).ravel()
+            return len(np.unique(offsets)) < len(offsets)
+        reach += stride * (size - 1)
+    return False
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """The first byte of x and the one after its last; (0, 0) for a tensor without memory."""
+    try:
+        start = x.data_ptr()
+    except RuntimeError:  # torch.func has wrapped it
+        return 0, 0
+    if start == 0 or x.is_contiguous():
+        return start, start and start + x.nbytes
+    reach = sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True))
+    return start, start + (reach + 1) * x.element_size()
+
+
+class _Memory:
+    """The elements of a tensor, on any device, as NumPy reasons about them; nothing is read."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(x.shape),
+            "strides": tuple(s * x.element_size() for s in x.stride()),
+            "typestr": f"|V{x.element_size()}",
+            "data": (x.data_ptr(), False),
+        }
+
+
+def _share(x: torch.Tensor, y: torch.Tensor) -> bool:
+    try:
+        return np.shares_memory(np.asarray(_Memory(x)), np.asarray(_Memory(y)), max_work=10**6)
+    except RuntimeError:  # numpy's TooHardError: strides that nothing here makes
+        return True
+
+
+def writable(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
+    """Refuses a written tensor of which elements share memory, or that shares some with another
+    argument. In a graph that is compiled addresses are not known: there it finds expanded tensors
+    and a tensor given twice."""
+    for name, x in written.items():
+        if not x.is_contiguous() and _overlaps_itself(x):
+            got = f"elements that share memory (strides {x.stride()})"
+            fail(name, got, "memory of its own, to write")
+    tensors = written | read
+    compiling = torch.compiler.is_compiling()
+    spans = {name: (0, 0) if compiling else _span(x) for name, x in tensors.items()}
+    for name, x in written.items():
+        first, end = spans.pop(name)
+        for other, (start, stop) in spans.items():
+            y = tensors[other]
+            if y is x or (start < end and first < stop and _share(x, y)):
+                expected = f"memory of its own, as {name} is written"
+                fail(other, f"memory that {name} shares", expected)
 
 
 def inv_freq_shape(inv_freq: torch.Tensor, k: torch.Tensor) -> None:
@@ -153,10 +215,15 @@ def linear_shapes(
 
 
 def paging(
-    block_table: torch.Tensor, cache_seqlens: torch.Tensor, pages: int, page_size: int, extra: int
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    pages: int,
+    page_size: int,
+    extra: int,
+    written: bool = False,
 ) -> None:
-    """Every sequence's first `cache_seqlens + extra` tokens lie in existing pages. Reads both
-    tensors on the host."""
+    """Every sequence's first `cache_seqlens + extra` tokens lie in existing pages. written: the
+    extra ones are written, and no other entry names their pages. Reads both tensors on the host."""
     capacity = block_table.shape[1] * page_size
     for b, length in enumerate(cache_seqlens.tolist()):
         if length < 0:
@@ -174,3 +241,19 @@ def paging(
             fail(
                 "block_table", f"page {int(bad[0])} at sequence {b}", f"0 to {pages - 1} in k_cache"
             )
+    if not written or extra == 0:
+        return
+    sequence_of: dict[int, int] = {}
+    lengths = cache_seqlens.tolist()
+    for appended in (True, False):  # the pages that are written, then all others
+        for b, entries in enumerate(block_table.tolist()):
+            kept, used = lengths[b] // page_size, -(-(lengths[b] + extra) // page_size)
+            for page in entries[kept:used] if appended else entries[:kept]:
+                other = sequence_of.get(page)
+                if other is not None:
+                    where = f"at sequences {min(b, other)} and {max(b, other)}"
+                    where = f"twice at sequence {b}" if other == b else where
+                    got = f"page {page} {where}"
+                    fail("block_table", got, "one place for what is appended")
+                if appended:
+                    sequence_of[page] = b

@@ -158,7 +158,7 @@ def rope_append(
         kept_rows = layout.vst_rows(q.device)
         in_call = layout.positions(q.device) + layout.chunk_index(q.device) * layout.vsts_per_chunk
     kept = len(kept_rows)
-    checks.paging(block_table, cache_seqlens, k_cache.shape[0], k_cache.shape[1], kept)
+    checks.paging(block_table, cache_seqlens, *k_cache.shape[:2], kept, written=True)
     q_out, k_out = [], []
     for b, cached in enumerate(cache_seqlens.tolist()):
         slots = cached + torch.arange(kept, device=q.device)

@@ -3,8 +3,10 @@
 // here, before anything is written.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
@@ -39,6 +41,38 @@ void check_paging(const Tensor& block_table, const Tensor& cache_seqlens, const 
                         " at sequence ", b, ", expected 0 to ", pages - 1, " in k_cache");
     }
   }
+}
+
+// A page that rows are appended to is no other entry's: two would write one place, or one would
+// change what the other has kept. All that a call writes lies in the last pages of a sequence.
+void check_written(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
+                   int64_t extra) {
+  if (extra == 0) return;
+  const int64_t page_size = cache.size(1), max_pages = block_table.size(1);
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  const int32_t* lens = cache_seqlens.const_data_ptr<int32_t>();
+  std::vector<int64_t> sequence_of(cache.size(0), -1);
+  const auto each_entry = [&](bool written, auto&& look) {
+    for (int64_t b = 0; b < cache_seqlens.size(0); ++b) {
+      const int64_t kept = lens[b] / page_size;
+      const int64_t used = (lens[b] + extra + page_size - 1) / page_size;
+      for (int64_t i = written ? kept : 0; i < (written ? used : kept); ++i) {
+        look(b, table[b * max_pages + i]);
+      }
+    }
+  };
+  const auto refuse_twin = [&](int64_t b, int32_t page) {
+    const int64_t first = std::min(b, sequence_of[page]), second = std::max(b, sequence_of[page]);
+    TORCH_CHECK_VALUE(sequence_of[page] != b, "block_table: got page ", page,
+                      " twice at sequence ", b, ", expected one place for what is appended");
+    TORCH_CHECK_VALUE(sequence_of[page] < 0, "block_table: got page ", page, " at sequences ",
+                      first, " and ", second, ", expected one place for what is appended");
+  };
+  each_entry(true, [&](int64_t b, int32_t page) {
+    refuse_twin(b, page);
+    sequence_of[page] = b;
+  });
+  each_entry(false, refuse_twin);
 }
 
 struct Paging {  // owns what PagedCache points to
@@ -150,6 +184,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
   p.k_out = row_tensor(k_out);
   const int64_t kept = layout.empty() ? q.size(1) : p.geometry.chunks * p.geometry.vsts();
   const Paging paging(k_cache, v_cache, block_table, cache_seqlens, kept);
+  check_written(paging.block_table, paging.cache_seqlens, k_cache, kept);
   p.cache = paging.cache;
   p.inv_freq = inv_freq.const_data_ptr<float>();
   if (q.numel() > 0) vxl::rope_append_cpu(p, thread_pool());

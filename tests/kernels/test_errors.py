@@ -177,21 +177,6 @@ def test_linear(name, value, message):
         vst_linear(**{**LINEAR, name: value})
 
 
-def test_memory_that_is_shared_is_not_written():
-    inv_freq = inverse_frequencies(16)
-    call = inputs()
-    for name in ("q", "k"):
-        shared = dataclasses.replace(
-            call, **{name: getattr(call, name)[:1].expand_as(getattr(call, name))}
-        )
-        rope_append(*shared.args(), inv_freq)
-        with pytest.raises(ValueError, match=f"{name}: got an expanded tensor"):
-            rope_append(*shared.args(), inv_freq, inplace=True)
-    shared = dataclasses.replace(call, v_cache=call.v_cache[:1].expand_as(call.v_cache))
-    with pytest.raises(ValueError, match="v_cache: got an expanded tensor"):
-        rope_append(*shared.args(), inv_freq)
-
-
 @pytest.mark.parametrize("backend", serving())
 def test_inplace_has_no_gradient(backend):
     call = inputs()
