@@ -1,4 +1,4 @@
-"""Video-XL on `vxl_kernels`: the released checkpoint in, a video in, answers out.
+"""Video-XL on `vxl_kernels`: loads the released checkpoint, watches videos and answers questions.
 
 `VideoXLForConditionalGeneration.from_pretrained(path).watch("video.mp4").ask("What happens?")`.
 """

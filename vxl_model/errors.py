@@ -1,4 +1,4 @@
-"""What every module of the model shares to refuse an argument."""
+"""The one form of an error about an argument."""
 
 from __future__ import annotations
 

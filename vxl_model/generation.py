@@ -1,5 +1,5 @@
 """What HF's `generate` asks of a model. Greedy search, sampling, beams, streamers and stopping
-criteria are all its own; the cache that it carries is a `StreamBatch`."""
+criteria are all its own. The cache that it carries is a `StreamBatch`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PREFILL_ONLY = (
     "memory",
     "expand_size",
 )
-# What HF calls a model's cache: the first up to 5.23, the second since.
+# What HF calls a model's cache: by the first name up to 5.23, by the second since.
 _CACHE_NAMES = ("past_key_values", "cache")
 
 
@@ -36,7 +36,7 @@ def given_cache(past_key_values: Any, cache: Any) -> StreamBatch | None:
     """The cache that was given by either of its names.
 
     Raises:
-        ValueError: different objects by the two names, or something else than a `StreamBatch`.
+        ValueError: two objects, or one that is not a `StreamBatch`.
     """
     given = dict(zip(_CACHE_NAMES, (past_key_values, cache), strict=True))
     given = {name: value for name, value in given.items() if value is not None}
@@ -56,9 +56,9 @@ class VideoXLOutput(ModelOutput):
 
     Attributes:
         loss: mean cross entropy over supervised tokens, if labels were given.
-        logits: `(batch, suffix, vocabulary)`: the last columns of input_ids, as many as the
-            longest suffix of the batch has; 0 in columns outside a row's own suffix.
-        memory: the sequences with their suffixes; None after a pass with gradients. HF's
+        logits: `(batch, suffix, vocabulary)` of the last columns of input_ids, from the first
+            suffix of the batch on. 0 in columns outside a row's own suffix.
+        memory: the sequences with their suffixes, None after a pass with gradients. HF's
             `past_key_values` and `cache`, as attributes and as keys, are its `batch`.
     """
 
@@ -85,7 +85,7 @@ class VideoXLOutput(ModelOutput):
 
 
 def _known_ids(input_ids: Tensor) -> Tensor:
-    """The ids with another one of the same row in place of -200: processors look ids up."""
+    """The ids with another id of the same row in place of -200, since processors look ids up."""
     image = input_ids == IMAGE_TOKEN
     known = input_ids.masked_fill(image, 0).amax(dim=1, keepdim=True)
     return torch.where(image, known, input_ids)
@@ -97,7 +97,7 @@ class _Processors(LogitsProcessorList):
 
 
 class _Streamer(BaseStreamer):
-    """A streamer that is not shown the -200."""
+    """Passes everything on to a streamer but -200."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer
@@ -153,7 +153,7 @@ class VideoXLGenerationMixin(GenerationMixin):
         return _Processors(super()._get_logits_processor(*args, **kwargs))
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """The first pass makes the cache."""
+        """Nothing: the first pass makes the cache."""
 
     def _expand_inputs_for_generation(
         self,

@@ -173,10 +173,10 @@ class VideoXLForConditionalGeneration(
                 this batch is a part of a larger one.
 
         With labels, in training mode, or for visual features that require a gradient, all rows
-        go through each layer at once and the result is differentiable; otherwise nothing is.
+        go through each layer at once and the result is differentiable. Otherwise nothing is.
 
         Raises:
-            ValueError: an argument does not fit; nothing has been computed then.
+            ValueError: an argument does not fit. It is raised before anything is computed.
         """
         cache = given_cache(past_key_values, cache)
         if cache is not None:
@@ -289,7 +289,7 @@ class VideoXLForConditionalGeneration(
         return out
 
     def _idle_vision(self, rows: list[TextRow]) -> Tensor | float:
-        """0, with a graph through vision tower and projector; see `training_forward.py`."""
+        """0, with a graph through vision tower and projector. `training_forward.py` says why."""
         if all(row.visual for row in rows) or not hasattr(self.model, "mm_projector"):
             return 0.0
         size = self._tower.config.image_size
@@ -339,24 +339,25 @@ class VideoXLForConditionalGeneration(
 
         Args:
             video: a file, or uint8 frames `(frames, height, width, 3)`, or batches of such.
-            input_ids: ids before the video, with or without a final -200; by default the
-                start of the released model's prompt, for which the checkpoint needs a tokenizer.
-            visual_features: `(tokens, hidden)`, already projected, or an iterable of such,
-                which is read as it is needed; a list of nothing for a video still to come.
-            pixel_values: `(frames, 3, size, size)`, normalised, or an iterable of such.
+            input_ids: ids before the video, with or without a final -200. By default the start
+                of the released model's prompt, for which the checkpoint needs a tokenizer.
+            visual_features: `(tokens, hidden)`, already projected, or an iterable of such tensors,
+                which is read as it is needed. An empty list for a video still to come.
+            pixel_values: `(frames, 3, size, size)`, normalised, or an iterable of such tensors.
             image_sizes: `(width, height)` of an image in tiles.
             ratio: as `forward`'s.
-            frames, fps: of a file, how many frames or how many a second; by default 1 a second
-                up to 128, else 128 evenly spaced.
+            frames, fps: of a file, how many frames or how many per second. By default 1 per
+                second, and of a video longer than 128 s 128 frames, evenly spaced.
             tokens: visual tokens to make room for, where an iterable does not tell.
-            progress: called with the frames (for features: tokens) done and in all, if known.
+            progress: called with how many frames (for features: tokens) are done, and how many
+                there are, None if unknown.
 
         Returns:
             The memory. Go on watching with its `append`.
 
         Raises:
-            ValueError: not exactly one of video, visual_features and pixel_values, or as
-                `forward`.
+            ValueError: not exactly one of video, visual_features and pixel_values, or an argument
+                that `forward` refuses, too.
         """
         given = {"video": video, "visual_features": visual_features, "pixel_values": pixel_values}
         given_one("watch", given)

@@ -1,4 +1,4 @@
-"""How the model runs: backend, chunks a call, which bits are promised."""
+"""How a model computes: backend, windows per step, batch invariance, page size."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["ExecutionSettings"]
 
 @dataclass
 class ExecutionSettings:
-    """How a model computes; none of it changes what it computes. `model.settings`.
+    """How a model computes. No setting changes what it computes. They are `model.settings`.
 
     Attributes:
-        chunks_per_step: windows that go through the layers together; None chooses by the
+        chunks_per_step: windows that go through the layers together. None chooses by the
             device's memory.
         order: of a chunk's rows, "split" or "interleaved".
-        backend: a name of `vxl_kernels.backends()`; None for the device's own.
-        skip_last_layer_outputs: the last layer keeps K and V and computes nothing else where its
-            output is not read. Off only for comparisons.
-        batch_invariant: dense products take the rows of one sequence at a time, so that a
-            sequence's result does not depend on its neighbours, to the bit. Off, decoding a
-            batch reads each weight once instead of once a sequence. Matrix libraries choose
+        backend: a name of `vxl_kernels.backends()`. None takes the device's own.
+        skip_last_layer_outputs: where the last layer's output is not read, the layer keeps K and V
+            and computes nothing else. Turn it off only for comparisons.
+        batch_invariant: dense products take the rows of one sequence at a time. A sequence's
+            result is then bitwise the same whatever else is in the batch. Without it, decoding
+            a batch reads each weight once instead of once per sequence. Matrix libraries choose
             their kernel by the number of rows: MKL rounds 1 row, 2 rows and 8 rows differently.
         page_size: rows of a page of the cache.
     """

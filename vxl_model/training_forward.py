@@ -52,7 +52,7 @@ class SequencePass:
     Attributes:
         hidden: normed hidden states of all rows, `(rows, hidden)`.
         suffix: its suffix's rows of `hidden`.
-        before_suffix: row that predicts the first suffix token; None if there is none.
+        before_suffix: row that predicts the first suffix token, None if there is none.
         vst_counts: VSTs of every step.
         kept: K and V `(2, layers, tokens, kv_heads, head_dim)`, if they were asked for.
     """
@@ -92,9 +92,10 @@ def group_by_shape(
     settings: ExecutionSettings,
 ) -> list[list[int]]:
     """Groups of rows that share a pass: those with prefixes, videos and suffixes of one length
-    and the same draws of ratios. Each row is alone in a distributed run, since FSDP wants as many
-    passes in every process, and without gradients where a row is to have the bits that it has
-    alone."""
+    and the same draws of ratios.
+
+    In a distributed run each row has a pass of its own, since FSDP needs equally many passes in
+    every process. So it has without gradients if the settings are batch invariant."""
     apart = settings.batch_invariant and not torch.is_grad_enabled()
     if apart or (dist.is_available() and dist.is_initialized()):
         return [[i] for i in range(len(rows))]
@@ -142,7 +143,7 @@ def _run_group(
         for window, ratio, chunks in _equal_windows(plan, visual.shape[1], encoder.window):
             start = done()
             used, visual = visual.tensor_split([chunks * window], dim=1)
-            if ratio > window:  # there is no VST; only the last raw row may have a reader
+            if ratio > window:  # there is no VST, and only the last raw row may be read
                 if not visual.shape[1]:
                     segments.append(Segment(None, window, cached))
                     parts.append(used)
@@ -191,7 +192,7 @@ def padded_logits(
     passes: list[SequencePass], rows: list[TextRow], columns: int, lm_head: nn.Module
 ) -> Tensor:
     """Logits `(batch, suffix, vocabulary)` in the columns that the suffixes have in input_ids
-    of `columns` columns, from the first suffix on; 0 elsewhere."""
+    of `columns` columns, from the first suffix of the batch on. 0 elsewhere."""
     first = min(row.suffix_start for row in rows)
     padded = []
     for one, row in zip(passes, rows, strict=True):

@@ -40,7 +40,7 @@ FORWARD = {
     "id too large": ("input_ids", (ids(101),), {}),
     "negative id": ("input_ids", (ids(3, -1, 4),), {}),
     "two placeholders": ("input_ids", (ids(3, -200, -200, 9),), {"visual_features": X}),
-    "nothing behind the video": ("input_ids", (ids(3, -200),), {"visual_features": X}),
+    "nothing after the video": ("input_ids", (ids(3, -200),), {"visual_features": X}),
     "placeholder without video": ("input_ids", (IDS,), {}),
     "video without placeholder": ("input_ids", (ids(3, 4),), {"visual_features": X}),
     "other width": ("visual_features", (IDS,), {"visual_features": X[..., :5]}),

@@ -43,7 +43,7 @@ def test_a_batch_is_the_mean_over_its_tokens(model, features):
 
 
 def test_loss_by_hand(model, features):
-    """From the logits of forward; the prompt's from a pass over it alone."""
+    """From the logits of forward, those of the prefix from a pass over it alone."""
     ids, labels = IDS[:1, 1:], LABELS[:1, 1:]
     out = model(ids, visual_features=features[:1], labels=labels)
     prompt = model(ids[:, :2]).logits[0]
@@ -227,7 +227,7 @@ def test_loss_only_and_parts_of_a_batch(model, features):
 
 
 def test_text_alone_beside_a_video(model, features):
-    """Each row gets what it gets alone; every parameter gets a gradient, be it 0."""
+    """Each row gets what it gets alone; every parameter gets a gradient, some of them 0."""
     model.train()
     ids = torch.tensor([[5, 6, 7, -200, 12, 13], [5, 6, 9, 10, 11, 1]])
     labels = ids.masked_fill(ids == -200, -100)

@@ -40,7 +40,7 @@ _KNOWN_TOWERS: dict[str, dict[str, Any]] = {
     }
 }
 
-# What this package computes; another value would be another model.
+# What this package computes. Another value means another model.
 _SUPPORTED = {
     "beacon_attn": "full-coverage",
     "beacon_pos": "interleave",
@@ -189,7 +189,7 @@ class VideoXLConfig(TextConfig):
         fresh.vision_config = config.vision_config
         # transformers changes some values when it reads them. A file that says
         # `"use_sliding_window": false, "sliding_window": 131072` gives a configuration with
-        # `sliding_window` None, and writing None would change a file that nobody edited. So each
+        # `sliding_window` None, and writing None would change a file that was not edited. So each
         # key is kept with what the file said and with what was made of it (by `fresh`, which
         # no keyword argument has touched). `published` writes what the file said as long as the
         # value is still what was made of it, and the new value otherwise.
@@ -199,7 +199,7 @@ class VideoXLConfig(TextConfig):
         return made
 
     def _layout_value(self, key: str) -> Any:
-        """The value of a key of the published layout."""
+        """What a key of the published layout is now."""
         rope = self.rope_parameters or {}
         if key == "torch_dtype":
             return None if self.dtype is None else str(self.dtype).removeprefix("torch.")

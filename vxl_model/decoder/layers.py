@@ -54,8 +54,8 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
 
     def compile_dense(self, backend: str = "inductor") -> None:
         """Compiles norms, MLP and residuals, once for all layers and lengths. The layer itself can
-        be compiled too, without graph breaks, but anew for each length of prefix, video and
-        suffix, which are constants of the context."""
+        be compiled too, without graph breaks, but once for each length of prefix, video and
+        suffix, since they are constants of the context."""
         self.input_layernorm.compile(backend=backend, dynamic=True)
         self.output_and_mlp = torch.compile(  # type: ignore[method-assign]
             self.output_and_mlp, backend=backend, dynamic=True
@@ -74,7 +74,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "image", "video")
     supports_gradient_checkpointing = True
     _no_split_modules = ["VideoXLDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
-    _supports_flash_attn = True  # of the vision tower; the decoder's attention is vxl_kernels'
+    _supports_flash_attn = True  # of the vision tower only
     _supports_sdpa = True
 
 

@@ -1,8 +1,8 @@
 """The visual encoder: CLIP's vision tower up to the layer that is read, projector, pooling.
 
 Source: Video-XL, section 3.1; the published `CLIPVisionTower`, `encode_images` and
-`get_2dPool`. Parameter names are those of the released checkpoint,
-`vision_tower.vision_model.*`, whatever transformers calls CLIP's parts inside.
+`get_2dPool`. Parameters have the names of the released checkpoint,
+`vision_tower.vision_model.*`, whatever transformers calls CLIP's parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-# Frames a pass: 16 frames of CLIP-L fill the matrix units of a GPU (9,232 rows) and hold
+# Frames per pass: 16 frames of CLIP-L fill the matrix units of a GPU (9,232 rows) and take
 # 0.15 GB of activations in fp32.
 FRAME_BATCH = 16
 
@@ -24,8 +24,8 @@ FRAME_BATCH = 16
 class _ClipParts(nn.Module):
     """CLIP's parts under the published names, `vision_model.*`.
 
-    The model object itself is not kept: whether `vision_model.` stands in its names depends on
-    the release of transformers, which also renames the keys of such a submodule at load and save.
+    The model object itself is not kept. Whether its names contain `vision_model.` depends on the
+    release of transformers, which also renames the keys of such a submodule at load and save.
     """
 
     vision_model: Any
@@ -44,7 +44,7 @@ class VisionTower(nn.Module):
     Args:
         vision_config: shape of the tower.
         select_layer: index into CLIP's `hidden_states` (0 is the embedding). Layers after it
-            are kept, so that a checkpoint survives a round trip, and never run.
+            are kept, so that a checkpoint survives a round trip, but never run.
     """
 
     def __init__(self, vision_config: CLIPVisionConfig, select_layer: int = -2) -> None:
@@ -101,8 +101,8 @@ class VisionTower(nn.Module):
         patches = embeddings.patch_embedding(pixels.to(weight.device, weight.dtype))
         classes = embeddings.class_embedding.to(weight.dtype).expand(len(pixels), 1, -1)
         hidden = torch.cat((classes, patches.flatten(2).transpose(1, 2)), dim=1)
-        # The weight itself, not a lookup by CLIP's `position_ids`: that buffer is in no
-        # checkpoint, so a model loaded through the meta device has no values in it.
+        # The weight itself, not a lookup by CLIP's `position_ids`. No checkpoint holds that
+        # buffer, so it has no values in a model that was loaded through the meta device.
         hidden = clip.pre_layrnorm(hidden + embeddings.position_embedding.weight)
         for layer in clip.encoder.layers[: self.layers_run]:
             hidden = layer(hidden, attention_mask=None)
@@ -112,8 +112,8 @@ class VisionTower(nn.Module):
 def pool_2x2(features: Tensor) -> Tensor:
     """Average of each 2x2 block of patches, in row order.
 
-    `features (frames, side * side, hidden)` to `(frames, (side // 2) ** 2, hidden)`; an odd
-    last row and column are dropped, as the published `get_2dPool` does.
+    `features (frames, side * side, hidden)` to `(frames, (side // 2) ** 2, hidden)`. An odd
+    last row and column are dropped, as in the published `get_2dPool`.
     """
     if features.dim() != 3 or math.isqrt(features.shape[1]) ** 2 != features.shape[1]:
         raise ValueError(
@@ -129,8 +129,8 @@ def project_and_pool(features: Tensor, projector: nn.Module) -> Tensor:
     """`mm_projector`, then 2x2 pooling: `(frames, side * side, mm_hidden)` to
     `(frames, (side // 2) ** 2, hidden)`.
 
-    A mean commutes with the projector's last Linear, so pooling goes before it: that product
-    then has a quarter of the rows, the same result to rounding.
+    A mean commutes with the projector's last Linear, so pooling goes before it. That product
+    then has a quarter of the rows, and the result is the same up to rounding.
     """
     if isinstance(projector, nn.Sequential) and isinstance(projector[-1], nn.Linear):
         return projector[-1](pool_2x2(projector[:-1](features)))
@@ -140,11 +140,11 @@ def project_and_pool(features: Tensor, projector: nn.Module) -> Tensor:
 def encode_frames(
     pixel_values: Tensor | Iterable[Tensor], tower: VisionTower, projector: nn.Module
 ) -> Iterator[Tensor]:
-    """Visual tokens of a video, batch by batch: yields `(frames * tokens, hidden)`, frames in
-    order, for each `tower.frame_batch` frames.
+    """Visual tokens of a video, `tower.frame_batch` frames at a time: yields `(frames * tokens,
+    hidden)`, frames in order.
 
-    `pixel_values` is `(frames, 3, size, size)` or an iterable of such, which is read only as
-    far as its frames are needed, so a video is never held as a whole.
+    `pixel_values` is `(frames, 3, size, size)` or an iterable of such tensors. It is read no
+    further than needed, so a video is never held as a whole.
     """
     for pixels in [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values:
         for batch in pixels.split(tower.frame_batch):

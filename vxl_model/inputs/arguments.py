@@ -145,7 +145,7 @@ def visual_sources(
     hidden: int,
     image_size: int | None,
 ) -> list[VisualSource] | None:
-    """One source for each row; None if there is nothing visual."""
+    """One source for each row, or None if there is nothing visual."""
     if image_sizes is not None and pixel_values is None:
         fail("image_sizes", "sizes without pixel_values", "both or neither")
     if visual_features is not None and pixel_values is not None:
@@ -164,7 +164,7 @@ def visual_sources(
         for x in _per_row("pixel_values", pixel_values, batch, 4)
     ]
     for i, size in enumerate(_image_sizes(image_sizes, batch)):
-        # The first tile is the whole picture made small; it is used only if it is alone.
+        # The first tile is the whole picture made small. It is used only if it is alone.
         given = pixels[i]
         if size is not None and given is not None and len(given) > 1:
             pixels[i] = given[1:]

@@ -94,9 +94,9 @@ def open_source(
     frames: int | None = None,
     fps: float | None = None,
 ) -> FeatureStream:
-    """The one of `video`, `visual_features` and `pixel_values` that is not None; arguments as
-    `VideoXLForConditionalGeneration.watch` takes them. A file is decoded and preprocessed in
-    threads of their own, ahead of the features that are asked for."""
+    """Features of the one of `video`, `visual_features` and `pixel_values` that is not None. The
+    arguments are those of `VideoXLForConditionalGeneration.watch`. A file is decoded and
+    preprocessed in threads of their own, ahead of what is asked for."""
     if video is not None:
         return _from_video(encoder, video, frames, fps)
     if pixel_values is not None:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vxl_kernels import CacheBatch, HostSequence, VstCache
+from vxl_kernels import CacheBatch, HostSequence, PoolExhausted, VstCache
 
 __all__ = ["SLACK_TOKENS", "GrowingCache", "SequenceHandle"]
 
@@ -87,7 +87,7 @@ class GrowingCache:
             return self._handle(self.pages.new())
 
     def load(self, path: str | os.PathLike[str]) -> SequenceHandle:
-        """A sequence from a file; see `VstCache.load`."""
+        """A sequence from a file, as `VstCache.load`."""
         with self._exclusive():
             return self._handle(self.pages.load(path))
 
@@ -143,11 +143,8 @@ class GrowingCache:
     def _reserve(self, sequences: Sequence[SequenceHandle], rows: int) -> CacheBatch:
         try:
             self.pages.reserve([s.place[1] for s in sequences], rows)
-        except MemoryError as error:
-            needed = getattr(error, "pages_needed", None)  # PoolExhausted; else out of memory
-            if needed is None:
-                raise
-            self._grow(needed - self.pages.free_pages)
+        except PoolExhausted as error:
+            self._grow(error.pages_needed - self.pages.free_pages)  # type: ignore[attr-defined]
         seqs = [s.place[1] for s in sequences]  # growing renames them
         if self._batch is None or self._batch.cache is not self.pages or self._batch.seqs != seqs:
             self._batch = self.pages.batch(seqs)

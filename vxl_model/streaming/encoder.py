@@ -1,7 +1,7 @@
 """Prefix, windows and suffix through the decoder into a cache, a bounded number of rows at a time.
 
 Source: Video-XL section 3.2. The published code takes one window a pass and computes logits for
-each of its rows. Here several windows go together, and what nobody reads is not computed.
+each of its rows. Here several windows go together, and what is not read is not computed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SHARE_OF_MEMORY = 32  # the activations of a step may take 1 / 32 of the device
 
 def default_chunks(config: VideoXLConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Windows per step. On a CPU the fewest that give products of about a thousand rows: one
-    window of the released model does, and more only cost memory. On a GPU as many as a small
-    share of its memory holds the activations of, 8 at most."""
+    window of the released model does, and more only cost memory. On a GPU at most 8, and not more
+    than a small share of its memory has room for the activations of."""
     if device.type == "cpu":
         return max(1, min(_MAX_CHUNKS, -(-_CPU_ROWS // config.beacon_window)))
     total = torch.get_device_module(device).get_device_properties(device).total_memory
-    # Residual, normed rows, q, k, v and the attention's result; three of the MLP.
+    # Residual, normed rows, q, k, v and the attention's result, and three tensors of the MLP.
     width = 6 * config.hidden_size + 3 * config.intermediate_size
     smallest = min(config.beacon_ratio if isinstance(config.beacon_ratio, list) else [2])
     rows = config.beacon_window + config.beacon_window // smallest
@@ -111,7 +111,7 @@ class StreamEncoder:
     # -- passes ----------------------------------------------------------------------
 
     def append_prefix(self, state: VideoState, ids: Tensor) -> None:
-        """Text before the video, ids `(tokens,)`. Every token is kept, no output is read."""
+        """Text before the video, ids `(tokens,)`. Every token is kept, and no output is read."""
         if len(ids):
             self._run([state.sequence], self.decoder.embed_tokens(ids[None]), None, 0)
         state.vst_counts.append(0)
@@ -183,7 +183,7 @@ class StreamEncoder:
 
     def _windows(self, state: VideoState, tokens: int, ratio: int, chunks: int) -> None:
         """The next `chunks` windows of `tokens` raw tokens each."""
-        if ratio > tokens:  # there is no VST, so nobody ever sees these tokens
+        if ratio > tokens:  # there is no VST, so no later row sees these tokens
             state.take(tokens * chunks)
             state.vst_counts += [0] * chunks
             return
@@ -204,7 +204,7 @@ class StreamEncoder:
         layout: ChunkLayout | None,
         output_rows: int | None,
     ) -> Tensor | None:
-        """Rows `(batch, rows, hidden)` through all layers; see `VideoXLModel.forward`. If it
+        """Rows `(batch, rows, hidden)` through all layers, as `VideoXLModel.forward`. If it
         raises, the sequences are as before."""
         rows = hidden.shape[1] if layout is None else layout.chunks * layout.vsts_per_chunk
         if output_rows == 0 and not self.settings.skip_last_layer_outputs:

@@ -31,7 +31,7 @@ class Owner(Protocol):
 
     @property
     def processor(self) -> Any:
-        """Text to ids and back; a ValueError where there is none."""
+        """Text to ids and back. A ValueError where there is none."""
 
     def encoder(self) -> StreamEncoder:
         """Runs videos through the decoder."""
@@ -55,7 +55,7 @@ class VideoMemory:
 
     Attributes:
         model: the model that made it.
-        batch: the sequences; HF's `generate` carries such an object.
+        batch: the sequences.
     """
 
     def __init__(self, model: Owner, batch: StreamBatch) -> None:
@@ -109,7 +109,7 @@ class VideoMemory:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the kept K and V, were nothing shared."""
+        """Bytes of the kept K and V. What is shared counts for each."""
         total = 0
         for state in self.batch.states:
             cache = state.sequence.place[0]
@@ -137,7 +137,7 @@ class VideoMemory:
             options: of `generate`: `do_sample`, `num_beams`, `streamer`, ...
 
         Returns:
-            For text the answer, a list of answers for several videos; for ids the new ids,
+            For text the answer, or a list of answers for several videos. For ids the new ids,
             `(new,)` or `(batch, new)`.
 
         Raises:
@@ -230,7 +230,7 @@ class VideoMemory:
         """Reads what `save` wrote, for the same model, on the device where it is now.
 
         Raises:
-            ValueError: the file is damaged, is no memory, or was made by another model.
+            ValueError: the file is damaged, is not a memory, or was made by another model.
             OSError: the file can't be read.
         """
         return VideoMemory(model, StreamBatch([memory_file.load_state(path, model.encoder())]))

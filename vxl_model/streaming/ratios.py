@@ -63,10 +63,10 @@ class RatioPlan:
 
     Args:
         ratio: an integer, a list to draw from, or `WindowRatios`.
-        seed: of the draws; the published code's by default.
+        seed: of the draws, by default the published code's.
 
     Raises:
-        ValueError: none of these.
+        ValueError: something else.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class RatioPlan:
         return RatioPlan.from_state(self.state())
 
     def state(self) -> str:
-        """Everything as JSON; `from_state` reads it."""
+        """Everything as JSON, which `from_state` reads."""
         return json.dumps(
             {
                 "ratios": list(self.allowed),

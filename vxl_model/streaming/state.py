@@ -25,7 +25,7 @@ class VideoState:
             counts them.
         visual_tokens: raw ones so far.
         finished: a suffix has been read, so no more video can follow.
-        flushed: this state with its last, partial window encoded, once somebody has asked for it.
+        flushed: this state with its last, partial window encoded, once that was needed.
         drawn_ratios: of full windows that are pending.
     """
 
