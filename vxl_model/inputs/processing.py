@@ -181,14 +181,6 @@ class VideoXLProcessor:
 
     # -- words ---------------------------------------------------------------------------------
 
-    def prompt_ids(self) -> Tensor:
-        """The name of `prefix_ids` until all callers have changed."""
-        return self.prefix_ids()
-
-    def tail_ids(self, question: str) -> Tensor:
-        """The name of `suffix_ids` until all callers have changed."""
-        return self.suffix_ids(question)
-
     def prefix_ids(self) -> Tensor:
         """Ids before the video, `(1, P)`."""
         return self._ids(PROMPT[0])
