@@ -134,9 +134,9 @@ def commands(text):
 
 
 @functools.cache
-def help_of(*command):
+def output_of(*command):
     done = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
@@ -144,7 +144,7 @@ def help_of(*command):
 
 def check_options(command, arguments):
     """A Python command starts, and its help names every option that is used."""
-    text = help_of(*command)
+    text = output_of(*command, "--help")
     unknown = [
         word
         for word in arguments
@@ -221,6 +221,8 @@ def check(words):
         module, *arguments = rest[1:]
         if module == "vxl_model":
             vxl(arguments)
+        elif rest == ["-m", "vxl_kernels", "info"]:
+            assert "backends" in output_of(*rest)
         else:
             subcommand = arguments[:1] if module != "pytest" else []
             check_options(["-m", module, *subcommand], arguments)
