@@ -36,6 +36,7 @@ from .primitives import (
     chunk_row,
     load_block,
     load_rows,
+    opaque_zero,
     query_row,
     visible_new,
 )
@@ -230,9 +231,8 @@ def dq_kernel(
         v = load_block(v_desc, i_batch, i_head, row, v_ptrs, HEAD_DIM, TMA)
         _, ds = _scores_backward(q, k, grad, v, log2, delta, scale, log2_scale, 0, False, PRECISION)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    # Positions once more, for few of the loops' registers: program_id(2) is 0, but no compiler
-    # knows.
-    offs_m = first_m + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    # Positions are computed again, see `opaque_zero`.
+    offs_m = first_m + opaque_zero() + tl.arange(0, BLOCK_M)
     raw_bound, vst_bound = visible_new(tl.minimum(offs_m, last_m) // GROUP_SIZE, ratio)
     raw_full *= BLOCK_N // MASKED_BLOCK_N
     vst_full *= BLOCK_N // MASKED_BLOCK_N
@@ -256,7 +256,7 @@ def dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     # -- result (batch, rows, heads, head_dim), dense --
-    offs_m = first_m + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    offs_m = first_m + opaque_zero() + tl.arange(0, BLOCK_M)
     stored = offs_m <= last_m
     offs_m = tl.minimum(offs_m, last_m)
     offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE
@@ -383,8 +383,7 @@ def dkv_kernel(
     (part, batch, entry, head), entries that no row of the part sees unwritten; grid (blocks of
     entries * splits * KV_HEADS, batch).
 
-    Before each loop and behind them, indices are worked out once more: kept, they would take
-    registers through the other loop. program_id(2) is 0, but no compiler knows.
+    Before each loop and after them, indices are computed again, see `opaque_zero`.
     """
     rows = chunks * (window + window // ratio)
     pid = tl.program_id(0)
@@ -442,7 +441,7 @@ def dkv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     # -- rows that see some of them --
-    pid = tl.program_id(0) + tl.program_id(2)
+    pid = tl.program_id(0) + opaque_zero()
     i_head = pid % KV_HEADS
     keys, raw, vst, bases = _walk(
         pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks,
@@ -453,8 +452,8 @@ def dkv_kernel(
     vst_first, vst_split, _ = vst
     raw_masked = tl.cdiv(raw_split - raw_first, MASKED_BLOCK_M)
     vst_masked = tl.cdiv(vst_split - vst_first, MASKED_BLOCK_M)
-    offs_e = tl.program_id(2) + tl.arange(0, MASKED_BLOCK_M)
-    offs_key = keys[0] + tl.program_id(2) + tl.arange(0, BLOCK_N)
+    offs_e = opaque_zero() + tl.arange(0, MASKED_BLOCK_M)
+    offs_key = keys[0] + opaque_zero() + tl.arange(0, BLOCK_N)
     for i in tl.range(
         0, (raw_masked + vst_masked) * GROUP_SIZE, num_stages=1, disable_licm=not ALLOW_LICM
     ):
@@ -489,7 +488,7 @@ def dkv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     # -- result, dense --
-    pid = tl.program_id(0) + 2 * tl.program_id(2)
+    pid = tl.program_id(0) + opaque_zero(1)
     keys, _, _, _ = _walk(
         pid, i_batch, cache_seqlens_ptr, window, ratio, kept, chunks,
         page_size, max_pages, chunk_splits,
@@ -504,7 +503,7 @@ def dkv_kernel(
     else:
         i_chunk = pid // KV_HEADS % chunks
         row = i_batch * rows + chunk_row(is_vst, start, i_chunk, window, ratio, chunks, True)
-    offs_n = tl.program_id(2) + tl.arange(0, BLOCK_N)
+    offs_n = opaque_zero() + tl.arange(0, BLOCK_N)
     offs_out = ((row + offs_n) * KV_HEADS + pid % KV_HEADS)[:, None] * HEAD_DIM + offs_d
     mask = (start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)
     tl.store(dk_ptr + offs_out, dk.to(dk_ptr.dtype.element_ty), mask=mask)

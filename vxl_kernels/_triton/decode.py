@@ -22,6 +22,7 @@ from .primitives import (
     locate,
     narrow,
     new_offset,
+    opaque_zero,
     paged_offset,
     score_block,
 )
@@ -37,8 +38,7 @@ def _program(zero, rows, KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK
     times GROUP_SIZE heads are packed flat; numbers past the last are not stored. Programs of a
     split's tiles and heads follow one another, because they read the same keys or pages.
 
-    `zero` is one that the compiler does not know to be 0. So what is worked out once more, behind
-    a loop, takes no registers in it: kept from the start it would be spilled.
+    `zero` is 0, or an `opaque_zero` where all this is computed again.
     """
     pid = tl.program_id(0) + zero
     i_batch = (tl.program_id(1) + zero).to(tl.int64)
@@ -143,7 +143,7 @@ def decode_kernel(
         MASKED_PAGE_MODE: tl.constexpr = (
             PAGE_MODE if PAGE_MODE == "block_in_page" or MASKED_BLOCK_N == BLOCK_N else "gather"
         )
-        offs_e = tl.program_id(2) + tl.arange(0, MASKED_BLOCK_N)
+        offs_e = opaque_zero() + tl.arange(0, MASKED_BLOCK_N)
         for start in tl.range(full, end, MASKED_BLOCK_N, num_stages=1):
             edge = locate(
                 table_ptr, start, offs_e, page_size, max_pages, MASKED_BLOCK_N, MASKED_PAGE_MODE
@@ -164,7 +164,7 @@ def decode_kernel(
             acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- new keys --
-    zero = tl.program_id(2)
+    zero = opaque_zero()
     offs_e = zero + tl.arange(0, MASKED_BLOCK_N)
     i_batch, i_split, i_head, offs_m, last_m = _program(zero, rows, KV_HEADS, GROUP_SIZE, BLOCK_M)
     bound = tl.minimum(offs_m, last_m) // GROUP_SIZE + 1
@@ -195,7 +195,7 @@ def decode_kernel(
         acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- result --
-    zero = tl.num_programs(2) - 1  # not the same as above, or it would be worked out there
+    zero = opaque_zero(2)
     i_batch, i_split, i_head, offs_m, last_m = _program(zero, rows, KV_HEADS, GROUP_SIZE, BLOCK_M)
     stored = offs_m <= last_m
     offs_m = tl.minimum(offs_m, last_m)

@@ -31,6 +31,7 @@ from .primitives import (
     locate,
     narrow,
     new_offset,
+    opaque_zero,
     paged_offset,
     query_row,
     score_block,
@@ -147,12 +148,11 @@ def prefill_kernel(
             acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
         # Blocks of MASKED_BLOCK_N keys meet pages in other ways, so each key is looked up by itself
         # ("gather") unless blocks lie in a page; its offset is counted as above. There are few
-        # masked blocks, so nothing of theirs is worth a register in another loop. program_id(2) is
-        # 0: see the end.
+        # masked blocks, so nothing of theirs is worth a register in another loop.
         MASKED_PAGE_MODE: tl.constexpr = (
             "block_in_page" if PAGE_MODE == "block_in_page" else "gather"
         )
-        offs_e += tl.program_id(2)
+        offs_e += opaque_zero()
         for start in tl.range(full, cached, MASKED_BLOCK_N, num_stages=1, disable_licm=TMA):
             edge = locate(
                 table_ptr, start, offs_e, page_size, max_pages, MASKED_BLOCK_N, MASKED_PAGE_MODE
@@ -173,8 +173,8 @@ def prefill_kernel(
             acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- own chunk: raw tokens, then VSTs --
-    # Positions once more, for few of the loops' registers: see the end.
-    offs_m = first_m + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    # Positions are computed again, see `opaque_zero`.
+    offs_m = first_m + opaque_zero() + tl.arange(0, BLOCK_M)
     raw_bound, vst_bound = visible_new(tl.minimum(offs_m, last_m) // GROUP_SIZE, ratio)
     raw_min, vst_min = visible_new(first_m // GROUP_SIZE, ratio)
     raw_end, vst_end = visible_new(last_m // GROUP_SIZE, ratio)
@@ -241,9 +241,8 @@ def prefill_kernel(
         acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
 
     # -- result: out (batch, rows, heads, head_dim), lse (batch, heads, rows), both dense --
-    # Packed rows are worked out once more: kept from the start they would take registers
-    # through all loops, or be spilled. program_id(2) is 0, but no compiler knows.
-    offs_m = first_m + tl.program_id(2) + tl.arange(0, BLOCK_M)
+    # Packed rows are computed again, see `opaque_zero`: kept, they would be spilled.
+    offs_m = first_m + opaque_zero() + tl.arange(0, BLOCK_M)
     stored = offs_m <= last_m
     offs_m = tl.minimum(offs_m, last_m)
     offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE

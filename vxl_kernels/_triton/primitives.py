@@ -20,6 +20,7 @@ __all__ = [
     "locate",
     "narrow",
     "new_offset",
+    "opaque_zero",
     "paged_offset",
     "query_row",
     "score_block",
@@ -195,6 +196,25 @@ def load_block(desc, at_batch, i_head, at_row, ptrs, HEAD_DIM: tl.constexpr, TMA
         return desc.load([at_batch.to(tl.int32), i_head, at_row, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         return load_rows(ptrs, 0, 0, HEAD_DIM, False)
+
+
+# -- registers -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def opaque_zero(WHICH: tl.constexpr = 0):
+    """0, though no compiler can tell: grids have one program along their third axis.
+
+    Added to an index, it makes the compiler compute what follows from the index again instead of
+    keeping the value from before a loop, which would take registers all through the loop or be
+    spilled. Zeros of one WHICH (0, 1 or 2) are one value to the compiler, others are not.
+    """
+    if WHICH == 0:
+        return tl.program_id(2)
+    elif WHICH == 1:
+        return 2 * tl.program_id(2)
+    else:
+        return tl.num_programs(2) - 1
 
 
 # -- arithmetic by hand where the compiler's is longer ---------------------------------------
