@@ -1,8 +1,9 @@
-"""Without a download: the whole way with random weights, and a tiny model that really answers.
+"""A demonstration without a download: random weights from video to answer, then a tiny trained
+model.
 
-A clip made on the spot goes through a small random Video-XL: the words that come out mean
-nothing, where the time goes does. Then the model of `examples/needle/train.py` is asked
-about a video four times as long as any of its training.
+A generated clip goes through a small random Video-XL. Its words mean nothing; its timings do.
+Then the model of `examples/needle/train.py` answers questions about a video four times as long
+as any of its training videos.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ STAGES = (
 
 
 def demo_model(seed: int = 0) -> VideoXLForConditionalGeneration:
-    """A model of the released one's structure in small: CLIP of 3 layers that run, Qwen2 of 4,
-    windows of 10 frames, random weights. The same for the same seed."""
+    """A small model of the released structure: CLIP with 3 layers that run, Qwen2 with 4, windows
+    of 10 frames, and random weights that depend only on the seed."""
     from vxl_model.decoder.configuration import VideoXLConfig
     from vxl_model.modeling import VideoXLForConditionalGeneration
 
@@ -97,13 +98,13 @@ def demo_model(seed: int = 0) -> VideoXLForConditionalGeneration:
 
 
 def _unreadable(tokenizer: Any) -> list[int]:
-    """All ids but those of small letters and the space: bytes at random are no text."""
+    """All ids but those of small letters and the space: random bytes are not text."""
     letters = set("abcdefghijklmnopqrstuvwxyz") | {tokenizer.tokenize(" ")[0]}
     return [i for token, i in tokenizer.get_vocab().items() if token not in letters]
 
 
 def ask_needles(device: str, frames: int = 4 * TRAINED_FRAMES, seed: int = 0) -> dict[str, Any]:
-    """Eight needles in a video of synthetic features, and what the trained model says of them."""
+    """Eight needles in a video of synthetic features, and the trained model's answers."""
     model = load_needle_model()
     torch.nn.Module.to(model, device)
     generator = torch.Generator().manual_seed(seed)
@@ -167,8 +168,8 @@ def run_demo(
     ratio: Any = None,
     max_new_tokens: int = 32,
 ) -> dict[str, Any]:
-    """Runs it and returns what `print_demo` prints. Seconds are wall-clock; decoding runs in a
-    thread beside the model, so the parts may add up to more than the whole."""
+    """Runs the demonstration and returns what `print_demo` prints. Seconds are wall-clock. Decoding
+    runs in its own thread, so the parts may add up to more than the whole."""
     whole = time.perf_counter()
     timer = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="vxl-demo-") as folder:

@@ -1,4 +1,4 @@
-"""What the demonstration and the tests are made of: a tokenizer of bytes and a moving picture."""
+"""Material of the demonstration and the tests: a tokenizer of bytes and a short clip."""
 
 from __future__ import annotations
 

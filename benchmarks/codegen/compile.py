@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for a GPU that is not there, and what the tools say of the result."""
+"""Ahead-of-time compilation without a GPU, and what the tools report about the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Compiled", "Kernel", "compile_kernel", "read_resources", "target_of"
 
 
 class Kernel(Protocol):
-    """What `vxl_kernels._triton.catalog.Compilation` and `_plain_flash.Compilation` have in
+    """What `vxl_kernels._triton.catalog.Compilation` and `plain_flash.Compilation` have in
     common."""
 
     @property
@@ -75,7 +75,7 @@ def target_of(arch: str) -> Any:
 
 
 def _tool(name: str) -> str:
-    """A program that Triton's package carries."""
+    """The path of a program in Triton's package."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -100,7 +100,7 @@ def _amd_number(text: str, key: str) -> int:
 
 
 def _processor_seconds() -> float:
-    """Of this process and the tools it ran: other work on the machine does not count."""
+    """Processor time of this process and its tools; other work on the machine does not count."""
     return sum(os.times()[:4])
 
 

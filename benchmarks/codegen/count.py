@@ -1,4 +1,4 @@
-"""What an instruction is: its class, the FLOPs it does, the bytes it moves."""
+"""Properties of an instruction: its class, its FLOPs and the bytes it moves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _NVIDIA = {
     "WARPGROUP_ ENDCOLLECTIVE",
 }
 _NVIDIA_CLASS = {base: name for name, bases in _NVIDIA.items() for base in bases.split()}
-# two results a lane: the unit is busy twice as long
+# two results a lane, which keep the unit busy twice as long
 _DOUBLE = {"FFMA2", "FMUL2", "FADD2"}
 
 _AMD_TRANSCENDENTAL = re.compile(r"^v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
@@ -78,7 +78,7 @@ _AMD = (
 
 
 class Shape(NamedTuple):
-    """What a tcgen05 instruction multiplies: M x K by K x N; `element` bytes each."""
+    """The product of a tcgen05 instruction, M x K by K x N, with `element` bytes a number."""
 
     m: int
     n: int
@@ -91,7 +91,7 @@ def classify(instruction: Instruction) -> str:
         base = instruction.base
         if base in _NVIDIA_CLASS:
             return _NVIDIA_CLASS[base]
-        # what is left of U...: the scalar ("uniform") data path
+        # the other U... instructions: the scalar ("uniform") data path
         return UNIFORM if base.startswith("U") else OTHER
     text = f"{instruction.opcode} {instruction.operands}"
     return next((name for pattern, name in _AMD if pattern.search(text)), OTHER)
@@ -130,7 +130,7 @@ def matrix_flops(instruction: Instruction) -> tuple[str, int]:
 def tensor_core_shapes(ptx: str) -> list[Shape]:
     """The shape of every `tcgen05.mma`, in the order of the text.
 
-    It stands in the instruction descriptor (PTX ISA, "Instruction descriptor", kinds f16 and
+    The shape is in the instruction descriptor (PTX ISA, "Instruction descriptor", kinds f16 and
     tf32: bits 17-22 hold N / 8, bits 24-28 M / 16; K is 32 bytes), which Triton moves from a
     constant."""
     constants: dict[str, int] = {}
@@ -207,8 +207,7 @@ class Counts:
         return self.instructions - self.classes[MATRIX]
 
     def without(self, other: Counts) -> Counts:
-        """These counts less those of instructions that are jumped over. They are arithmetic:
-        no matrix instruction, no memory."""
+        """These counts minus those of skipped instructions, which are arithmetic only."""
         return replace(
             self,
             classes=self.classes - other.classes,

@@ -1,6 +1,7 @@
-"""What the model of `sass.py` assumes about each architecture: the one table of its constants.
+"""What the model of `machine_code.py` assumes about each architecture: the one table of its
+constants.
 
-All rates are per clock and per SM (CU on AMD), so no clock frequency enters anywhere. Results per
+All rates are per clock and per SM (CU on AMD), so no clock frequency is needed. Results per
 clock divided by the lanes of a warp (32; 64 on AMD) give the cycles a unit is busy with one
 instruction of one warp.
 
@@ -19,7 +20,7 @@ Sources
             FP16/BF16 (1307 TFLOP/s = 304 CUs x 2.1 GHz x 2048), 4 SIMDs of 16 lanes, packed FP32
             at twice the rate, 512 vector registers per lane, 64 KB and 128 bytes per clock of LDS.
             Transcendental functions run at a quarter of the rate of an FMA.
-  [assumed] No published figure was found; the value is what would not flatter either kernel.
+  [assumed] No published figure was found; the value favours neither kernel.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ LIMITS = {
         # [b200]; HMMA [assumed]
         matrix_flops={"UTCHMMA": 8192, "HMMA": 2048, "UTCHMMA.TF32": 4096, "HMMA.TF32": 1024},
         slots=128,
-        fma=128,  # [guide]; FFMA2 and its kin hold the unit twice as long
+        fma=128,  # [guide]; FFMA2 and similar instructions hold the unit twice as long
         alu=64,  # [guide]
         mufu=16,  # [guide] [b200]
         shuffle=32,  # [guide]

@@ -1,6 +1,4 @@
-"""Which loop of a kernel is the one over full (unmasked) tiles.
-
-How it is told from the others, in this order:
+"""Finds the loop of a kernel over full (unmasked) tiles, by these rules in this order:
 
 1. A *matrix loop* holds matrix instructions and no smaller loop that does. (Loops that wait on a
    barrier sit inside it, as loops of two instructions; they are left out of the counts.)
@@ -10,12 +8,13 @@ How it is told from the others, in this order:
    number alone serves all rows of a thread, and some selects serve other ends: rounding to bf16
    on AMD, wrapping the buffers of a pipeline.) A kernel of fewer than 64 rows waits for memory:
    if all its loops are masked, they are taken.
-3. What is left must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or 2 * m * n * k
-   of a product; fewer is an error, and so is no full loop at all. More than the tiles have is work
-   that warps do twice, which counts as time, not as use. (float32 is several tf32 products for
-   one, with selects of its own: there all loops are taken, and the FLOPs done count as useful.)
+3. The remaining loops must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or 2 * m *
+n * k
+   of a product; fewer is an error, and so is a missing full loop. Extra FLOPs are work that warps
+   repeat; they count as time, not as useful work. (float32 takes several tf32 products for one,
+   with selects of its own. There all loops are taken, and all FLOPs count as useful.)
 
-Several full loops (cache, chunk) are all returned; the table shows the worst of them.
+All full loops (cache, chunk) are returned; the table shows the worst one.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ def tile_flops(tile: Mapping[str, int]) -> int:
 
 
 def program_rows(tile: Mapping[str, int]) -> int:
-    """What a program keeps and the matrix instructions have as rows: query rows, or where dK and
-    dV are summed (four products) keys."""
+    """The rows that a program keeps and that the matrix instructions have: query rows, or keys
+    where dK and dV are summed (four products)."""
     return tile["keys"] if tile.get("products") == 4 else tile.get("rows", tile.get("m", 128))
 
 
@@ -86,7 +85,7 @@ def _matrix_loops(function: Function) -> list[Loop]:
 
 
 def _body(function: Function, loop: Loop, loops: Sequence[Loop]) -> list[int]:
-    """The loop's blocks without the loops in it that only wait for a barrier."""
+    """The blocks of a loop, without inner loops that only wait for a barrier."""
     spins = [
         other
         for other in loops
@@ -168,7 +167,7 @@ def full_tile_loops(
     of a key's number.
 
     Raises:
-        ParseError: no loop with matrix instructions, FLOPs that are no whole number of tiles, or
+        ParseError: no loop with matrix instructions, FLOPs that are not a whole number of tiles, or
             nothing but masked loops.
     """
     every = function.loops()

@@ -1,14 +1,14 @@
-"""From counts to cycles: how long each unit of an SM is busy with one tile, and what follows.
+"""Turns counts into cycles: how long each unit of an SM is busy with one tile.
 
-Every unit is given the cycles it needs if nothing ever waits. Two shares of the matrix units'
-peak follow:
+Every unit gets the cycles that it needs if nothing ever waits. Two shares of the matrix units' peak
+follow:
 
     no overlap        matrix / (matrix + issue + MUFU): the softmax of a tile and its products
                       take turns, as they do in one block of a plain kernel
     perfect overlap   matrix / max(matrix, issue, MUFU, memory): only the busiest unit counts
 
-Latency, bank conflicts, memory beyond the SM, clocks and power are not in it. It ranks loops of
-one architecture; it does not predict a time.
+The model ignores latency, bank conflicts, memory outside the SM, clocks and power. It ranks loops
+of one architecture; it does not predict a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Cycles", "Measured", "ctas_per_sm", "cycles", "kv_bytes_per_output",
 
 @dataclass(frozen=True)
 class Cycles:
-    """Of one SM for one tile of one block."""
+    """Cycles of one SM for one tile of one block."""
 
     matrix: float
     issue: float
@@ -34,7 +34,7 @@ class Cycles:
 
     @property
     def bound(self) -> str:
-        """The unit that a perfect overlap would wait for."""
+        """The busiest unit, which limits a perfect overlap."""
         every = {
             "matrix": self.matrix,
             "issue": self.issue,
@@ -44,7 +44,7 @@ class Cycles:
         return max(every, key=lambda unit: every[unit])
 
     def share(self, flops: float, peak: float) -> float:
-        """Of the peak, if matrix work overlaps with nothing."""
+        """Share of the peak if matrix work overlaps with nothing."""
         return flops / peak / (self.matrix + self.issue + self.mufu)
 
     def share_overlapped(self, flops: float, peak: float) -> float:

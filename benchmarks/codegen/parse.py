@@ -1,7 +1,7 @@
 """Machine code as text -> instructions -> basic blocks -> natural loops.
 
 Reads what `nvdisasm -c` prints for NVIDIA and what LLVM prints for AMD. Nothing here knows what
-an instruction costs (`_sass_model.py`) or which loop matters (`_sass_loops.py`).
+an instruction costs (`model.py`) or which loop matters (`loops.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Block", "Function", "Instruction", "Loop", "ParseError", "read_amdgc
 
 
 class ParseError(ValueError):
-    """The machine code does not look as expected. Never taken for "nothing there"."""
+    """The machine code does not look as expected. It is never read as "nothing found"."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Function:
 
 
 def _dominators(blocks: Sequence[Block]) -> list[set[int]]:
-    """Which blocks every path from the entry passes; empty for what cannot be reached."""
+    """The dominators of each block; empty for unreachable blocks."""
     reachable = {0}
     todo = [0]
     while todo:

@@ -1,9 +1,10 @@
-"""The baseline of `sass.py`: flash attention 2, forward, as Triton's tutorial teaches it.
+"""The baseline of `machine_code.py`: flash attention 2, forward, as Triton's tutorial teaches it.
 
 Contiguous K and V of `(batch, heads, rows, head_dim)`, as many key heads as query heads, one
 tile of query rows of one head per program, a loop over full tiles and one over the tiles that
-the causal diagonal crosses. Nothing of Video-XL is in it: what the project's own kernel needs
-beyond this (pages, positions, chunks, packed heads) has to cost nothing where the time goes.
+the causal diagonal crosses. It has nothing of Video-XL: what the
+project's own kernel adds (pages, positions, chunks, packed heads) must cost nothing in the hot
+loop.
 
 Its result is tested in the interpreter (tests/benchmarks/test_codegen_compiled.py). It is given
 its best configuration: machine_code.py compiles every entry of `sweep()` and compares with the
@@ -171,8 +172,8 @@ def plain_flash_kernel(
         True,
         TMA,
     )
-    # program_id(2) is 0, but no compiler knows: addresses are worked out anew instead of being
-    # kept in registers through both loops
+    # program_id(2) is always 0 but opaque to the compiler, which then recomputes addresses
+    # instead of keeping them in registers through both loops
     o_rows += tl.program_id(2)
     p_rows = o_rows[:, None] * D + o_d[None, :]  # [BM, D]
     out = acc / l_i[:, None]
@@ -240,7 +241,7 @@ def _compilation(
 
 def sweep(arch: str, *, head_dim: int = 128, dtype: str = "bf16") -> list[Compilation]:
     """The baseline's candidates on one architecture: the tutorial's own grid of tiles, warps and
-    stages, thinned of what spills or does not fit anywhere. `arch` is "cuda:80", "cuda:90",
+    stages, without those that spill or do not fit. `arch` is "cuda:80", "cuda:90",
     "cuda:100" or "hip:gfx942"."""
     # (rows, keys, warps, stages)
     shapes = {

@@ -1,4 +1,4 @@
-"""The table of `sass.py`, its file and its bars."""
+"""The table of `machine_code.py`, its file and its bars."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXPECTED = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "M
 _ROWS_OF_A_MATRIX_UNIT = 64
 # bars
 COMPILE_SECONDS = 60.0
-COMPILE_PROCESSES = 2  # at most: the bar is one for two cores
+COMPILE_PROCESSES = 2  # at most two: the bar is meant for two cores
 _COMPARED = ("sm_80", "sm_90")
 
 _HEADER = (
@@ -133,7 +133,7 @@ def kv_table(heads: int, kv_heads: int, head_dim: int, tile_rows: int, element: 
 
 
 def compile_times(rows: Sequence[Measured]) -> dict[str, float]:
-    """Seconds of processor time per target, of all that is not the baseline."""
+    """Seconds of processor time per target, without the baseline."""
     seconds: dict[str, float] = {}
     for r in rows:
         if r.kernel != "plain_flash":
@@ -147,7 +147,7 @@ def save_json(path: Path, rows: Sequence[Measured]) -> None:
 
 
 def _compared(r: Measured) -> bool:
-    """Attention of full tiles, which the plain kernel is the measure of."""
+    """Whether a line is attention of full tiles, which is compared with the plain kernel."""
     forward = "keys" in r.tile and "products" not in r.tile
     return forward and r.tile["rows"] >= _ROWS_OF_A_MATRIX_UNIT and r.dtype != "fp32"
 

@@ -1,4 +1,4 @@
-"""A small world to lose a needle in: videos of synthetic frame features, and questions on them.
+"""The needle task: videos of synthetic frame features, and questions about them.
 
 A frame is 8 x 8 visual tokens of noise, a window 4 frames. A picture covers 4 x 4 tokens at a
 random place of its frame and shows an animal: its look is added to the tokens. A *needle* is a
@@ -79,15 +79,15 @@ def question(colour: int) -> str:
 
 
 def answer(needle: Needle) -> str:
-    """The colour once more, then the animal: what the animal is predicted from says what to look
-    for. Asked to answer with the animal alone, the same model learned nothing in 400 steps."""
+    """The colour again, then the animal, so the token before the animal names what to look for.
+    With the animal alone as the answer, the same model learned nothing in 400 steps."""
     return f"{COLOURS[needle.colour]} {ANIMALS[needle.animal]}"
 
 
 @functools.cache
 def _appearances() -> Tensor:
-    """Features `(animals + colours, hidden)`, the same everywhere: from NumPy's legacy generator,
-    whose numbers never change."""
+    """Features `(animals + colours, hidden)`, the same on every machine: NumPy's legacy generator
+    never changes its numbers."""
     import numpy as np
 
     drawn = np.random.RandomState(0).standard_normal((len(ANIMALS) + len(COLOURS), HIDDEN))
@@ -191,7 +191,7 @@ def new_needle_model(seed: int = 0) -> VideoXLForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VideoXLForConditionalGeneration(config)
-    # Words start where their looks are, as after the alignment stage of the recipe.
+    # Words start at their looks, as after the alignment stage of the recipe.
     names = tokenizer.convert_tokens_to_ids([*ANIMALS, *COLOURS])
     model.model.embed_tokens.weight.data[names] = _appearances() / _CONTRAST
     model.processor = VideoXLProcessor(tokenizer)
@@ -199,7 +199,7 @@ def new_needle_model(seed: int = 0) -> VideoXLForConditionalGeneration:
 
 
 def load_needle_model(path: Path = WEIGHTS) -> VideoXLForConditionalGeneration:
-    """The trained model: the shipped one, or what `examples/needle.py` wrote to a folder."""
+    """The trained model: the shipped one, or what `examples/needle/train.py` wrote to a folder."""
     from vxl_model.modeling import VideoXLForConditionalGeneration
 
     return VideoXLForConditionalGeneration.from_pretrained(path).eval()

@@ -4,16 +4,16 @@
     python examples/needle/train.py --map-only         # the map of the shipped weights
     python examples/needle/train.py --steps 20 --videos 2 --lengths 16,32   # only to see it run
 
-What a needle is stands in `task.py`. Training draws videos of up to 32 frames (eight windows,
- a ratio of 2 to 16 for each) and asks about every needle in them; it starts with two
-windows and takes longer videos once it answers the shorter ones. Everything is computed by
-the package: attention through the accumulated VSTs, its gradients, the cache that questions share.
+`task.py` defines a needle. Training draws videos of up to 32 frames (eight windows, a ratio of 2
+to 16 for each) and asks about every needle in them. It starts with two windows and takes longer
+videos once it answers the shorter ones. The package computes everything: attention through the
+accumulated VSTs, its gradients, and the cache that questions share.
 
-The map is the field's usual one: accuracy over the depth of the needle and the length of the
-video, here up to eight times the longest video of the training. Two controls use the same weights:
+The map shows accuracy over the depth of the needle and the length of the video, here up to eight
+times the longest training video. Two controls use the same weights:
     no VSTs       the text alone, as if nothing of the video had been kept
     other video   questions on a video whose answers were drawn anew
-Both can only guess one animal in ten.
+Both can only guess, with one animal in ten right.
 
 Source: Video-XL section 4 (needle in a haystack), section 3.4 (training).
 """
@@ -69,8 +69,8 @@ KINDS = ("video", "no VSTs", "other video")
 def chat(
     model: VideoXLForConditionalGeneration, needles: Sequence[Needle], whole: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation that asks about every needle. Supervised are the animals,
-    or the whole answers and where they end."""
+    """Ids and labels of a conversation that asks about every needle. The animals are
+    supervised, or the whole answers with their ends."""
     processor = model.processor
     ids = [*processor.prefix_ids()[0].tolist(), IMAGE_TOKEN]
     labels = [-100] * len(ids)
@@ -90,8 +90,8 @@ def words(model: VideoXLForConditionalGeneration, text: str) -> list[int]:
 
 
 class Curriculum:
-    """How many windows a video may have: 2 at first, one more whenever the smoothed loss is
-    below `goal`."""
+    """The most windows of a video: 2 at first, one more whenever the smoothed loss is below
+    `goal`."""
 
     def __init__(self, goal: float = 0.3, patience: int = 20) -> None:
         self.windows, self.goal, self.patience = 2, goal, patience
@@ -146,7 +146,7 @@ def train(
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / 50) * decay
-        # Mostly videos near the present limit: there is the most to learn.
+        # Mostly videos near the present limit, which teach the most.
         windows = int(torch.randint(curriculum.windows, (2,), generator=generator).max()) + 1
         frames = windows * WINDOW_FRAMES
         frames -= int(torch.randint(WINDOW_FRAMES, (), generator=generator))
@@ -192,8 +192,7 @@ def train(
 
 
 def apart(frames: int) -> int:
-    """Of `DEPTHS` depths every how many-th may have a needle in the same video, if no window is to
-    have two."""
+    """The stride between depths whose needles fit into one video with at most one a window."""
     return max(1, math.ceil((DEPTHS - 1) * WINDOW_FRAMES / max(frames - 1, 1)))
 
 
@@ -269,7 +268,7 @@ def search(
     for ratio in ratios:
         rows: dict[str, list[Any]] = {"depths": []}
         for frames in lengths:
-            # The seed of a length is its own, so that a part of the map is that part of the whole.
+            # Each length has its own seed, so a part of the map equals that part of the whole map.
             hits = found(model, frames, ratio, videos, seed=1_000_003 * frames)
             depths = hits["video"].float().mean(0)
             rows["depths"].append(depths.tolist())

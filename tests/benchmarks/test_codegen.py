@@ -72,7 +72,7 @@ def test_loops_are_found_and_the_unmasked_one_is_chosen() -> None:
         [".L_x_1"],
         [".L_x_3"],
     ]
-    # .L_x_9, which nvdisasm prints behind the last instruction, is never reached
+    # .L_x_9, which nvdisasm prints after the last instruction, is never reached
     (loop,) = full_tile_loops(function, TILE, warp=32, warps=4)
     assert function.blocks[loop.loop.header].labels == [".L_x_1"]
     assert loop.tiles == 1

@@ -86,7 +86,7 @@ class PageManagerMachine(RuleBasedStateMachine):
 
     @rule(seq=seqs, rows=st.integers(1, 5))
     def append(self, seq, rows):
-        """reserve and commit of a whole step: what leaves partly filled pages behind."""
+        """reserve and commit of a whole step: which leaves partly filled pages."""
         if self.check_reserve([seq], rows, True, lambda: self.manager.reserve(seq, rows)):
             rows = self.model.sequences[seq].reserved
             self.manager.commit(seq, rows)

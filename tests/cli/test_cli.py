@@ -412,7 +412,7 @@ def test_demo(place, capsys):
 
 
 def test_reader_is_closed_when_the_model_fails(place, monkeypatch):
-    """An error between decoding and answer leaves no thread behind."""
+    """An error between decoding and answer leaves no thread running."""
     import threading
 
     model = VideoXLForConditionalGeneration.from_pretrained(place / "model")

@@ -24,7 +24,7 @@ def on_gpu(inputs):
 
 
 def ulp_close(x, truth):
-    """Within the last bit of the type, and of the float32 arithmetic behind it."""
+    """Within the last bit of the type, and of its float32 arithmetic."""
     eps = torch.finfo(truth.dtype).eps
     scale = float(truth.nan_to_num().abs().max()) if truth.numel() else 0.0
     torch.testing.assert_close(x.cpu(), truth, rtol=eps, atol=1e-6 * (1 + scale), equal_nan=True)

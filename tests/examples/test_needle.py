@@ -81,8 +81,8 @@ def test_it_answers_in_words_and_stops(model):
 
 
 def test_training_learns_and_repeats():
-    """The same seed gives the same losses, and what animals look like is learned: the loss of
-    guessing one of ten, 2.3, is left behind."""
+    """The same seed gives the same losses. The model learns the animals' looks: its loss falls
+    below 2.3, that of guessing one of ten."""
     few = [train.train(new_needle_model(), 3, tokens=1024, say=str) for _ in range(2)]
     assert few[0] == few[1]
     losses = train.train(new_needle_model(), 70, tokens=3072, whole_from=1, say=str)

@@ -1,5 +1,5 @@
 """A GPU that is played by the CPU: `play()` makes torch take every "cuda" for the CPU, and
-events for the host's clock. With TRITON_INTERPRET=1 the project's kernels run behind it. It shows
+events for the host's clock. With TRITON_INTERPRET=1 the project's kernels run under it. It shows
 that code written for a GPU runs to its end, and that its numbers are right; neither speed nor what
 real hardware does otherwise. As a plugin of pytest it serves the tests that need no memory, graphs
 or compiler of a GPU, in float32 (dtype0; the interpreter's products of bf16 are wrong). These 24

@@ -185,7 +185,7 @@ def test_zero_sizes(batch, rows, backend):
 @settings(max_examples=40)
 def test_strides_are_free(inputs, seed):
     def restride(x, order):
-        """The same values behind other strides and an offset."""
+        """The same values with other strides and an offset."""
         poison = torch.nan if x.is_floating_point() else -9
         wide = torch.full([n + 1 for n in x.permute(order).shape], poison, dtype=x.dtype)
         view = wide[tuple(slice(1, None) for _ in order)].permute(

@@ -76,7 +76,7 @@ def test_positions_by_hand(layout, backend):
     elif layout.chunks == 1:  # x0 x1 v0 x2 x3 v1 x4 x5 v2 x6 from position 3 on
         assert position == [3, 4, 6, 7, 9, 10, 12, 5, 8, 11]
         assert kept[3:6] == [3, 4, 5]
-    else:  # the second chunk starts behind the first one's three VSTs
+    else:  # the second chunk starts after the first one's three VSTs
         assert position == [*range(3, 13), *range(6, 16)]
         assert kept[3:9] == [3, 4, 5, 6, 7, 8]
     assert torch.equal(q, k)

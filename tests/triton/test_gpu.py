@@ -119,7 +119,7 @@ def far_away(inputs, pages):
 
 
 def launched(*args):
-    """The Triton kernel even where the extension has one of its own behind the operator."""
+    """The Triton kernel even where the extension has its own kernel for the operator."""
     *tensors, layout, inv_freq = args
     return _triton.kernel("rope_append")(*tensors, ops.layout_to_ints(layout), inv_freq)
 
