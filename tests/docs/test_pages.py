@@ -70,6 +70,18 @@ def test_behind_is_a_place(page):
     assert not re.search(r"\bbehind\b", (ROOT / page).read_text(), re.I)
 
 
+def test_supported_versions():
+    """The table of `limits.md` gives the lower bounds of pyproject.toml."""
+    project = (ROOT / "pyproject.toml").read_text()
+    bounds = {"python": re.search(r'requires-python = ">=(.+)"', project)[1]}
+    bounds |= dict(re.findall(r'"([\w-]+)>=([\d.]+)', project))
+    table = re.findall(r"^\| (\w+) \| (\d+\S*) (?:and newer|to) ", prose("docs/limits.md"), re.M)
+    names = {"pyav": "av", "pytorch": "torch"}
+    assert len(table) == 5
+    for name, version in table:
+        assert bounds[names.get(name.lower(), name.lower())] == version
+
+
 def test_design_is_short():
     assert len((ROOT / "DESIGN.md").read_text().splitlines()) <= 80
 
