@@ -133,9 +133,6 @@ class Session:
             )
         finally:
             bar.close()
-        damaged = getattr(source.get("video"), "damaged", 0)
-        if damaged:
-            _warn(f"{damaged} frames could not be decoded; each repeats the frame before it")
         return memory
 
     def _suffix(self, question: str) -> Any:

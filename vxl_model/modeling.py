@@ -389,7 +389,7 @@ class VideoXLForConditionalGeneration(
         given_one("append", given)
         visual = self._visual_encoder()
         if frames is not None:
-            pixel_values = visual.pixels(frames)
+            pixel_values = visual.preprocess(frames)
         source = open_source(visual, visual_features=visual_features, pixel_values=pixel_values)
         encoder = self.encoder()
         for features in source.pieces:

@@ -141,7 +141,7 @@ def test_chat(run, monkeypatch):
     )
     assert code == 0
     assert [json.loads(line)["question"] for line in out.splitlines()] == [QUESTION, "And then?"]
-    assert err == "vxl: question: holds the control token '<|im_end|>'\n"
+    assert err == "vxl: question: got the control token '<|im_end|>', expected plain text\n"
 
 
 def test_nothing_heavy_for_help_and_wrong_names(place):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..video.reader import VideoReader, open_video
+from ..errors import fail
 from ..video.resize import resize_crop
 from .arguments import IMAGE_TOKEN
-from .images import _bicubic, _described, _fit, _pinpoints, open_image
+from .images import PictureReader, bicubic, described, fit, open_frames, open_image, pinpoints
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
@@ -57,7 +57,7 @@ class VideoXLProcessor:
         self.tokenizer = tokenizer
         self.size = size
         self.mean, self.std, self.rescale = tuple(mean), tuple(std), rescale
-        self.grid_pinpoints = _pinpoints(grid_pinpoints, size)
+        self.grid_pinpoints = pinpoints(grid_pinpoints, size)
 
     @classmethod
     def from_pretrained(
@@ -90,74 +90,79 @@ class VideoXLProcessor:
     def frames_to_pixels(
         self, frames: np.ndarray | Tensor, device: Any = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """uint8 frames `(n, height, width, 3)`, RGB, to normalised `(n, 3, size, size)`: the
-        short edge to `size` (bicubic, antialiased), the middle cut out, as CLIP. Frames that
-        `open_video` has cut already are only normalised, on `device`."""
+        """uint8 frames `(n, height, width, 3)`, RGB, to normalised pixels `(n, 3, size, size)`.
+
+        As CLIP: the short edge to `size` (bicubic, antialiased), then the middle. Frames of `size`
+        are only normalised, on `device`. Arrays may have any strides.
+        """
         batch = frames.cpu().numpy() if isinstance(frames, Tensor) and frames.is_cpu else frames
         if not isinstance(batch, (np.ndarray, Tensor)) or batch.ndim != 4 or batch.shape[-1] != 3:
-            raise ValueError(
-                f"frames: got {_described(frames)}, expected uint8 (n, height, width, 3)"
-            )
+            fail("frames", described(frames), "uint8 (n, height, width, 3)")
         if batch.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"frames: got {batch.dtype}, expected uint8")
+            fail("frames", batch.dtype, "uint8")
         if 0 in batch.shape[1:3]:
-            raise ValueError(f"frames: got {_described(frames)}, an empty picture")
+            fail("frames", described(frames), "pictures of at least one pixel")
         if batch.shape[1:3] != (self.size, self.size):
             pictures = batch if isinstance(batch, np.ndarray) else batch.cpu().numpy()
             cut = [resize_crop(picture, self.size) for picture in pictures]
             batch = np.stack(cut) if cut else np.zeros((0, self.size, self.size, 3), np.uint8)
         if isinstance(batch, np.ndarray):
-            batch = torch.from_numpy(np.ascontiguousarray(batch))
+            batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
         pixels = batch.to(device).permute(0, 3, 1, 2).float()
-        # (x * rescale - mean) / std as one product and one sum over the pixels
-        std = torch.tensor(self.std, device=pixels.device)
-        mean = torch.tensor(self.mean, device=pixels.device)
-        scale, shift = (self.rescale / std)[:, None, None], (mean / std)[:, None, None]
-        return (pixels * scale - shift).to(dtype).contiguous()
+        # (x * rescale - mean) / std, as one product and one difference over the pixels
+        std = pixels.new_tensor(self.std)[:, None, None]
+        mean = pixels.new_tensor(self.mean)[:, None, None]
+        return (pixels * (self.rescale / std) - mean / std).to(dtype).contiguous()
+
+    def video_frames(
+        self, video: Any, frames: int | None = None, fps: float | None = None
+    ) -> Iterator[np.ndarray | Tensor]:
+        """Batches of uint8 frames `(n, height, width, 3)` of whatever `open_frames` takes as a
+        video: a file, a folder of pictures, a list of pictures, frames in memory."""
+        return iter(open_frames(video, self.size, frames, fps)[0])
 
     def video_pixels(
         self,
-        video: str | os.PathLike[str] | VideoReader | Iterable[np.ndarray],
+        video: Any,
+        frames: int | None = None,
+        fps: float | None = None,
         device: Any = None,
         dtype: torch.dtype = torch.float32,
-        **kwargs: Any,
     ) -> Iterator[Tensor]:
-        """Batches `(n, 3, size, size)` of a video (a path, with `open_video`'s `kwargs`, or an
-        open reader), decoded ahead of whoever takes them."""
-        if isinstance(video, (str, os.PathLike)):
-            video = open_video(video, size=self.size, **kwargs)
-        elif kwargs:
-            raise ValueError(f"{', '.join(kwargs)}: the reader is open already")
-        for frames in video:
-            yield self.frames_to_pixels(frames, device, dtype)
+        """The same as normalised pixels: batches `(n, 3, size, size)`."""
+        for batch in self.video_frames(video, frames, fps):
+            yield self.frames_to_pixels(batch, device, dtype)
 
-    def images_to_pixels(self, images: Iterable[Any]) -> Tensor:
-        """Several pictures as a video, one a frame: `(n, 3, size, size)`."""
+    def images_to_pixels(self, images: str | os.PathLike[str] | Iterable[Any]) -> Tensor:
+        """Several pictures, or a folder of them, as a video: `(n, 3, size, size)`, one a frame."""
         return self.frames_to_pixels(self.images_to_frames(images))
 
-    def images_to_frames(self, images: Iterable[Any]) -> np.ndarray:
+    def images_to_frames(self, images: str | os.PathLike[str] | Iterable[Any]) -> np.ndarray:
         """The same before normalising: uint8 `(n, size, size, 3)`."""
-        cut = [resize_crop(np.asarray(open_image(image)), self.size) for image in images]
-        if not cut:
-            raise ValueError("images: got none, expected at least one picture")
-        return np.stack(cut)
+        pictures = images if isinstance(images, (str, os.PathLike)) else list(images)
+        return np.concatenate(list(PictureReader(pictures, self.size)))
 
-    def image_to_pixels(self, image: Any) -> Tensor:
-        """One picture ("anyres"): `(1 + tiles, 3, size, size)`. First the whole picture squeezed
-        into a square, which the model leaves out where there are tiles; then the tiles row by
-        row, cut from the picture fitted into the best of `grid_pinpoints`, black around it.
+    def image_to_pixels(self, image: Any, overview: bool = True) -> Tensor:
+        """One picture in tiles ("anyres"): `(1 + tiles, 3, size, size)`.
 
-        `image`: a path, a PIL image, or uint8 `(height, width, 3)`.
+        The first is the whole picture squeezed into a square. The tiles follow row by row, cut from
+        the picture fitted into the best of `grid_pinpoints` with black around it.
+
+        Args:
+            image: a path, a PIL image, or uint8 `(height, width, 3)`.
+            overview: False leaves out the whole picture where there are tiles. The model does not
+                use it either, and `watch(pixel_values=...)` without `image_sizes` expects so.
         """
-        return self.frames_to_pixels(self.image_to_frames(image))
+        frames = self.image_to_frames(image)
+        return self.frames_to_pixels(frames if overview or len(frames) == 1 else frames[1:])
 
     def image_to_frames(self, image: Any) -> np.ndarray:
         """The same before normalising: uint8 `(1 + tiles, size, size, 3)`."""
         picture = open_image(image)
-        squares = [np.asarray(picture.resize((self.size, self.size), _bicubic()))]
+        squares = [np.asarray(picture.resize((self.size, self.size), bicubic()))]
         if self.grid_pinpoints:
             width, height = self.best_resolution(picture.size)
-            fitted = np.asarray(_fit(picture, width, height))
+            fitted = np.asarray(fit(picture, width, height))
             squares += [
                 fitted[y : y + self.size, x : x + self.size]
                 for y in range(0, height, self.size)
@@ -183,21 +188,36 @@ class VideoXLProcessor:
 
     def prefix_ids(self) -> Tensor:
         """Ids before the video, `(1, P)`."""
-        return self._ids(PROMPT[0])
+        return self.text_ids(PROMPT[0])
 
-    def suffix_ids(self, question: str) -> Tensor:
-        """Ids after the video, `(1, T)`: the question and the start of the answer."""
+    def suffix_ids(self, question: str, answer_prefix: str = "") -> Tensor:
+        """Ids after the video, `(1, T)`: the question and the start of the answer.
+
+        `answer_prefix` is what the answer begins with, for instance "Best option: (". The model
+        goes on from there.
+        """
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question: got {question!r}, expected text")
-        for token in self.control_tokens():
-            if token in question:
-                raise ValueError(f"question: holds the control token {token!r}")
-        return self._ids(PROMPT[1].replace("{question}", question))
+            fail("question", repr(question), "text")
+        if not isinstance(answer_prefix, str):
+            fail("answer_prefix", repr(answer_prefix), "text")
+        for name, text in (("question", question), ("answer_prefix", answer_prefix)):
+            for token in self.control_tokens():
+                if token in text:
+                    fail(name, f"the control token {token!r}", "plain text")
+        # The prefix by itself: its ids do not depend on the question.
+        asked = self.text_ids(PROMPT[1].replace("{question}", question))
+        return torch.cat((asked, self.text_ids(answer_prefix)), dim=1) if answer_prefix else asked
 
-    def encode_prompt(self, question: str) -> Tensor:
-        """`input_ids (1, P + 1 + T)` with one -200 where the video stands."""
-        image = torch.tensor([[IMAGE_TOKEN]])
-        return torch.cat((self.prefix_ids(), image, self.suffix_ids(question)), dim=1)
+    def encode_prompt(self, question: str, answer_prefix: str = "") -> Tensor:
+        """`input_ids (1, P + 1 + T)` with one -200 in place of the video."""
+        image = torch.tensor([[IMAGE_TOKEN]], device="cpu")
+        suffix = self.suffix_ids(question, answer_prefix)
+        return torch.cat((self.prefix_ids(), image, suffix), dim=1)
+
+    def text_ids(self, text: str) -> Tensor:
+        """Ids of a text as it is, `(1, T)`, without special tokens around it."""
+        ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Text of generated ids, `(T,)` or `(1, T)`, without control tokens."""
@@ -237,14 +257,10 @@ class VideoXLProcessor:
         return ids
 
     def control_tokens(self) -> set[str]:
-        """What must not stand in a text: tokens that structure the prompt."""
+        """Tokens that structure the prompt and must not occur in a text."""
         tokenizer = self._tokenizer()
         added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         return {*tokenizer.all_special_tokens, *added}
-
-    def _ids(self, text: str) -> Tensor:
-        ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([ids], dtype=torch.int64)
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -5,10 +5,8 @@ Nothing here knows a model. What turns pictures into features comes with a `Visu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from ..errors import fail
 from ..video.prefetch import prefetch
-from ..video.reader import open_video
 from .arguments import VisualSource, visual_sources
+from .images import open_frames
 
 __all__ = ["FeatureStream", "VisualEncoder", "open_source"]
 
@@ -32,22 +30,14 @@ class VisualEncoder:
         tokens_per_frame: features of a frame; 0 without a tower.
         encode: pixels `(frames, 3, size, size)`, or an iterable of such, to features `(tokens,
             hidden)`, some frames at a time.
-        preprocess: uint8 frames `(frames, height, width, 3)` to pixels.
+        preprocess: uint8 frames `(frames, height, width, 3)`, arrays or tensors, to pixels.
     """
 
     hidden_size: int
     image_size: int | None
     tokens_per_frame: int
     encode: Callable[[Tensor | Iterable[Tensor]], Iterator[Tensor]]
-    preprocess: Callable[[Tensor], Tensor]
-
-    def pixels(self, frames: Any) -> Tensor:
-        """Pixels of uint8 frames."""
-        frames = torch.as_tensor(frames)
-        if frames.dim() != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
-            got = f"shape {tuple(frames.shape)}, {frames.dtype}"
-            fail("frames", got, "uint8 (frames, height, width, 3)")
-        return self.preprocess(frames)
+    preprocess: Callable[[Any], Tensor]
 
     def features(self, source: VisualSource) -> Iterator[Tensor]:
         """Features of one row's visual part, some frames at a time."""
@@ -109,16 +99,8 @@ def _from_video(
 ) -> FeatureStream:
     if encoder.image_size is None:
         _refuse_pixels()
-    if isinstance(video, str | os.PathLike):
-        video = open_video(Path(video), frames=frames, fps=fps, size=encoder.image_size)
-    elif frames is not None or fps is not None:
-        fail("frames and fps", "frames in memory", "a file")
-    elif hasattr(video, "ndim"):
-        video = [video]
-    total = getattr(video, "num_frames", None)
-    if total is None and isinstance(video, list):
-        total = sum(len(x) for x in video)
-    pixels = prefetch(encoder.pixels(batch) for batch in video)
+    batches, total = open_frames(video, encoder.image_size, frames, fps)
+    pixels = prefetch(encoder.preprocess(batch) for batch in batches)
     return FeatureStream(encoder.encode(pixels), total, encoder.tokens_per_frame)
 
 

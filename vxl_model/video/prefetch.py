@@ -1,4 +1,4 @@
-"""The next items of an iterable, made in a thread while the last one is being used."""
+"""Making the next items of an iterable in a thread while the last one is used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ __all__ = ["prefetch"]
 
 T = TypeVar("T")
 
+# How long a consumer that leaves early waits for the item that is being made. A camera that is gone
+# makes none, and Ctrl-C must not wait for it.
+LEAVE_SECONDS = 2.0
+
 
 def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
-    """Yields `items` in order, with up to `ahead` made in advance. An error of theirs is raised
-    here; leaving early ends the thread."""
+    """Yields `items` in order and makes up to `ahead` of them in advance.
+
+    An error of `items` is raised here. Leaving early ends the thread after the item it is making.
+    """
     ready: queue.Queue[tuple[bool, object]] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 
@@ -54,4 +60,4 @@ def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         stop.set()
-        thread.join()
+        thread.join(LEAVE_SECONDS)

@@ -1,27 +1,27 @@
-"""Video in: which frames of a file, decoded ahead of the model and no more of them than in flight.
+"""The frames of a video file that a model is shown.
 
-Sampling as published: one frame a second up to 128
-frames, else 128 evenly spaced. An hour of 4K takes the memory of a minute: a frame is cut to
-what the vision tower sees where it is decoded, and a bounded queue lets the decoder run only a
-few batches ahead.
+The default sampling is the published one: one frame a second up to 128 frames, else 128 evenly
+spaced frames. An hour of 4K takes the memory of a minute, because each frame is cut to what the
+vision tower sees where it is decoded, and the decoder runs only a few batches ahead.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-import queue
-import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 
-from .decoders.base import Decoder, Samples, VideoError, VideoWarning
-from .decoders.choose import backends, open_decoder
-from .resize import _resize, resize_crop
+from .decoders.base import Decoder, Samples, VideoError, VideoWarning, reading
+from .decoders.choose import open_decoder
+from .prefetch import prefetch
+from .resize import resize, resize_crop
 
-__all__ = ["VideoError", "VideoReader", "VideoWarning", "backends", "open_video", "sample"]
+__all__ = ["VideoError", "VideoReader", "VideoWarning", "even", "open_video", "sample"]
 
 DEFAULT_FPS = 1.0
 DEFAULT_FRAMES = 128
@@ -35,44 +35,43 @@ def open_video(
     size: int | None = 336,
     batch: int = 16,
     ahead: int = 2,
-    backend: str | None = None,
 ) -> VideoReader:
-    """Opens a video file for reading; nothing but its packets is read yet.
+    """Opens a video file and reads its packets. Nothing but the first frame is decoded yet.
 
     Args:
-        path: any container that FFmpeg reads. Rotation is applied; pixels that are not square
-            are taken as they are, as in the published code.
-        frames: at most so many frames, evenly spaced over the video. Alone it asks for exactly
-            so many (all there are in a shorter video).
-        fps: frames a second, the frame on show at each instant. With neither, 1 frame a second
+        path: a file in any container that FFmpeg reads. Rotation is applied. Pixels that are not
+            square are taken as they are, as in the published code.
+        frames: the largest number of frames, evenly spaced over the video. Without `fps` exactly
+            this number, or all frames of a shorter video with a VideoWarning.
+        fps: frames a second: the frame on show at each instant. With neither, 1 frame a second
             and at most 128; `fps` alone has no bound.
-        size: frames come as `size` x `size`, resized and cropped as CLIP does; None keeps
-            their own size.
+        size: frames come as `size` x `size`, resized and cropped as CLIP does. None keeps their
+            own size.
         batch: frames in a batch.
         ahead: batches that may wait decoded.
-        backend: "torchcodec" or "pyav"; None takes torchcodec where it loads.
 
     Returns:
-        A `VideoReader`; iterating it yields uint8 arrays `(n, height, width, 3)`, RGB.
+        A `VideoReader`. Iterating it yields uint8 arrays `(n, height, width, 3)`, RGB.
 
     Raises:
-        VideoError: a ValueError that names the file and what is wrong with it.
+        VideoError: a ValueError that names the file and the reason.
     """
     for name, value in (("frames", frames), ("batch", batch), ("ahead", ahead), ("size", size)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         optional = name in ("frames", "size")
         if not (value is None and optional) and not (whole and value >= 1):  # type: ignore[operator]
-            raise ValueError(f"{name}: got {value!r}, expected an integer from 1 on")
+            raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
     if fps is not None and not (
         isinstance(fps, (int, float)) and not isinstance(fps, bool) and 0 < fps < math.inf
     ):
         raise ValueError(f"fps: got {fps!r}, expected a positive number")
-    decoder = open_decoder(path, backend)
-    return VideoReader(decoder, os.fspath(path), sample(decoder, frames, fps), size, batch, ahead)
+    decoder = open_decoder(path)
+    name = os.fspath(path)
+    return VideoReader(decoder, name, sample(decoder, frames, fps, name), size, batch, ahead)
 
 
-def sample(decoder: Decoder, frames: int | None, fps: float | None) -> Samples:
-    """The frames that `open_video` delivers; see there."""
+def sample(decoder: Decoder, frames: int | None, fps: float | None, name: str) -> Samples:
+    """The frames that `open_video` delivers, as its arguments say. `name`: of the file."""
     if frames is None or fps is not None:
         rate = DEFAULT_FPS if fps is None else fps
         most = frames if fps is not None else DEFAULT_FRAMES
@@ -81,21 +80,31 @@ def sample(decoder: Decoder, frames: int | None, fps: float | None) -> Samples:
         if most is None or count <= most:
             return Samples(np.arange(count) / rate, None)
         frames = most
-    count = min(frames, decoder.total)
-    indices = np.linspace(0, decoder.total - 1, count).astype(np.int64)
+    indices = even(decoder.total, frames, name)
     return Samples(decoder.seconds(indices), indices)
 
 
+def even(total: int, frames: int, name: str) -> np.ndarray:
+    """`frames` of `total` numbers, evenly spaced and rounded down, as published. Where there are
+    fewer, each comes once, with a warning that names the file."""
+    if frames > total:
+        warnings.warn(
+            f"{name}: has {total} of the {frames} frames asked for", VideoWarning, stacklevel=4
+        )
+    return np.linspace(0, total - 1, min(frames, total)).astype(np.int64)
+
+
 class VideoReader:
-    """The sampled frames of a video, decoded by a thread that runs a bounded way ahead.
+    """The sampled frames of a video. A thread decodes them a bounded way ahead.
 
     Attributes:
-        num_frames: frames that will be delivered.
+        num_frames: number of frames that will be delivered.
         timestamps: when each is on show, in seconds from the video's first frame.
         duration: of the video, in seconds.
-        backend: "pyav" or "torchcodec".
-        damaged: after a pass, frames that could not be decoded; the one before stands for them.
-        decode_seconds: after a pass, what decoding and resizing took, waiting excluded.
+        backend: the library that decodes.
+        damaged_frames: after a pass, the delivered frames that were lost or decoded with errors, by
+            their places. In place of a lost frame comes the one before it. A VideoWarning tells.
+        decode_seconds: after a pass, the time that decoding and resizing took, without waiting.
     """
 
     def __init__(
@@ -118,71 +127,42 @@ class VideoReader:
         self.duration = decoder.duration
         self.backend = decoder.name
         self.height, self.width = decoder.height, decoder.width
+        self.damaged_frames: list[int] = []
         self.decode_seconds = 0.0
 
     @property
     def damaged(self) -> int:
-        return self._decoder.damaged
+        """Number of damaged frames in the last pass."""
+        return len(self.damaged_frames)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Batches uint8 `(n, size, size, 3)`, in order; every pass reads the file anew."""
-        pending: queue.Queue = queue.Queue(maxsize=self.ahead)
-        stop = threading.Event()
-        worker = threading.Thread(
-            target=self._work, args=(pending, stop), name="vxl-decode", daemon=True
-        )
-        worker.start()
-        try:
-            while (item := pending.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            worker.join()
+        """Batches uint8 `(n, size, size, 3)`, in order. Every pass reads the file anew."""
+        yield from prefetch(self._batches(), self.ahead)
+        if self.damaged:
+            places = [f"{self.timestamps[i]:.2f}" for i in self.damaged_frames[:8]]
+            more = " ..." if self.damaged > len(places) else ""
+            warnings.warn(
+                f"{self.path}: {self.damaged} of {self.num_frames} frames are damaged, "
+                f"at {', '.join(places)}{more} s",
+                VideoWarning,
+                stacklevel=2,
+            )
 
-    def _work(self, pending: queue.Queue, stop: threading.Event) -> None:
-        def give(item: object) -> bool:
-            while not stop.is_set():
-                try:
-                    pending.put(item, timeout=0.05)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        end: BaseException | None = None
-        try:
-            for batch in self._batches(stop):
-                if not give(batch):
-                    return
-        except Exception as error:
-            # Whatever a library throws inside belongs to whoever reads the frames.
-            end = error
-            if not isinstance(error, (VideoError, MemoryError)):
-                end = VideoError(f"{self.path}: reading it failed ({error})")
-                end.__cause__ = error
-        give(end)
-
-    def _batches(self, stop: threading.Event) -> Iterator[np.ndarray]:
-        self.decode_seconds = 0.0
-        frames = self._decoder.frames(self._samples)
-        left = self.num_frames
-        while left:
-            begin = time.perf_counter()
-            rows: list[np.ndarray] = []
-            while len(rows) < min(self.batch, left):
-                if stop.is_set():
-                    return
-                rows.append(self._cut(next(frames)))
-            left -= len(rows)
-            batch = np.stack(rows)
-            self.decode_seconds += time.perf_counter() - begin
-            yield batch
+    def _batches(self) -> Iterator[np.ndarray]:
+        self.damaged_frames, self.decode_seconds = [], 0.0
+        with reading(self.path):
+            frames = enumerate(self._decoder.frames(self._samples))
+            for _ in range(0, self.num_frames, self.batch):
+                begin = time.perf_counter()
+                rows = []
+                for i, (frame, damaged) in itertools.islice(frames, self.batch):
+                    rows.append(self._cut(frame))
+                    if damaged:
+                        self.damaged_frames.append(i)
+                self.decode_seconds += time.perf_counter() - begin
+                yield np.stack(rows)
 
     def _cut(self, frame: np.ndarray) -> np.ndarray:
         if self.size is not None:
             return resize_crop(frame, self.size)
-        if frame.shape[:2] != (self.height, self.width):  # some streams change size on the way
-            frame = _resize(frame, self.height, self.width)
-        return frame
+        return resize(frame, self.height, self.width)  # some streams change size on the way

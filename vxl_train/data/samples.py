@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vxl_model.inputs.images import ImageError, picture_size
 from vxl_model.inputs.processing import VideoXLProcessor
 from vxl_model.streaming.ratios import RatioPlan
 from vxl_model.video.decoders.base import VideoError
@@ -369,12 +370,9 @@ def _length(sample: Sample, processor: VideoXLProcessor, shape: VisualShape, pro
 
 
 def _picture_size(sample: Sample) -> tuple[int, int]:
-    from PIL import Image
-
     try:
-        with Image.open(sample.files[0]) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return picture_size(sample.files[0])
+    except ImageError as error:
         raise BadSampleError(BadSample("unreadable image", sample.id, str(error))) from None
 
 

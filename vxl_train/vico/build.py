@@ -177,13 +177,13 @@ def _captions(
     clips = kept.clips(key)
     decoder = None
     if clips is None:
-        decoder = open_decoder(file, "pyav")
+        decoder = open_decoder(file)
         clips = cut(decoder, settings.clip_seconds)
         kept.add_video(key, str(file), decoder.duration, clips)
     summary.clips += len(clips)
     missing = [clip for clip in clips if clip.index not in kept.captions(key)]
     if missing and len(clips) > 1:
-        decoder = decoder or open_decoder(file, "pyav")
+        decoder = decoder or open_decoder(file)
         shown = read_clips(decoder, str(file), missing, settings.pictures, settings.edge)
         with contextlib.closing(prefetch(shown, ahead=1)) as ready:  # type: ignore[type-var]
             for clip, pictures, damaged in ready:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vxl_model.video.decoders.base import Decoder, Samples, VideoError
+from vxl_model.video.decoders.base import Decoder, Samples, reading
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,16 @@ def read_clips(
     times = [clip.times(pictures) for clip in clips]
     if not times:
         return
-    try:
-        frames = decoder.frames(Samples(np.concatenate(times), None))
-        before = 0
+    frames = decoder.frames(Samples(np.concatenate(times), None))
+    with reading(path):
         for clip in clips:
-            shown = []
-            for frame in islice(frames, pictures):
+            shown, lost = [], 0
+            for frame, damaged in islice(frames, pictures):
                 picture = Image.fromarray(frame)
                 picture.thumbnail((edge, edge), Image.Resampling.BICUBIC)
                 shown.append(picture)
-            yield clip, shown, decoder.damaged - before
-            before = decoder.damaged
-    except (VideoError, MemoryError):
-        raise
-    except Exception as error:  # any error of a library at a broken file
-        raise VideoError(f"{path}: reading it failed ({error})") from error
+                lost += damaged
+            yield clip, shown, lost
 
 
 class CaptionFile:

@@ -1,9 +1,10 @@
-"""What every decoder of video files shares: errors, limits, samples, the interface."""
+"""What every decoder shares: errors, the path's check, samples and the interface."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import warnings
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,51 +12,74 @@ from typing import Protocol
 
 import numpy as np
 
-# A frame larger than this (16,384 x 8,192) is a broken or hostile header, not a video.
-MAX_PIXELS = 1 << 27
-# Demuxers that turn any text or binary file into pictures of characters.
-TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})
-# Decoding a few frames more is cheaper than a seek, which empties the decoder's threads.
-SEEK_GAP = 8
-
 
 class VideoError(ValueError):
-    """A file that cannot be read as a video: names the file and says what was wrong."""
+    """A file that cannot be read as a video. The message names the file and the reason."""
 
 
 class VideoWarning(UserWarning):
-    """A file that could be read in part: says which part."""
+    """A video that could be read in part. The message names the file and what is missing."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which frames of a video: by index where `indices` is set, else those on show at `seconds`
-    (from the first frame on). Both ascend."""
+    """Which frames of a video to decode, in ascending order.
+
+    Attributes:
+        seconds: when each is shown, counted from the first frame.
+        indices: their numbers; None means the frames on show at `seconds`.
+    """
 
     seconds: np.ndarray
     indices: np.ndarray | None
 
 
 class Decoder(Protocol):
-    """An opened video. `total` frames over `duration` seconds, `height` x `width` upright;
-    `damaged`: samples replaced by the frame before them because they could not be decoded."""
+    """An opened video.
+
+    Attributes:
+        name: of the library that decodes.
+        total: number of frames.
+        duration: in seconds.
+        height, width: of an upright frame.
+    """
 
     name: str
     total: int
     duration: float
     height: int
     width: int
-    damaged: int
 
     def seconds(self, indices: np.ndarray) -> np.ndarray:
-        """When frames are shown, from the first one on."""
+        """When frames are shown, in seconds from the first one."""
 
-    def frames(self, samples: Samples) -> Iterator[np.ndarray]:
-        """Each sample in turn, uint8 `(height, width, 3)`; raises VideoError."""
+    def frames(self, samples: Samples) -> Iterator[tuple[np.ndarray, bool]]:
+        """The samples in order: uint8 `(height, width, 3)`, RGB, and whether the frame is damaged.
+
+        A damaged frame is either decoded with errors or lost. In place of a lost frame comes the
+        one before it. Raises VideoError.
+        """
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns any error of a library into a VideoError that names the file."""
+    try:
+        yield
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:
+        raise VideoError(f"{os.fspath(path)}: reading it failed ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:200]
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """The path of an existing regular file."""
+    """The path of an existing regular file; raises VideoError for anything else."""
     if not isinstance(path, (str, os.PathLike)):
         raise VideoError(f"video: got {type(path).__name__}, expected a path")
     text = os.fspath(path)
@@ -64,8 +88,9 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     file = Path(text)
     try:
         if not file.exists():
-            what = "a URL; fetch it first, files only" if "://" in text else "no such file"
-            raise VideoError(f"{text}: {what}")
+            # pathlib has made one slash of the two in "https://".
+            url = re.match(r"[a-z][a-z0-9+.-]+:/", text, re.IGNORECASE)
+            raise VideoError(f"{text}: {'a URL; download it first' if url else 'no such file'}")
         if file.is_dir():
             raise VideoError(f"{text}: a directory, expected a video file")
         if not file.is_file():
@@ -77,19 +102,3 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise VideoError(f"{text}: {error.strerror or error}") from None
     return file
-
-
-def _warn_if_short(path: Path, duration: float, declared: float) -> None:
-    if duration < 0.9 * declared and declared - duration > 1:
-        warnings.warn(
-            f"{path}: ends after {duration:.1f} s of the {declared:.1f} s that its header "
-            "promises; truncated?",
-            VideoWarning,
-            stacklevel=6,
-        )
-
-
-def _word(error: Exception) -> str:
-    """The first line of what a library says."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[0][:200]

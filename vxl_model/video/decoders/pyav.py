@@ -1,264 +1,267 @@
-"""Decoding with PyAV: frames found by their time stamps, corrupt packets counted."""
+"""Decoding with PyAV: every packet has a number, which tells the decoded frames apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+import contextlib
+import re
+from collections.abc import Generator, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .base import MAX_PIXELS, SEEK_GAP, TEXT_ART, Samples, VideoError, _warn_if_short, _word
+from .base import Samples, VideoError, reading
+from .container import open_container, video_stream
+from .packets import NO_TIME, Packets, read_packets
+
+# Decoding a few frames more is cheaper than a jump, which empties the decoder's threads.
+JUMP_GAP = 8
+# Where a stream is damaged, FFmpeg's HEVC decoder gives frames out up to two places late.
+LATE = 4
 
 
 class PyAvDecoder:
-    """PyAV: FFmpeg with its own copy of the libraries in the wheel."""
+    """A `Decoder` on PyAV, whose wheel holds FFmpeg's libraries."""
 
     name = "pyav"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.damaged = 0
-        self._errors = 0
-        with self._open() as container:
-            stream = self._video_stream(container)
-            self._scan(container, stream)
-        from av.video.reformatter import VideoReformatter
-
-        with self._open() as container:
-            first = next(self._decoded(container, self._video_stream(container)), None)
-            if first is None:
-                raise VideoError(f"{path}: none of its {self.total} video packets could be decoded")
-            # Asked of one frame only: a frame whose side data were looked at is in a cycle, which
-            # keeps it until Python's collector runs. 128 frames of 4K were 1.3 GB.
-            self._matrix = _display_matrix(first[1])
-            shown = _upright(first[1], VideoReformatter(), self._matrix)
-            self.height, self.width = shown.shape[:2]
-
-    def _open(self) -> Any:
-        import av
-
-        options: dict[str, Any] = {}
-        if hasattr(av.container.Container, "metadata_errors"):  # from 19 on tags are never refused
-            options["metadata_errors"] = "replace"
-        try:
-            # "file:" keeps a colon in a name from being read as a protocol, and the list keeps
-            # playlists from reaching out to the network.
-            return av.open(
-                f"file:{self.path.absolute()}",
-                container_options={"protocol_whitelist": "file,crypto,data"},
-                **options,
-            )
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise VideoError(
-                f"{self.path}: not a video that FFmpeg reads ({_word(error)})"
-            ) from None
-
-    def _video_stream(self, container: Any) -> Any:
-        if container.format.name in TEXT_ART:
-            raise VideoError(f"{self.path}: a text or data file, not a video")
-        import av
-
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams:
-            others = sorted({s.type for s in container.streams if s.type != "video"})
-            cover_art = " besides cover art" if container.streams.video else ""
-            held = f"only {' and '.join(others)}" if others else "no streams"
-            raise VideoError(f"{self.path}: no video stream{cover_art} ({held})")
-        best = container.streams.best("video")
-        stream = best if best in streams else streams[0]
-        if stream.codec_context is None:
-            raise VideoError(f"{self.path}: FFmpeg here has no decoder for its video stream")
-        context = stream.codec_context
-        if context.width * context.height > MAX_PIXELS:
-            raise VideoError(
-                f"{self.path}: frames of {context.width} x {context.height}, "
-                f"more than {MAX_PIXELS} pixels"
-            )
-        stream.thread_type = "AUTO"
-        return stream
-
-    def _scan(self, container: Any, stream: Any) -> None:
-        """Times of all frames, from the packets alone: no decoding, and one number a frame."""
-        import av
-
-        pts, dts, keys, last = [], [], [], 0
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0 or packet.is_discard:
-                    continue
-                pts.append(packet.pts)
-                dts.append(packet.dts)
-                keys.append(packet.is_keyframe)
-                last = packet.duration or last
-        except av.error.FFmpegError:
-            pass  # Damage ends what can be read; what came before it counts.
-        if not pts:
-            raise VideoError(f"{self.path}: its video stream has no frames")
-        # AVI holds times of decoding alone (what FFmpeg calls pts there is in the same order),
-        # bare streams none: then the n-th frame that comes out is the n-th shown.
-        self._counted = container.format.name == "avi" or None in pts
-        if self._counted and None in dts:
-            self._base = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-            ticks, last = np.arange(len(pts)), 1
-        else:
-            self._base = float(stream.time_base)
-            ticks = np.array(dts if self._counted else pts, dtype=np.int64)
-        self._ticks = np.sort(ticks)
-        keyed = np.flatnonzero(keys)
-        keyed = keyed[np.argsort(ticks[keyed], kind="stable")]
-        self._keys = ticks[keyed]
-        # Containers seek by decoding time, which for a keyframe is never after its showing.
-        decode = [ticks[i] if dts[i] is None else min(ticks[i], dts[i]) for i in keyed]
-        self._seek_ticks = np.array(decode, dtype=np.int64)
-        self.total = len(ticks)
-        gaps = np.diff(self._ticks)
-        shown = last * self._base or (float(np.median(gaps)) * self._base if len(gaps) else 0.0)
-        if not shown and stream.average_rate:
-            shown = 1 / float(stream.average_rate)
-        self.duration = float((self._ticks[-1] - self._ticks[0]) * self._base) + shown
-        declared = 0.0
-        if stream.duration and not self._counted:
-            declared = float(stream.duration * stream.time_base)
-        elif container.duration and len(container.streams) == 1:
-            declared = container.duration / 1e6
-        _warn_if_short(self.path, self.duration, declared)
+        with open_container(path) as container:
+            self.format = container.format.name
+            self.packets = read_packets(container, video_stream(container, path), path)
+        self.total = self.packets.total
+        self.duration = self.packets.duration
+        with contextlib.closing(_Walk(path, self.packets)) as walk:
+            _, first = walk.on_show(0)
+            if re.search(r"f(16|32)(le|be)?$", first.format.name):
+                raise VideoError(
+                    f"{path}: pictures of floats ({first.format.name}), whose white is not known"
+                )
+            # Only one frame is asked for its matrix: PyAV ties a frame that was asked for side data
+            # into a reference cycle. 128 frames of 4K then took 1.3 GB until Python collected it.
+            self._matrix = _display_matrix(first)
+            self.height, self.width = _upright(first, _reformatter(), self._matrix).shape[:2]
 
     def seconds(self, indices: np.ndarray) -> np.ndarray:
-        return (self._ticks[indices] - self._ticks[0]) * self._base
+        """When frames are shown, in seconds from the first one."""
+        return self.packets.seconds[indices]
+
+    def frames(self, samples: Samples) -> Iterator[tuple[np.ndarray, bool]]:
+        """The samples in order, and whether each is damaged. Raises VideoError."""
+        reformatter = _reformatter()
+        last: tuple[int, np.ndarray] | None = None
+        with reading(self.path), contextlib.closing(_Walk(self.path, self.packets)) as walk:
+            for index in self._indices(samples).tolist():
+                number, frame = walk.on_show(index)
+                if last is None or last[0] != number:
+                    last = number, _upright(frame, reformatter, self._matrix)
+                repeats = self.packets.may_repeat[self.packets.of_frame[index]]
+                lost = number != index and not repeats
+                yield last[1], bool(lost or frame.is_corrupt)
 
     def _indices(self, samples: Samples) -> np.ndarray:
         if samples.indices is not None:
             return samples.indices
-        # Half a tick of grace for times that are no multiple of the clock's; less where a tick is
-        # as long as a frame (AVI), half of which would be the next one.
-        frame = float(np.median(np.diff(self._ticks))) if self.total > 1 else 1.0
-        ticks = self._ticks[0] + np.floor(samples.seconds / self._base + min(0.5, 0.05 * frame))
-        return np.maximum(np.searchsorted(self._ticks, ticks, side="right") - 1, 0)
+        times = samples.seconds + self.packets.grace
+        return np.maximum(np.searchsorted(self.packets.seconds, times, side="right") - 1, 0)
 
-    def frames(self, samples: Samples) -> Iterator[np.ndarray]:
-        from av.video.reformatter import VideoReformatter
 
-        walk, reformatter = _Walk(self), VideoReformatter()
-        shown: tuple[int, np.ndarray] | None = None
-        try:
-            for index in self._indices(samples).tolist():
-                tick, frame = walk.on_show(index)
-                self.damaged = walk.damaged
-                if shown is None or shown[0] != tick:
-                    shown = (tick, _upright(frame, reformatter, self._matrix))
-                yield shown[1]
-        finally:
-            walk.close()
+class _MisplacedError(Exception):
+    """A seek did not lead to the packet that was asked for."""
 
-    def _decoded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-        """`(tick, frame)` from where the container stands, damage skipped."""
+
+class _Walk:
+    """Moves forward through a video and skips what need not be decoded."""
+
+    def __init__(self, path: Path, packets: Packets) -> None:
+        self.path = path
+        self.packets = packets
+        self._seekable = packets.seekable
+        self._is_key = np.zeros(len(packets.pts), dtype=bool)
+        self._is_key[packets.keys] = True
+        self._now: tuple[int, Any] | None = None  # the last frame that was passed
+        self._ahead: list[tuple[int, Any]] = []  # frames after it that are decoded already
+        self._at = 0  # the frame that was asked for last
+        self._begin = 0  # the packet at which decoding began
+        self._open()
+
+    def _open(self) -> None:
+        self._container = open_container(self.path)
+        self._stream = video_stream(self._container, self.path)
+        self._fed = 0  # the packets before this one are decoded or skipped
+        self._source = self._numbered(0)
+        self._frames = self._decoded(0)
+
+    def close(self) -> None:
+        self._frames.close()
+        self._source.close()
+        self._container.close()
+
+    def on_show(self, index: int) -> tuple[int, Any]:
+        """The last frame up to `index` that can be decoded, and its number. Where there is none,
+        the first one after `index`."""
+        if self.packets.in_order and index - self._at > JUMP_GAP:
+            self._jump(index)
+        self._forward(index)
+        self._at = index
+        shown = self._now or next(iter(self._ahead), None)
+        if shown is None:
+            raise VideoError(f"{self.path}: none of its {self.packets.total} frames can be decoded")
+        return shown
+
+    def _forward(self, index: int) -> bool:
+        """Decodes until the last frame up to `index` is known; False where there is none."""
+        while self._now is None or self._now[0] < index:
+            self._look_ahead(index)
+            if not self._ahead or self._ahead[0][0] > index:
+                break
+            self._now = self._ahead.pop(0)
+        return self._now is not None
+
+    def _look_ahead(self, index: int) -> None:
+        """Decodes the next frame, and a few more while frame `index` may still come."""
+        while not self._ahead or (self._ahead[0][0] > index and len(self._ahead) < LATE):
+            try:
+                decoded = next(self._frames, None)
+            except _MisplacedError:
+                if not self._seekable:
+                    raise VideoError(f"{self.path}: the file changed meanwhile") from None
+                self._give_up_seeking()
+                self._start(self._begin)
+                continue
+            if decoded is None:
+                return
+            bisect.insort(self._ahead, decoded, key=itemgetter(0))
+
+    def _jump(self, index: int) -> None:
+        """Skips to a keyframe before frame `index`, unless that one is decoded already."""
+        starts = self.packets.starts(index)
+        if starts[0] < self._fed:
+            return
+        for packet in starts:  # a keyframe that is damaged shows nothing
+            self._start(packet)
+            if self._forward(index):
+                return
+
+    def _start(self, packet: int) -> None:
+        """Makes `packet` the next to be decoded, by a seek or by reading up to it."""
+        self._now, self._ahead = None, []
+        self._begin = packet
+        if packet and self._seekable and self._seek(packet):
+            self._source = self._numbered(None)
+        elif packet < self._fed:
+            self.close()
+            self._open()
+        self._stream.codec_context.flush_buffers()
+        self._frames = self._decoded(packet)
+
+    def _seek(self, packet: int) -> bool:
         import av
 
-        count = 0
-        packets = container.demux(stream)
+        time = self.packets.seek_times[np.searchsorted(self.packets.keys, packet)]
+        try:
+            self._container.seek(int(time), stream=self._stream)
+        except av.error.FFmpegError:
+            self._give_up_seeking()
+        return self._seekable
+
+    def _give_up_seeking(self) -> None:
+        self._seekable = False
+        self._fed = len(self.packets.pts) + 1  # so that reading begins anew
+
+    def _numbered(self, number: int | None) -> Generator[tuple[int, Any]]:
+        """The packets from here on with their numbers. None: a seek went before, and the first
+        keyframe's time tells its number. Raises _MisplacedError if later times disagree."""
+        import av
+
+        pts = self.packets.pts
+        sought = number is None
+        packets = self._container.demux(self._stream)
         while True:
             try:
                 packet = next(packets, None)
             except av.error.FFmpegError:
-                packet = None  # The rest of the file cannot be read: give out what is decoded.
-            try:
-                decoded = stream.codec_context.decode(packet)
-            except av.error.EOFError:
-                return
-            except av.error.FFmpegError:
-                self._errors += 1
-                decoded = []
-            for frame in decoded:
-                if self._counted:
-                    yield int(self._ticks[min(count, self.total - 1)]), frame
-                elif frame.pts is not None:
-                    yield frame.pts, frame
-                count += 1
+                return  # the rest of the file cannot be read
             if packet is None or packet.size == 0:
                 return
+            time = NO_TIME if packet.pts is None else packet.pts
+            if number is None:
+                found = np.flatnonzero((pts == time) & self._is_key)
+                if not packet.is_keyframe or len(found) != 1:
+                    continue
+                number = int(found[0])
+            elif sought and (number == len(pts) or pts[number] != time):
+                raise _MisplacedError
+            yield number, packet
+            number += 1
 
+    def _decoded(self, begin: int) -> Generator[tuple[int, Any]]:
+        """Frames with their numbers, decoded from packet `begin` on."""
+        context = self._stream.codec_context
+        number = -1
+        for frame in self._pictures(begin):
+            known = number + 1 if frame.pts is None else int(self.packets.frame[frame.pts])
+            if self.packets.in_order:
+                number = known
+            elif frame.pts is None or self._is_key[frame.pts] or not context.has_b_frames:
+                # Frames come out in order of showing. Here the packets' order is the same, which
+                # tells how many were lost.
+                number = max(number + 1, known)
+            else:
+                number = min(number + 1, self.packets.total - 1)
+            if number >= 0:
+                yield number, frame
 
-class _Walk:
-    """Moves forward through a video, seeking where that skips frames."""
-
-    def __init__(self, decoder: PyAvDecoder) -> None:
-        self.decoder = decoder
-        self.damaged = 0
-        self._at = -1  # index up to which frames have been passed
-        self._now: tuple[int, Any] | None = None
-        self._next: tuple[int, Any] | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self._container = self.decoder._open()
-        self._stream = self.decoder._video_stream(self._container)
-        self._frames = self.decoder._decoded(self._container, self._stream)
-
-    def close(self) -> None:
-        self._frames.close()  # type: ignore[attr-defined]
-        self._container.close()
-
-    def on_show(self, index: int) -> tuple[int, Any]:
-        """The frame with the latest time at or before that of frame `index`; where damage left
-        none, the first one after it."""
-        ticks, keys = self.decoder._ticks, self.decoder._keys
-        tick = int(ticks[index])
-        if not self.decoder._counted and index - self._at > SEEK_GAP:
-            key = int(np.searchsorted(keys, tick, side="right")) - 1
-            if key > 0 and keys[key] > ticks[max(self._at, 0)]:
-                # A keyframe that is damaged shows nothing at this time: try the one before it.
-                for start in range(key, max(key - 2, 0), -1):
-                    if self._seek(start) and self._forward(tick):
-                        break
-                else:
-                    self._container.close()
-                    self._now = self._next = None
-                    self._begin()
-        self._forward(tick)
-        self._at = index
-        shown = self._now or self._next
-        if shown is None:
-            raise VideoError(f"{self.decoder.path}: nothing could be decoded")
-        self.damaged += self.decoder._errors > 0 and shown[0] != tick
-        return shown
-
-    def _forward(self, tick: int) -> bool:
-        """Decodes until the frame at `tick` is known; false where all frames are later."""
-        while self._now is None or self._now[0] < tick:
-            if self._next is None:
-                self._next = next(self._frames, None)
-            if self._next is None or self._next[0] > tick:
-                break
-            self._now, self._next = self._next, None
-        return self._now is not None
-
-    def _seek(self, key: int) -> bool:
+    def _pictures(self, begin: int) -> Iterator[Any]:
+        """What the decoder makes of the packets from `begin` on. A frame's `pts` is the number of
+        its packet. Frames that the decoder refuses are left out."""
         import av
 
-        try:
-            self._container.seek(int(self.decoder._seek_ticks[key]), stream=self._stream)
-        except av.error.FFmpegError:
-            return False
-        self._now = self._next = None
-        self._frames = self.decoder._decoded(self._container, self._stream)
-        return True
+        context, started = self._stream.codec_context, False
+        for number, packet in self._source:
+            self._fed = number + 1
+            if number < begin:
+                continue
+            if number > begin and not started:
+                raise _MisplacedError
+            started = True
+            packet.pts, packet.dts = number, None
+            with contextlib.suppress(av.error.FFmpegError):
+                yield from context.decode(packet)
+        if begin and not started:
+            raise _MisplacedError
+        with contextlib.suppress(av.error.FFmpegError):
+            yield from context.decode(None)
 
 
-def _display_matrix(frame: Any) -> tuple[int, ...] | None:
-    """How the container says frames are shown: the pixel (x, y) at (a x + c y, b x + d y), up to
-    a shift, as (a, b, c, d)."""
+def _reformatter() -> Any:
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """How the container says frames are shown. The pixel (x, y) goes to (a x + c y, b x + d y), up
+    to a shift; the result is (a, b, c, d)."""
     from av.sidedata.sidedata import Type
 
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    try:
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:
+        # PyAV lists all side data and does not know every kind that its FFmpeg makes. What it tells
+        # without the list lacks only mirroring.
+        turned = {90: (0, -1, 1, 0), -90: (0, 1, -1, 0), -180: (-1, 0, 0, -1)}
+        return turned.get(frame.rotation)
     if matrix is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
     return a, b, c, d
 
 
-def _upright(frame: Any, reformatter: Any, matrix: tuple[int, ...] | None) -> np.ndarray:
+def _upright(frame: Any, reformatter: Any, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
     """A decoded frame as RGB `(height, width, 3)`, turned and mirrored as the display matrix says
     (to the nearest quarter turn)."""
     rgb = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR").to_ndarray()

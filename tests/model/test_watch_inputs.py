@@ -1,0 +1,86 @@
+"""`watch` takes whatever a user calls a video, and says why it does not take the rest."""
+
+import numpy as np
+import pytest
+import torch
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+
+from helpers.clips import picture, write_clip
+from helpers.model_goldens import tiny_model
+
+from examples.demo_clip import byte_tokenizer
+from vxl_model.inputs.processing import VideoXLProcessor
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model()
+    model.processor = VideoXLProcessor(byte_tokenizer(128))
+    return model
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return np.stack([picture(i, 80, 60) for i in range(3)])
+
+
+def kept(model, video, **options):
+    memory = model.watch(video, input_ids=[5], **options)
+    return torch.cat([x.flatten() for x in memory.keys_values(0)])
+
+
+@pytest.mark.parametrize("kind", ["folder", "PIL", "arrays", "strides", "generator"])
+def test_the_same_memory_of_the_same_pictures(model, frames, tmp_path, kind):
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+    video = {
+        "folder": tmp_path,
+        "PIL": [Image.fromarray(frame) for frame in frames],
+        "arrays": list(frames),
+        "strides": np.ascontiguousarray(frames[:, ::-1, ::-1])[:, ::-1, ::-1],
+        "generator": (frames[i : i + 1] for i in range(3)),
+    }[kind]
+    assert torch.equal(kept(model, video), kept(model, frames))
+
+
+def test_more_frames_than_the_file_has(model, tmp_path):
+    clip = write_clip(tmp_path / "x.mp4", count=3)
+    with pytest.warns(UserWarning, match=r"x\.mp4: has 3 of the 9 frames"):
+        many = kept(model, clip, frames=9)
+    assert torch.equal(many, kept(model, clip, frames=3))
+
+
+@pytest.mark.parametrize(
+    ("video", "words"),
+    [
+        ("https://example.com/a.mp4", "https://example.com/a.mp4: a URL; download it first"),
+        ("nowhere.mp4", "nowhere.mp4: no such file"),
+        ([], "images: got none"),
+        (np.zeros((2, 4, 4, 3), np.float32), "frames: got float32"),
+        (np.zeros((2, 4, 4), np.uint8), "image: got uint8"),
+    ],
+)
+def test_what_is_refused(model, video, words):
+    with pytest.raises(ValueError, match=words):
+        model.watch(video, input_ids=[5])
+
+
+def test_an_answer_that_begins_as_told(model, frames):
+    processor = model.processor
+    asked = processor.suffix_ids("Which?", "Best option: (")
+    assert torch.equal(
+        asked[:, : processor.suffix_ids("Which?").shape[1]], processor.suffix_ids("Which?")
+    )
+    assert processor.decode(asked).endswith("assistant\nBest option: (")
+    assert torch.equal(
+        processor.encode_prompt("Which?", "Best option: (")[:, -asked.shape[1] :], asked
+    )
+    with pytest.raises(ValueError, match="answer_prefix: got the control token"):
+        processor.suffix_ids("Which?", "<|im_end|>")
+    with pytest.raises(ValueError, match="answer_prefix: got None"):
+        processor.suffix_ids("Which?", None)
+    memory = model.watch(frames, input_ids=[5])
+    assert memory.ask(asked, max_new_tokens=2).shape[-1] == 2
