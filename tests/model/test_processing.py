@@ -234,10 +234,45 @@ def test_checkpoint_with_tokenizer(tmp_path):
     assert processor.decode(processor.suffix_ids("a b")) == "a b\nassistant"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_saved_is_read_again(tmp_path):
+    processor = VideoXLProcessor(
+        byte_tokenizer(), size=28, mean=(0.1, 0.2, 0.3), grid_pinpoints=[(28, 56), (56, 28)]
+    )
+    processor.save_pretrained(tmp_path)
+    again = VideoXLProcessor.from_pretrained(tmp_path)
+    for name in ("size", "mean", "std", "rescale", "grid_pinpoints"):
+        assert getattr(again, name) == getattr(processor, name), name
+    assert torch.equal(again.encode_prompt("Who?"), processor.encode_prompt("Who?"))
+
+
+def test_tiles_without_the_whole_picture(processor, golden):
+    whole = processor.image_to_pixels(golden["image"])
+    assert torch.equal(processor.image_to_pixels(golden["image"], overview=False), whole[1:])
+    plain = VideoXLProcessor()
+    assert plain.image_to_pixels(golden["image"], overview=False).shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["float64", "autocast"])
+def test_constants_do_not_follow_the_callers_defaults(processor, golden, kind):
+    want = processor.frames_to_pixels(golden["first_frame"][None])
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            got = processor.frames_to_pixels(golden["first_frame"][None])
+    else:
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = processor.frames_to_pixels(golden["first_frame"][None])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 def test_folders_refused(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint there"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         VideoXLProcessor.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="not a folder or a name"):
         VideoXLProcessor.from_pretrained(tmp_path / "nope")
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"config.json: not JSON"):

@@ -264,7 +264,7 @@ def hostile(kind, folder, clip):
             cover = out.add_stream("png", rate=1)
             cover.width = cover.height = 64
             cover.pix_fmt = "rgb24"
-            cover.disposition = int(av.stream.Disposition.attached_pic)
+            cover.disposition = av.stream.Disposition.attached_pic.value
             out.mux(cover.encode(av.VideoFrame.from_ndarray(picture(3), format="rgb24")))
             write_tone(out, sound, 1)
     elif kind == "no frames":

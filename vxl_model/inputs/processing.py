@@ -1,7 +1,7 @@
-"""Inputs as the checkpoint wants them: frames, pictures and questions to tensors.
+"""Frames, pictures and questions to the tensors that a checkpoint expects.
 
-Source: the checkpoint's `preprocessor_config.json` (CLIP's), the published
-`process_anyres_image` and the released model's prompt.
+Source: the checkpoint's `preprocessor_config.json` (CLIP's), the published `process_anyres_image`
+and the prompt of the released model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ PROMPT = (
     "\n{question}<|im_end|>\n<|im_start|>assistant\n",
 )
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# CLIP-ViT-L/14-336, for checkpoints that name the tower and carry no preprocessor_config.json.
+GRID = "image_grid_pinpoints"
+# CLIP-ViT-L/14-336, for checkpoints that name the tower but have no preprocessor_config.json.
 CLIP_SIZE = 336
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,11 +38,12 @@ class VideoXLProcessor:
     """Preprocessing and tokenizer of a checkpoint.
 
     Args:
-        tokenizer: a transformers tokenizer, or None: then only frames and pictures are served.
-        size: edge of a frame for the vision tower.
-        mean, std: of the normalisation, RGB, on values from 0 to 1.
-        rescale: what a byte is multiplied by first.
-        grid_pinpoints: resolutions `(width, height)` that a picture may be cut into tiles at.
+        tokenizer: a transformers tokenizer. With None the methods on text raise ValueError.
+        size: edge of a frame for the vision tower, in pixels.
+        mean, std: of the normalisation, RGB, for values from 0 to 1.
+        rescale: factor from bytes to those values.
+        grid_pinpoints: sizes `(width, height)` that a picture may be resized to before it is cut
+            into tiles.
     """
 
     def __init__(
@@ -63,26 +65,30 @@ class VideoXLProcessor:
     def from_pretrained(
         cls, path: str | os.PathLike[str], tokenizer: Any = None, **kwargs: Any
     ) -> VideoXLProcessor:
-        """Reads what a checkpoint (a folder, or a name on the Hub) says about its inputs.
+        """Reads the inputs' settings of a checkpoint, or those that `save_pretrained` wrote.
 
-        Its tokenizer is loaded with transformers' AutoTokenizer unless one is given; a
-        checkpoint without one gives a processor without one. `kwargs` (`revision`,
-        `cache_dir`, `local_files_only` ...) go to the Hub's client and the tokenizer.
+        Args:
+            path: a folder or a name on the Hub.
+            tokenizer: None loads the checkpoint's own with transformers' AutoTokenizer, if it has
+                one.
+            kwargs: `revision`, `cache_dir`, `local_files_only` ... for the Hub's client and the
+                tokenizer.
         """
-        config = cls.read_config(path, **kwargs)
         clip = _read_json(path, "preprocessor_config.json", kwargs) or {}
+        grid = clip.get(GRID)
+        if grid is None:
+            grid = cls.read_config(path, **kwargs).get(GRID) or ()
         settings = _clip_settings(os.fspath(path), clip)
         if tokenizer is None:
             tokenizer = _load_tokenizer(path, kwargs)
-        pinpoints = config.get("image_grid_pinpoints") or ()
-        return cls(tokenizer, grid_pinpoints=pinpoints, **settings)
+        return cls(tokenizer, grid_pinpoints=grid, **settings)
 
     @staticmethod
     def read_config(path: str | os.PathLike[str], **kwargs: Any) -> dict:
-        """`config.json` of a checkpoint as it stands; ValueError where there is none."""
+        """The content of a checkpoint's `config.json`; raises ValueError if there is none."""
         config = _read_json(path, "config.json", kwargs)
         if config is None:
-            raise ValueError(f"{os.fspath(path)}: no checkpoint there (no config.json)")
+            raise ValueError(f"{os.fspath(path)}: not a checkpoint (no config.json)")
         return config
 
     # -- pictures ------------------------------------------------------------------------------
@@ -171,8 +177,8 @@ class VideoXLProcessor:
         return np.stack(squares)
 
     def best_resolution(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Of `grid_pinpoints` the `(width, height)` that keeps the most pixels of a picture of
-        `image_size` (width, height), then wastes the least."""
+        """The size `(width, height)` of `grid_pinpoints` that keeps most of a picture's pixels and,
+        among those, wastes least. `image_size`: of the picture, (width, height)."""
 
         def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
             scale = min(pinpoint[0] / image_size[0], pinpoint[1] / image_size[1])
@@ -181,7 +187,7 @@ class VideoXLProcessor:
             return kept, kept - pinpoint[0] * pinpoint[1]
 
         if not self.grid_pinpoints:
-            raise ValueError("grid_pinpoints: this checkpoint names none")
+            fail("grid_pinpoints", "none", "sizes in the checkpoint's config")
         return max(self.grid_pinpoints, key=merit)  # the first of equals, as published
 
     # -- words ---------------------------------------------------------------------------------
@@ -204,7 +210,7 @@ class VideoXLProcessor:
             for token in self.control_tokens():
                 if token in text:
                     fail(name, f"the control token {token!r}", "plain text")
-        # The prefix by itself: its ids do not depend on the question.
+        # The prefix is tokenized alone, so that its ids do not depend on the question.
         asked = self.text_ids(PROMPT[1].replace("{question}", question))
         return torch.cat((asked, self.text_ids(answer_prefix)), dim=1) if answer_prefix else asked
 
@@ -220,12 +226,13 @@ class VideoXLProcessor:
         return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
-        """Text of generated ids, `(T,)` or `(1, T)`, without control tokens."""
+        """The text of generated ids `(T,)` or `(1, T)`, without control tokens."""
         flat = torch.as_tensor(ids).flatten().tolist()
         return self._tokenizer().decode(flat, skip_special_tokens=True).strip()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `preprocessor_config.json` and the tokenizer, if there is one."""
+        """Writes `preprocessor_config.json` and the tokenizer, if there is one, for
+        `from_pretrained`."""
         edge = {"height": self.size, "width": self.size}
         clip = {
             "do_resize": True,
@@ -240,6 +247,7 @@ class VideoXLProcessor:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
             "image_processor_type": "CLIPImageProcessor",
+            GRID: self.grid_pinpoints,
         }
         text = json.dumps(clip, indent=1) + "\n"
         (Path(folder) / "preprocessor_config.json").write_text(text)
@@ -265,15 +273,15 @@ class VideoXLProcessor:
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                "tokenizer: the checkpoint has none (no tokenizer.json or tokenizer_config.json); "
-                "give one: VideoXLProcessor.from_pretrained(path, tokenizer=...)"
+                "tokenizer: the checkpoint has none (no tokenizer.json or tokenizer_config.json). "
+                "Give one: VideoXLProcessor.from_pretrained(path, tokenizer=...)"
             )
         return self.tokenizer
 
 
 def _clip_settings(path: str, clip: dict) -> dict[str, Any]:
-    """The constructor's settings from a preprocessor_config.json, refusing what would be
-    computed otherwise than it says."""
+    """The constructor's settings from a preprocessor_config.json. Raises ValueError for settings
+    that this processor does not follow."""
 
     def edge(value: Any) -> Any:
         if isinstance(value, dict):
@@ -291,7 +299,7 @@ def _clip_settings(path: str, clip: dict) -> dict[str, Any]:
     if not isinstance(size, int) or size != crop:
         wrong.append(f"size {clip.get('size')} and crop_size {clip.get('crop_size')} differ")
     if clip.get("resample", 3) != 3:
-        wrong.append(f"resample is {clip['resample']}, not 3 (bicubic)")
+        wrong.append(f"resample is {clip['resample']}, expected 3 (bicubic)")
     if wrong:
         raise ValueError(f"{path}/preprocessor_config.json: unsupported: {'; '.join(wrong)}")
     return {
@@ -303,12 +311,12 @@ def _clip_settings(path: str, clip: dict) -> dict[str, Any]:
 
 
 def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | None:
-    """A JSON file of a checkpoint, None where there is none."""
+    """A JSON file of a checkpoint; None if it has no such file."""
     text = os.fspath(path)
     file = Path(text) / name
     if not Path(text).is_dir():
         if Path(text).exists() or not re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", text):
-            raise ValueError(f"{text}: got no folder and no name on the Hub (owner/name)")
+            raise ValueError(f"{text}: not a folder or a name on the Hub (owner/name)")
         from transformers.utils import cached_file
 
         try:
