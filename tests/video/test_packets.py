@@ -264,6 +264,9 @@ def test_more_frames_than_there_are(tmp_path):
     with pytest.warns(VideoWarning, match=r"x\.mp4: has 7 of the 20 frames asked for"):
         reader = open_video(path, frames=20)
     assert numbers(reader) == list(range(7))
+    slides = write_clip(tmp_path / "x.mkv", count=3, times=[0, 100_000, 400_000])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert numbers(open_video(path, frames=7)) == list(range(7))
+        assert numbers(open_video(slides)) == [0, 1, 2]  # 128 is a bound
+        assert numbers(open_video(slides, fps=1, frames=50)) == [0, 1, 2]

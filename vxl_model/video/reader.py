@@ -72,6 +72,7 @@ def open_video(
 
 def sample(decoder: Decoder, frames: int | None, fps: float | None, name: str) -> Samples:
     """The frames that `open_video` delivers, as its arguments say. `name`: of the file."""
+    wanted = frames
     if frames is None or fps is not None:
         rate = DEFAULT_FPS if fps is None else fps
         most = frames if fps is not None else DEFAULT_FRAMES
@@ -79,8 +80,9 @@ def sample(decoder: Decoder, frames: int | None, fps: float | None, name: str) -
         count = max(1, math.ceil(decoder.duration * rate - 1e-3))
         if most is None or count <= most:
             return Samples(np.arange(count) / rate, None)
-        frames = most
-    indices = even(decoder.total, frames, name)
+        wanted = min(most, decoder.total)  # a bound, which nobody asks to be reached
+    assert wanted is not None
+    indices = even(decoder.total, wanted, name)
     return Samples(decoder.seconds(indices), indices)
 
 
