@@ -5,8 +5,8 @@ Environment:
                     reference serves then).
     VXL_BUILD_CUDA  auto (default) compiles csrc/cuda where nvcc and a CUDA build of torch are
                     found, 0 never, 1 fails without them.
-What was built, and why something was not, is written to vxl_kernels/_build_info.json and
-shown by `python -m vxl_kernels`.
+What was built, and why something was not, is written to _build_info.json beside the package that
+was built and shown by `python -m vxl_kernels`.
 """
 
 import json
@@ -19,6 +19,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -78,14 +79,24 @@ def cuda_decision() -> tuple[bool, str]:
     return not missing, "; ".join(missing) or "nvcc and a CUDA build of torch found"
 
 
-def write_build_info(**info: object) -> None:
-    (ROOT / "vxl_kernels" / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+def noting(command: type, **info: str) -> type:
+    """The command that also writes `info` into the package where it has built it: in the source
+    tree or, for a wheel, in the build's folder."""
+
+    class Noting(command):
+        def run(self) -> None:
+            super().run()
+            in_place = self.editable_mode or getattr(self, "inplace", False)
+            folder = (ROOT if in_place else Path(self.build_lib)) / "vxl_kernels"
+            (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    return Noting
 
 
 def extension_arguments() -> dict:
     if os.environ.get("VXL_BUILD_EXT", "1") == "0":
-        write_build_info(extension="not built: VXL_BUILD_EXT=0", cuda="not built")
-        return {}
+        info = {"extension": "not built: VXL_BUILD_EXT=0", "cuda": "not built"}
+        return {"cmdclass": {"build_py": noting(build_py, **info)}}
     if torch is None:
         # Only now is torch a requirement of the build; the build then runs again with it.
         return {"setup_requires": ["torch>=2.11"]}
@@ -116,10 +127,6 @@ def extension_arguments() -> dict:
                 for extension in self.extensions:
                     extension.extra_objects = [*extension.extra_objects, *objects]
             super().build_extensions()
-            write_build_info(
-                extension=f"built with torch {torch.__version__}, units: {', '.join(ISA_FLAGS)}",
-                cuda=("built: " if use_cuda else "not built: ") + reason,
-            )
 
     cuda_sources = ["csrc/bindings/cuda_ops.cpp", "csrc/cuda/pages.cu", "csrc/cuda/rope.cu"]
     make_extension = CUDAExtension if use_cuda else CppExtension
@@ -144,7 +151,14 @@ def extension_arguments() -> dict:
         extra_link_args=["-fopenmp"],
         depends=headers,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithIsaUnits}}
+    info = {
+        "extension": f"built with torch {torch.__version__}, units: {', '.join(ISA_FLAGS)}",
+        "cuda": ("built: " if use_cuda else "not built: ") + reason,
+    }
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": noting(BuildWithIsaUnits, **info)},
+    }
 
 
 setup(**extension_arguments())

@@ -1,0 +1,80 @@
+"""What a wheel and an sdist hold. The compiler is played: what is compiled is not looked at."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from helpers.paths import ROOT
+
+# Makes every file that it is asked for; what it is asked otherwise is the real compiler's to say.
+COMPILER = """#!/bin/sh
+asked="$*"
+while [ $# -gt 0 ]; do
+  case "$1" in -o) made=$2; : > "$2" ;; esac
+  shift
+done
+[ -n "$made" ] || exec c++ $asked
+"""
+MADE_HERE = shutil.ignore_patterns(
+    ".git", ".venv*", ".hypothesis", ".*_cache", "__pycache__", "*.so", "build", "*.egg-info"
+)
+
+
+def built(kind, folder, **env):
+    """The one file that the build backend writes for a tree in which something else was built."""
+    tree, made = folder / "tree", folder / "made"
+    made.mkdir()
+    shutil.copytree(ROOT, tree, ignore=MADE_HERE)
+    (tree / "vxl_kernels" / "_build_info.json").write_text('{"extension": "of last week"}')
+    compiler = folder / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    played = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import setuptools.build_meta as b; b.build_{kind}({str(made)!r})"],
+        cwd=tree,
+        env={**os.environ, **played, "VXL_BUILD_CUDA": "0", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(made.iterdir())
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_a_wheel_says_what_was_built(tmp_path, extension):
+    with zipfile.ZipFile(built("wheel", tmp_path, VXL_BUILD_EXT=str(int(extension)))) as wheel:
+        names = wheel.namelist()
+        note = json.loads(wheel.read("vxl_kernels/_build_info.json"))
+    assert any(name.startswith("vxl_kernels/_C.") and name.endswith(".so") for name in names) == (
+        extension
+    )
+    assert note["extension"].startswith("built with torch" if extension else "not built")
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        path.name for path in ROOT.glob("vxl_*") if path.is_dir()
+    }
+
+
+def test_an_sdist_holds_what_its_tests_need(tmp_path):
+    with tarfile.open(built("sdist", tmp_path, VXL_BUILD_EXT="0")) as sdist:
+        held = {name.split("/", 1)[-1] for name in sdist.getnames()}
+    tree = tmp_path / "tree"
+    patterns = (
+        "*/**/*",
+        "Makefile",
+        "*.md",
+        "*.toml",
+        "*.txt",
+        "*.yml",
+        ".import*",
+        ".pre-commit*",
+    )
+    files = {path for pattern in patterns for path in tree.glob(pattern) if path.is_file()}
+    missing = {str(path.relative_to(tree)) for path in files} - held
+    assert missing == {"vxl_kernels/_build_info.json"}
