@@ -9,8 +9,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench gpu-check test test-oldest-triton lint format sanitize fuzz \
-  cuda-check cuda-build-check info clean docs gpu-static demo needle
+.PHONY: help bench gpu-check test test-oldest test-newest test-gpu-env lint format sanitize fuzz \
+  cuda-check info clean docs gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make demo       a clip through a small random Video-XL, and a tiny one that answers (20 seconds)"
@@ -18,12 +18,13 @@ help:
 	@echo "make test       the test suite"
 	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
-	@echo "make test-oldest-triton  the Triton kernels with the oldest supported Triton"
+	@echo "make test-oldest the core tests with the oldest versions that pyproject.toml allows"
+	@echo "make test-newest the core tests with the newest releases of everything"
+	@echo "make test-gpu-env  the versions that GPUs run, with nvcc and without a GPU"
 	@echo "make lint       ruff, mypy, formatting and the arrows of import"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
 	@echo "make fuzz       random operations on the page manager against a model"
 	@echo "make cuda-check the CUDA kernels, compiled and held to limits; their bodies run on the CPU"
-	@echo "make cuda-build-check  the extension with CUDA against a CUDA build of torch (5 GB)"
 	@echo "make info       what is installed, what runs where, and why not"
 	@echo "make docs       the documentation into build/site; a warning is an error"
 	@echo "make format     format Python"
@@ -47,17 +48,6 @@ gpu-static: $(STAMP)
 
 gpu-check: $(STAMP)
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
-
-# Beside the environment, not in it: only the path of these two runs finds it. Its interpreter
-# takes arrays of one element for numbers, as numpy did until 2.4.
-OLDEST_TRITON := 3.6.0
-build/triton-$(OLDEST_TRITON): $(VENV)/.installed
-	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON) 'numpy<2.4'
-
-test-oldest-triton: $(STAMP) build/triton-$(OLDEST_TRITON)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
-	  tests/triton_interpreter -m triton_core
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/triton/test_ahead_of_time.py
 
 info: $(STAMP)
 	$(BIN)/python -m vxl_kernels
@@ -151,23 +141,62 @@ cuda-check: $(BUILD)/address/cuda_shim
 	$(BUILD)/address/cuda_shim --traffic
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/cuda/check.py
 
-# Builds in a copy: the extension of the working tree belongs to another torch.
-CUDA_VENV := build/cuda-venv
-CUDA_TREE := build/cuda-tree
-CUDA_TORCH ?= 2.14.1
-$(CUDA_VENV)/.installed:
-	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install -q torch==$(CUDA_TORCH) numpy setuptools pybind11 ninja \
-	  pytest hypothesis safetensors matplotlib
-	@touch $@
+# -- environments -------------------------------------------------------------------------------
+# Each is 5 GB of packages. What is tested is installed from a copy of the tree, as a user installs
+# it, because the extension in the tree belongs to another torch. The copy then loses its packages,
+# so that the tests import the installed ones.
 
-cuda-build-check: $(CUDA_VENV)/.installed
-	mkdir -p $(CUDA_TREE)
-	tar -c --exclude='*.so' --exclude=_build_info.json --exclude=__pycache__ csrc vxl_kernels \
-	  vxl_model benchmarks tests setup.py pyproject.toml README.md LICENSE | tar -x -C $(CUDA_TREE)
-	cd $(CUDA_TREE) && VXL_BUILD_CUDA=1 $(CURDIR)/$(CUDA_VENV)/bin/python setup.py -q build_ext --inplace
-	cd $(CUDA_TREE) && $(CURDIR)/$(CUDA_VENV)/bin/python -m vxl_kernels
-	cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest $(ARGS)
+# A name on the path may not start: pyenv has names for Pythons that it was not told to use.
+find_python = $(shell for version in $(1); do for python in python$$version \
+  $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
+  "$$python" -c pass 2>/dev/null && echo "$$python" && exit; done; done)
+OLDEST_PYTHON ?= $(call find_python,3.10 3.11 3.12 3.13)
+NEWEST_PYTHON ?= $(call find_python,3.13 3.12 3.11 3.10)
+GPU_PYTHON ?= $(call find_python,3.12)
+
+# $(1) name, $(2) interpreter, $(3) its variable, $(4) arguments of pip, packages that come first
+# among them
+define environment
+	@test -n "$(2)" || { echo "make: $@: no Python found; $(3) names one"; exit 1; }
+	@echo "$@: $$($(2) --version) ($(2)); $(3) names another"
+	rm -rf build/$(1)-tree && mkdir -p build/$(1)-tree
+	test -x build/$(1)-venv/bin/python || $(2) -m venv build/$(1)-venv
+	tar -c --exclude='*.so' --exclude=_build_info.json --exclude=__pycache__ csrc vxl_* benchmarks \
+	  examples tests setup.py pyproject.toml README.md LICENSE | tar -x -C build/$(1)-tree
+	build/$(1)-venv/bin/python -m pip install -q $(4)
+	build/$(1)-venv/bin/python -m pip install -q 'build/$(1)-tree[gpu,model,video,bench]' \
+	  pytest hypothesis
+	rm -rf build/$(1)-tree/vxl_*
+	cd build/$(1)-tree && ../$(1)-venv/bin/python -m vxl_kernels
+endef
+
+# Every lower bound of pyproject.toml, the builders' too, as a constraint.
+test-oldest: export PIP_CONSTRAINT = $(CURDIR)/build/oldest-constraints.txt
+test-oldest: export VXL_BUILD_CUDA = 0
+test-oldest:
+	@mkdir -p build
+	@grep -o '"[a-z][a-z0-9-]*>=[0-9.]*"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u \
+	  >$(PIP_CONSTRAINT)
+	$(call environment,oldest,$(OLDEST_PYTHON),OLDEST_PYTHON,torch)
+	cd build/oldest-tree && ../oldest-venv/bin/python -m pytest tests -m core $(ARGS)
+
+test-newest:
+	$(call environment,newest,$(NEWEST_PYTHON),NEWEST_PYTHON,--upgrade --upgrade-strategy eager \
+	  pip torch)
+	cd build/newest-tree && ../newest-venv/bin/python -m pytest tests -m core $(ARGS)
+
+# Once before a release, on a machine with nvcc 13.0. Triton 3.6's interpreter cannot read the
+# arrays of numpy 2.4 and later.
+test-gpu-env: export VXL_BUILD_CUDA = 1
+test-gpu-env: export PIP_CONSTRAINT = $(CURDIR)/build/gpu-constraints.txt
+test-gpu-env:
+	@mkdir -p build
+	@printf '%s\n' torch==2.11.0 triton==3.6.0 'numpy==2.5.*' transformers==5.17.0 >$(PIP_CONSTRAINT)
+	$(call environment,gpu,$(GPU_PYTHON),GPU_PYTHON,torch)
+	cd build/gpu-tree && ../gpu-venv/bin/python benchmarks/gpu_check.py
+	cd build/gpu-tree && ../gpu-venv/bin/python -m pytest tests -m gpu
+	cd build/gpu-tree && ../gpu-venv/bin/python -W ignore benchmarks/machine_code.py --check
+	cd build/gpu-tree && ../gpu-venv/bin/python -m pytest tests -m core -k 'not under_the_interpreter' $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info vxl_kernels/*.so vxl_kernels/_build_info.json

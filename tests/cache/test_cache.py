@@ -14,6 +14,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from vxl_kernels import ChunkLayout, PoolExhausted, VstCache, rope_append, vst_attention
 from vxl_kernels.testing import inverse_frequencies
 
+pytestmark = pytest.mark.core
+
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from vxl_kernels.cache import page_ops
 from vxl_kernels.testing import poisoned_memory
 
+pytestmark = pytest.mark.core
+
 OPS = {"extension": torch.ops.vxl, "plain": page_ops}
 NAMES = ("copy_pages_", "gather_rows", "scatter_rows_")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)

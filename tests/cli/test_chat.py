@@ -18,7 +18,10 @@ pytest.importorskip("av")
 
 from vxl_kernels import _ext
 
-pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(_ext.extension is None, reason="no compiled extension"),
+]
 COMMAND = [sys.executable, "-m", "vxl_cli", "chat", "--model", "model", "--video", "clip.mp4"]
 
 

@@ -22,7 +22,10 @@ from vxl_kernels import _ext
 from vxl_model import VideoXLForConditionalGeneration
 from vxl_model.video.reader import open_video
 
-pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(_ext.extension is None, reason="no compiled extension"),
+]
 
 QUESTION = "What is shown?"
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from vxl_kernels import ChunkLayout, vst_attention
 from vxl_kernels.testing import check_attention, make_inputs, poisoned_memory
 
+pytestmark = pytest.mark.core
+
 
 def attend(inputs, **options):
     return vst_attention(*inputs.args(), return_lse=True, backend="cpu", **options)

@@ -11,6 +11,8 @@ from hypothesis import example, given, settings
 from vxl_kernels import ChunkLayout, rope_append, vst_attention
 from vxl_kernels.testing import check_gradients, inverse_frequencies, make_inputs, poisoned_memory
 
+pytestmark = pytest.mark.core
+
 
 def gradients(inputs, seed=0, lse_weight=1.0):
     """Random grad_out and grad_lse, and the kernel's five gradients for them."""

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 
 from vxl_kernels import ChunkLayout, reference, vst_linear
 
+pytestmark = pytest.mark.core
+
 
 @settings(max_examples=30)
 @given(layouts())

@@ -7,6 +7,8 @@ from helpers.serving import serving
 from vxl_kernels import ChunkLayout, ops, rope_append, vst_attention, vst_linear
 from vxl_kernels.testing import inverse_frequencies, make_inputs
 
+pytestmark = pytest.mark.core
+
 LAYOUTS = [None, ChunkLayout(9, 2, 2), ChunkLayout(9, 2, 1, "interleaved")]
 
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from vxl_kernels import ChunkLayout, reference, rope_append, vst_attention
 from vxl_kernels.testing import inverse_frequencies, make_inputs, poisoned_memory
 
+pytestmark = pytest.mark.core
+
 
 def append(inputs, **options):
     inv_freq = inverse_frequencies(inputs.q.shape[3])

@@ -17,6 +17,8 @@ from transformers import (
 
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration, apply_vst_to_qwen2
 
+pytestmark = pytest.mark.core
+
 
 def read(path):
     return json.loads(path.read_text())

@@ -10,6 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from vxl_model import WindowRatios
 
+pytestmark = pytest.mark.core
+
 LENGTHS = [108, 61, 200, 48]
 
 

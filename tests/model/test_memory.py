@@ -6,6 +6,8 @@ from helpers.model_goldens import load_golden, relative, tiny_expected, tiny_mod
 
 from vxl_model import VideoMemory, WindowRatios
 
+pytestmark = pytest.mark.core
+
 WINDOW = 48
 PROMPT = [5, 6, 7]
 TAIL = torch.tensor([9, 10, 11])

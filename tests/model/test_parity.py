@@ -16,6 +16,8 @@ from helpers.model_goldens import (
 
 import vxl_kernels
 
+pytestmark = pytest.mark.core
+
 NAMES = [path.stem for path in GOLDENS]
 TRAINED = ["tiny_r4_w48", "mixed_steprandom_w48"]
 GRADIENT_TOLERANCE = 5e-5

@@ -15,6 +15,8 @@ Image = pytest.importorskip("PIL.Image")
 from examples.demo_clip import byte_tokenizer
 from vxl_model.inputs.processing import PROMPT, VideoXLProcessor
 
+pytestmark = pytest.mark.core
+
 LEVEL = 1 / 255 / 0.26  # one of 256 levels after normalisation, at most
 
 

@@ -1,5 +1,6 @@
 """What the make targets install: one Triton, the one that fits the torch that pip chose."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -39,3 +40,43 @@ def test_no_constraint_on_triton():
     names = re.findall(r"^[\w-]+", (ROOT / "constraints.txt").read_text(), re.M)
     assert "torch" in names
     assert "triton" not in names
+
+
+def test_every_dependency_has_a_lower_bound():
+    """`make test-oldest` installs the bounds. Without one, pip takes the newest release."""
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = re.findall(r"^(requires|dependencies|gpu|model|video|bench) = \[(.*)\]$", text, re.M)
+    assert len(lists) == 6
+    for name, words in lists:
+        assert re.fullmatch(r'("[a-z0-9-]+>=[0-9.]+"(, )?)+', words), (name, words)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_an_interpreter_that_does_not_start_is_passed_over(tmp_path):
+    """pyenv puts names on the path for versions that it was not told to use."""
+    shim, works = (tmp_path / name / "python3.10" for name in ("shims", "bin"))
+    for python, status in ((shim, 127), (works, 0)):
+        python.parent.mkdir()
+        python.write_text(f"#!/bin/sh\nexit {status}\n")
+        python.chmod(0o755)
+
+    def found(*folders):
+        done = subprocess.run(
+            ["make", "--no-print-directory", "--eval=found: ; @echo $(OLDEST_PYTHON)", "found"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={
+                "PATH": os.pathsep.join([*map(str, folders), "/usr/bin", "/bin"]),
+                "PYENV_ROOT": str(tmp_path),
+            },
+        )
+        return done.stdout.strip()
+
+    assert found(works.parent) == "python3.10"
+    assert not found(shim.parent).endswith("python3.10")
+    versions = tmp_path / "versions" / "3.10.7" / "bin" / "python"
+    versions.parent.mkdir(parents=True)
+    shutil.copy(works, versions)
+    assert found(shim.parent) == str(versions)

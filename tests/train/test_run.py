@@ -23,7 +23,10 @@ from vxl_train.run import train
 from vxl_train.settings import TrainSettings
 from vxl_train.trainer import last_checkpoint, read_log, set_trainable_parameters
 
-pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled extension")
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(_ext.extension is None, reason="no compiled extension"),
+]
 
 
 @pytest.fixture(scope="module")

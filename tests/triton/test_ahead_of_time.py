@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 
 from vxl_kernels._triton import catalog
 
+pytestmark = pytest.mark.core
+
 ARCHITECTURES = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 MATRIX = {
     "cuda:80": r"\bHMMA\.",

@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.paths import ROOT, TESTS
 
+pytestmark = pytest.mark.core
+
 pytest.importorskip("triton")
 FOLDER = TESTS / "triton_interpreter"
 # Shares of about equal length: one for each core of a small machine.
@@ -24,8 +26,8 @@ ONLY = {"model": ["-k", "triton"]}
 
 
 @pytest.fixture(scope="module")
-def shares():
-    """All shares at once, each pytest with one thread."""
+def shares(request):
+    """All shares at once, each pytest with one thread and the marks asked for."""
     running = {
         name: subprocess.Popen(
             [
@@ -34,6 +36,8 @@ def shares():
                 "pytest",
                 *(str(FOLDER / f) for f in files),
                 *ONLY.get(name, []),
+                "-m",
+                request.config.option.markexpr,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

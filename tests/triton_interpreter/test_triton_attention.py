@@ -12,7 +12,7 @@ from vxl_kernels import ChunkLayout, ops
 from vxl_kernels._triton import configs, launch
 from vxl_kernels.testing import check_attention, make_inputs, poisoned_memory
 
-core = pytest.mark.triton_core  # also with the oldest Triton
+core = pytest.mark.core
 
 
 @core

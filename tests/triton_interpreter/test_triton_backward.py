@@ -14,7 +14,7 @@ from vxl_kernels._triton import backward as kernels
 from vxl_kernels._triton import configs, launch, launch_backward, primitives
 from vxl_kernels.testing import check_gradients, inverse_frequencies, make_inputs, poisoned_memory
 
-core = pytest.mark.triton_core  # also with the oldest Triton
+core = pytest.mark.core
 
 
 @pytest.fixture(autouse=True)

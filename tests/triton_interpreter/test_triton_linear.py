@@ -7,7 +7,7 @@ from vxl_kernels import ChunkLayout, reference, vst_linear
 from vxl_kernels._triton import configs
 from vxl_kernels.testing import poisoned_memory
 
-core = pytest.mark.triton_core
+core = pytest.mark.core
 LAYOUTS = [None, ChunkLayout(50, 4, 2), ChunkLayout(9, 2, 3, "interleaved"), ChunkLayout(3, 3)]
 
 

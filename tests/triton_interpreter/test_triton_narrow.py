@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vxl_kernels._triton.primitives import narrow
 
-core = pytest.mark.triton_core
+core = pytest.mark.core
 
 
 @triton.jit

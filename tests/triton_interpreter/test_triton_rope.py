@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from vxl_kernels import ChunkLayout, reference, rope_append
 from vxl_kernels.testing import inverse_frequencies, make_inputs, poisoned_memory
 
-core = pytest.mark.triton_core
+core = pytest.mark.core
 
 
 def append(inputs, **options):

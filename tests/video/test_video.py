@@ -28,6 +28,8 @@ from vxl_model.video.decoders import pyav
 from vxl_model.video.reader import VideoError, VideoWarning, open_video
 from vxl_model.video.resize import resize_crop
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
