@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from vxl_model.decoder.configuration import VideoXLConfig
 from vxl_model.inputs.processing import VideoXLProcessor
 from vxl_model.modeling import VideoXLForConditionalGeneration
+from vxl_model.streaming.memory_file import first_row_bytes
 from vxl_model.streaming.ratios import make_plan
 
 from .data.dataset import TrainingData
@@ -255,8 +256,7 @@ def _weights_crc(net: nn.Module) -> int:
     rest, and another fine-tune has the same names and shapes."""
     value = 0
     for parameter in net.parameters():
-        row = parameter.detach()[:1].float().cpu().contiguous()
-        value = zlib.crc32(row.numpy().tobytes(), value)
+        value = zlib.crc32(first_row_bytes(parameter), value)
     return value
 
 
