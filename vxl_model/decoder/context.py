@@ -82,6 +82,7 @@ class CacheContext:
         backend = self.settings.backend
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(x) for x in zip(*qkv, strict=True))
         cache = self.batch.layer(layer_idx)
+        q, k, v = (x.to(cache[0].dtype) for x in (q, k, v))  # autocast made them of another
         q, k = rope_append(
             q, k, v, *cache, self.layout, self.inv_freq, inplace=True, backend=backend
         )
@@ -102,6 +103,7 @@ class CacheContext:
         # In the cache the VSTs of all chunks follow one another, and each is rotated to its
         # place there, exactly as ordinary tokens are. There is no q, so k is passed twice.
         cache = self.batch.layer(layer_idx)
+        k, v = k.to(cache[0].dtype), v.to(cache[0].dtype)
         rope_append(k, k, v, *cache, None, self.inv_freq, backend=self.settings.backend)
 
 

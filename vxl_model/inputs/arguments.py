@@ -112,7 +112,7 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
 
 def prefix_row(input_ids: Any, vocabulary: int) -> Tensor:
     """Ids `(tokens,)` before a video, given with or without a final -200."""
-    ids = torch.as_tensor(input_ids, dtype=torch.long).reshape(-1)
+    ids = torch.as_tensor(input_ids, dtype=torch.long, device="cpu").reshape(-1)
     if len(ids) and ids[-1] == IMAGE_TOKEN:
         ids = ids[:-1]
     wrong = (ids < 0) | (ids >= vocabulary)

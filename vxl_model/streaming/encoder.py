@@ -118,11 +118,14 @@ class StreamEncoder:
 
     def append(self, state: VideoState, features: Tensor, more_follow: bool = False) -> None:
         """Visual tokens `(tokens, hidden)`. What does not fill a window waits. With `more_follow`
-        so does what does not fill a whole step, until `complete`."""
+        so does what does not fill a whole step, until `complete`. The tensor itself is not kept:
+        its owner may fill it again."""
         state.pending.append(features)
         state.visual_tokens += len(features)
         state.flushed = None
         self._full_windows(state, self.chunks if more_follow else 1)
+        if len(features) and state.pending:
+            state.pending[-1] = state.pending[-1].clone()
 
     def complete(self, state: VideoState) -> None:
         """Encodes the full windows that still wait for a whole step."""
