@@ -247,7 +247,12 @@ def kept_states(
     tokens = sum(x.shape[2] + 2 * encoder.settings.page_size for x in kept)
     cache = encoder.cache(tokens + SLACK_TOKENS // 4)
     return [
-        VideoState(cache.restore(x.to(encoder.dtype)), plan.copy(), vst_counts=one.vst_counts, finished=True)
+        VideoState(
+            cache.restore(x.to(encoder.dtype)),
+            plan.copy(),
+            vst_counts=one.vst_counts,
+            finished=True,
+        )
         for one, x, plan in zip(passes, kept, plans, strict=True)
     ]
 

@@ -210,6 +210,53 @@ def test_a_batch_notices_what_happens_through_the_cache():
     assert read(cache, child) == list(range(10))
 
 
+def test_a_batch_of_a_freed_sequence_writes_nowhere():
+    """Its pages may belong to another sequence by then."""
+    cache = small_cache()
+    kept, freed = cache.new(), cache.new()
+    for seq in (kept, freed):
+        write(cache, seq, [1, 2, 3])
+    batch = cache.batch([kept, freed])
+    batch.reserve(4)
+    cache.free(freed)
+    thief = cache.new()
+    write(cache, thief, list(range(10)))
+    for call in (lambda: batch.layer(0), lambda: batch.reserve(1), lambda: batch.commit(4)):
+        with pytest.raises(KeyError):
+            call()
+    assert read(cache, thief) == list(range(10))
+    assert read(cache, kept) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("length", [3, 1])
+def test_a_batch_of_a_truncated_sequence_writes_nowhere(length):
+    """Not even where only its reserved pages went back; another sequence's end changes nothing."""
+    cache = small_cache()
+    other, seq = cache.new(), cache.new()
+    write(cache, seq, [1, 2, 3])
+    batch = cache.batch(seq)
+    batch.reserve(4)
+    cache.free(other)
+    batch.layer(0)
+    cache.truncate(seq, length)
+    with pytest.raises(ValueError, match=rf"batch: got sequence {seq}, which changed since"):
+        batch.layer(0)
+    batch.reserve(4)
+    batch.layer(0)
+
+
+def test_a_cache_outlives_inference_mode():
+    with torch.inference_mode():
+        cache = small_cache(page_size=1, num_pages=64)
+        seq = cache.new()
+        write(cache, seq, list(range(20)))  # more pages than the first table has room for
+        batch = cache.batch(seq)
+    write(cache, seq, [20])
+    batch.reserve(1)
+    assert read(cache, seq) == list(range(21))
+    assert not any(x.is_inference() for x in batch.layer(0))
+
+
 def test_a_failed_reserve_of_a_batch_changes_nothing():
     cache = small_cache(num_pages=4, page_size=4)
     seqs = [cache.new(), cache.new()]

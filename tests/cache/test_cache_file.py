@@ -199,7 +199,7 @@ def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
 
 KILLED = """
     import sys, torch
-    from vxl_kernels import VstCache, cache_file
+    from vxl_kernels import VstCache
 
     cache = VstCache(2, 2, 16, num_pages=1024, page_size=4)
     seq = cache.new()

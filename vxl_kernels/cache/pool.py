@@ -102,14 +102,16 @@ class VstCache:
             at_least("num_pages", num_pages, 1), at_least("page_size", page_size, 1)
         )
         shape = (self.num_layers, num_pages, page_size, self.kv_heads, self.head_dim)
-        self.k_cache, self.v_cache = (
-            torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
-        )
+        with torch.inference_mode(False):  # tensors made in it could not be written outside
+            self.k_cache, self.v_cache = (
+                torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
+            )
         self.dtype, self.device = dtype, self.k_cache.device
         # From a reserve() to the end of its page copies nobody may look at a block table: it
         # already names pages that are not filled yet.
         self._lock = threading.Lock()
         self._copies: list[np.ndarray] = []  # asked for, not made yet
+        self._releases = 0  # how often pages of a sequence went back
 
     # -- sizes ---------------------------------------------------------------------
 
@@ -174,10 +176,12 @@ class VstCache:
             ValueError: the sequence is shorter than that.
         """
         self._manager.truncate(seq, length)
+        self._releases += 1
 
     def free(self, seq: int) -> None:
         """Ends a sequence; its pages go back unless others hold them."""
         self._manager.free(seq)
+        self._releases += 1
 
     def length(self, seq: int) -> int:
         """Committed rows."""
@@ -410,8 +414,12 @@ class CacheBatch:
         # What the two tensors hold, as the host knows it.
         self._lengths = np.zeros(len(seqs), dtype=np.int32)
         self._table = np.zeros((len(seqs), width), dtype=np.int32)
-        self.cache_seqlens = torch.zeros(len(seqs), dtype=torch.int32, device=cache.device)
-        self.block_table = torch.zeros(self._table.shape, dtype=torch.int32, device=cache.device)
+        self._reserved, self._releases = 0, -1
+        with torch.inference_mode(False):
+            self.cache_seqlens = torch.zeros(len(seqs), dtype=torch.int32, device=cache.device)
+            self.block_table = torch.zeros(
+                self._table.shape, dtype=torch.int32, device=cache.device
+            )
         self._refresh()
 
     def reserve(self, rows: int) -> None:
@@ -424,16 +432,25 @@ class CacheBatch:
             longest = max(self.cache.length(seq) for seq in self.seqs)
             self._refuse_beyond(longest + rows)
         self.cache.reserve(self._ids, rows)
+        self._reserved = rows
         self._refresh()
 
     def commit(self, rows: int) -> None:
         """The step has written its rows; see `VstCache.commit`. Does not wait for the device."""
         self.cache.commit(self._ids, rows)
         self._lengths += rows
+        self._reserved = max(0, self._reserved - rows)
         self.cache_seqlens += rows
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them."""
+        """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them.
+
+        Raises:
+            KeyError: a sequence has been freed, so its pages may be another's.
+            ValueError: a sequence has been truncated since `reserve`, or its pages replaced.
+        """
+        if self._releases != self.cache._releases:
+            self._refuse_released()
         return self.cache.k_cache[i], self.cache.v_cache[i], self.block_table, self.cache_seqlens
 
     def __len__(self) -> int:
@@ -444,15 +461,28 @@ class CacheBatch:
         if tokens > capacity:
             fail("rows", f"a sequence of {tokens} tokens", f"at most {capacity} (max_tokens)")
 
+    def _refuse_released(self) -> None:
+        """Refuses sequences that no longer hold the pages of the block table."""
+        releases = self.cache._releases
+        for i, seq in enumerate(self.seqs):
+            pages, row = self.cache._manager.block_table(seq), self._table[i]
+            rows = self._lengths[i] + self._reserved
+            held = np.array_equal(pages[: len(row)], row[: len(pages)])
+            if not held or row[len(pages) :].any() or len(pages) * self.cache.page_size < rows:
+                fail("batch", f"sequence {seq}, which changed since reserve()", "reserve() first")
+        self._releases = releases
+
     def _refresh(self) -> None:
         """Brings the two tensors up to date; uploads only what differs."""
         manager = self.cache._manager
+        self._releases = self.cache._releases
         width = manager.most_pages(self._ids)
         if width > self._table.shape[1]:
             if self._fixed:  # reserved through the cache, not through this batch
                 self._refuse_beyond(width * self.cache.page_size)
             self._table = np.zeros((len(self.seqs), 2 * width), dtype=np.int32)
-            self.block_table = self.block_table.new_zeros(self._table.shape)
+            with torch.inference_mode(False):
+                self.block_table = self.block_table.new_zeros(self._table.shape)
         table, lengths = np.empty_like(self._table), np.empty_like(self._lengths)
         with self.cache._lock:
             self.cache._make_copies()

@@ -39,6 +39,5 @@ TENSOR_PARALLEL_PLAN: dict[str, str] = dict(TextConfig.base_model_tp_plan or {})
 def rotary_frequencies(config: Any, device: torch.device) -> Tensor:
     """Rotation per position, float32 `(head_dim / 2,)`. The caller's default device and inference
     mode have no part in it, since it is kept for later calls."""
-    with torch.inference_mode(False):
-        rotary = RotaryEmbedding(config, device=torch.device("cpu"))
-        return rotary.inv_freq.float().to(device).as_subclass(Tensor)
+    with torch.inference_mode(False), torch.device("cpu"):
+        return RotaryEmbedding(config).inv_freq.float().to(device).as_subclass(Tensor)
