@@ -120,6 +120,22 @@ def test_one_thread_appends_while_others_ask(model, features, small_pages):
     assert all(same(ask(memory, q), w) for q, w in zip(QUESTIONS[:3], wanted[-1], strict=True))
 
 
+def test_an_append_is_seen_when_it_is_complete(model, features):
+    memory = model.watch(input_ids=PREFIX, visual_features=features[:60])
+
+    def look(*_):
+        seen.append((memory.visual_tokens, memory.vst_counts, memory.kept_tokens))
+
+    seen = []
+    look()
+    hook = model.model.layers[0].register_forward_hook(look)
+    memory.append(visual_features=features[60:])
+    hook.remove()
+    assert len(seen) > 1
+    assert seen.count(seen[0]) == len(seen)
+    assert memory.visual_tokens == [300]
+
+
 def test_threads_append_one_after_the_other(model, features):
     memory = model.watch(input_ids=PREFIX, visual_features=[])
     pieces = features[:288].split(12)
