@@ -1,12 +1,12 @@
 """Builds the extension `vxl_kernels._C`.
 
 Environment:
-    VXL_BUILD_EXT   1 (default) builds the extension, 0 installs pure Python (the slow
-                    reference serves then).
-    VXL_BUILD_CUDA  auto (default) compiles csrc/cuda where nvcc and a CUDA build of torch are
-                    found, 0 never, 1 fails without them.
-What was built, and why something was not, is written to _build_info.json beside the package that
-was built and shown by `python -m vxl_kernels`.
+    VXL_BUILD_EXT   1 (default): build the extension. 0: install pure Python, which runs the
+                    slow reference on a CPU.
+    VXL_BUILD_CUDA  auto (default): compile csrc/cuda if nvcc and a CUDA build of torch are
+                    found. 0: do not compile it. 1: fail if either is missing.
+The build writes what it built, and why it left something out, to _build_info.json beside the
+package. `python -m vxl_kernels` shows it.
 """
 
 import json
@@ -23,8 +23,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
-# An isolated build hides the packages of the environment it builds for. The extension must
-# be compiled against the torch that will load it, so look there before fetching another.
+# An isolated build hides the packages of the environment that it builds for. The extension must
+# be compiled against the torch that will load it, so look for torch there before fetching another.
 try:
     import torch
 except ImportError:
@@ -37,7 +37,7 @@ except ImportError:
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # GCC's own AVX-512 headers trip these two.
 ISA_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# No -std: torch adds the one that its headers need (2.14's want C++20).
+# No -std: torch adds the one that its headers need (C++20 for torch 2.14).
 COMMON = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
 # sm_80 code runs on 8.6 and 8.9 too; PTX for what comes after. Without a GPU to ask.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
@@ -55,7 +55,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def cuda_toolkit() -> Path | None:
-    """CUDA_HOME, the usual place, or where the nvcc of the PATH lies."""
+    """CUDA_HOME, the usual place, or the toolkit of the nvcc on the PATH."""
     nvcc = shutil.which("nvcc")
     places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     places += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
@@ -75,7 +75,7 @@ def cuda_decision() -> tuple[bool, str]:
     if cuda_toolkit() is None:
         missing.append("no nvcc")
     if missing and wish == "1":
-        raise SystemExit(f"VXL_BUILD_CUDA=1 cannot be met: {'; '.join(missing)}")
+        raise SystemExit(f"VXL_BUILD_CUDA: got 1, expected auto or 0 ({'; '.join(missing)})")
     return not missing, "; ".join(missing) or "nvcc and a CUDA build of torch found"
 
 
@@ -98,12 +98,12 @@ def extension_arguments() -> dict:
         info = {"extension": "not built: VXL_BUILD_EXT=0", "cuda": "not built"}
         return {"cmdclass": {"build_py": noting(build_py, **info)}}
     if torch is None:
-        # Only now is torch a requirement of the build; the build then runs again with it.
+        # torch becomes a requirement of the build only here. The build then runs again with it.
         return {"setup_requires": ["torch>=2.11"]}
     use_cuda, reason = cuda_decision()
-    if use_cuda:  # before the import, which looks for the toolkit
+    if use_cuda:  # before the import below, which looks for the toolkit
         os.environ["CUDA_HOME"] = str(cuda_toolkit())
-        if not torch.cuda.is_available():  # else torch asks the GPU that is there
+        if not torch.cuda.is_available():  # with a GPU, torch takes its architecture
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

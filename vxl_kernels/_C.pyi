@@ -6,19 +6,19 @@ import numpy as np
 import numpy.typing as npt
 
 has_cuda: bool
-"""Whether csrc/cuda was compiled in: rope_append and the page operators on CUDA tensors."""
+"""Whether csrc/cuda is compiled in: rope_append and the page operators for CUDA tensors."""
 
 def cpu_isa() -> str:
     """Instruction set of the CPU kernels: 'avx512', 'avx2' or 'baseline'."""
 
 class PoolExhausted(MemoryError):
-    """The pool has too few free pages for a reserve(); nothing has changed."""
+    """The pool has too few free pages for a reserve(). Nothing has changed."""
 
     pages_needed: int
     pages_free: int
 
 class PageManager:
-    """Pages of a cache: which sequence holds which, and which may be written."""
+    """Pages of a cache: which sequence holds which page, and which page may be written."""
 
     def __init__(self, num_pages: SupportsIndex, page_size: SupportsIndex) -> None: ...
     @property

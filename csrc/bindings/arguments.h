@@ -1,4 +1,4 @@
-// Tensors to parameters, and the checks that keep a kernel inside them. For every backend.
+// Turns tensors into parameters, and checks that no kernel leaves them. Every backend uses this.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -28,25 +28,26 @@ inline vxl::DType dtype_of(const Tensor& x) {
   }
 }
 
-// The kernels want head_dim contiguous; other strides are free. Caches are never copied:
-// vxl_kernels/checks.py refuses them.
+// The kernels need a contiguous head_dim; other strides are arbitrary. A cache is never copied:
+// vxl_kernels/checks.py refuses one with other strides.
 inline Tensor rows_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// A large result is fresh memory, and the kernel hands it out page by page: with four chunks
-// in a call that was 4 % of the attention. Huge pages make it 512 times fewer.
+// A large result is fresh memory, and the operating system maps it page by page on first use. With
+// four chunks in a call that took 4 % of the attention's time. Huge pages are 512 times fewer.
 inline Tensor empty_huge(at::IntArrayRef sizes, const at::TensorOptions& options) {
   Tensor x = at::empty(sizes, options);
 #ifdef __linux__
   constexpr uintptr_t huge = uintptr_t(2) << 20;
   const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + x.nbytes()) / huge * huge;
+  const uintptr_t first = (begin + huge - 1) / huge * huge;
+  const uintptr_t last = (begin + x.nbytes()) / huge * huge;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return x;
 }
 inline Tensor empty_rows(const Tensor& like) { return empty_huge(like.sizes(), like.options()); }
 
-// Tells autograd that these were written, so that a backward that saved them refuses.
+// Tells autograd that these were written, so that a backward pass that saved them raises.
 inline void bump_versions(std::initializer_list<const Tensor*> written) {
   for (const Tensor* x : written) x->unsafeGetTensorImpl()->bump_version();
 }
@@ -65,15 +66,16 @@ inline vxl::ChunkGeometry geometry_of(at::IntArrayRef layout, int64_t rows) {
   return g;
 }
 
-// What would read or write outside a tensor. Calls through vxl_kernels/api.py never get
-// here with it; the operators can be called by name, too.
+// Refuses what would read or write outside a tensor. vxl_kernels/api.py has refused such calls
+// already, but the operators can also be called by name.
 inline void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() &&
                         k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
                         k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0 &&
                         q.size(3) > 0 && q.size(3) <= 256,
                     "q, k, v: got shapes ", q.sizes(), ", ", k.sizes(), ", ", v.sizes(),
-                    ", expected (batch, rows, heads, head_dim), k and v with a divisor of heads");
+                    ", expected (batch, rows, heads, head_dim) with head_dim up to 256, and k and "
+                    "v whose heads divide those of q");
   TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                     "k, v: got ", k.scalar_type(), ", ", v.scalar_type(), ", expected ",
                     q.scalar_type(), " as q");
@@ -91,14 +93,15 @@ inline void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_
                     " (pages, page_size, ", k.size(2), ", ", k.size(3), "), head_dim contiguous");
   TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == k.size(0) &&
                         block_table.scalar_type() == at::kInt && cache_seqlens.dim() == 1 &&
-                        cache_seqlens.size(0) == k.size(0) && cache_seqlens.scalar_type() == at::kInt,
+                        cache_seqlens.size(0) == k.size(0) &&
+                        cache_seqlens.scalar_type() == at::kInt,
                     "block_table, cache_seqlens: got shapes ", block_table.sizes(), ", ",
                     cache_seqlens.sizes(), ", expected int32 (batch, max_pages) and (batch,)");
 }
 
 inline void check_rope(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_seqlens,
-                       const Tensor& inv_freq) {
+                       const Tensor& v_cache, const Tensor& block_table,
+                       const Tensor& cache_seqlens, const Tensor& inv_freq) {
   check_shapes(q, k, v);
   check_cache(k, k_cache, v_cache, block_table, cache_seqlens);
   TORCH_CHECK_VALUE(inv_freq.dim() == 1 && 2 * inv_freq.size(0) == q.size(3) &&
@@ -107,7 +110,7 @@ inline void check_rope(const Tensor& q, const Tensor& k, const Tensor& v, const 
                     ", expected float32 (head_dim / 2,)");
 }
 
-// `block_table` and `cache_seqlens` contiguous, and alive as long as the result.
+// `block_table` and `cache_seqlens` are contiguous and outlive the result.
 inline vxl::PagedCache paged_cache(const Tensor& k_cache, const Tensor& v_cache,
                                    const Tensor& block_table, const Tensor& cache_seqlens) {
   vxl::PagedCache cache;
@@ -124,7 +127,7 @@ inline vxl::PagedCache paged_cache(const Tensor& k_cache, const Tensor& v_cache,
   return cache;
 }
 
-// What both kernels take: AttentionParams and RopeParams name these alike.
+// Sets the fields that AttentionParams and RopeParams share.
 template <typename Params>
 void set_call(Params& p, const Tensor& q, const Tensor& k, const Tensor& v,
               at::IntArrayRef layout) {

@@ -1,5 +1,5 @@
-// The CUDA kernels as torch operators: shapes checked, the tensors' device and the current stream
-// chosen. Page numbers and lengths stay on the device: nothing here reads them or waits.
+// The CUDA kernels as torch operators. They check shapes and use the tensors' device and the
+// current stream. Page numbers and lengths stay on the device: nothing here reads them or waits.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -15,7 +15,7 @@ namespace {
 using at::Tensor;
 using namespace vxl::bindings;
 
-// A pointer of another device would be read as if it were this one's.
+// The kernel would read a pointer of another device as its own.
 void check_device(const Tensor& x, const char* name, const Tensor& q) {
   TORCH_CHECK_VALUE(x.device() == q.device(), name, ": got device ", x.device(), ", expected ",
                     q.device(), " as q");

@@ -1,4 +1,4 @@
-// The Python module vxl_kernels._C. Loading it also registers the operators of ops.cpp.
+// The Python module vxl_kernels._C. Loading it also registers the operators.
 #include <pybind11/pybind11.h>
 
 #include "../cpu/kernels.h"
@@ -6,10 +6,10 @@
 void bind_page_manager(pybind11::module_& m);  // page_manager.cpp
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled part of vxl_kernels; loading it registers the vxl:: operators.";
+  m.doc() = "Compiled part of vxl_kernels. Loading it registers the vxl:: operators.";
   m.def("cpu_isa", &vxl::cpu_isa,
         "Instruction set of the CPU kernels in this process: 'avx512', 'avx2' or 'baseline'. "
-        "The environment variable VXL_CPU_ISA, read once, lowers it.");
+        "The environment variable VXL_CPU_ISA lowers it; it is read once.");
 #ifdef VXL_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

@@ -1,6 +1,6 @@
-// The CPU kernels as torch operators. Schemas, fakes and gradients are in vxl_kernels/ops.py;
-// shapes and dtypes are checked in vxl_kernels/api.py, what only the data tells is checked
-// here, before anything is written.
+// The CPU kernels as torch operators. vxl_kernels/ops.py has schemas, fakes and gradients, and
+// vxl_kernels/api.py checks shapes and dtypes. The contents of tables and lengths are checked here,
+// before anything is written.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,8 +19,8 @@ namespace {
 using at::Tensor;
 using namespace vxl::bindings;
 
-// Every sequence's first cache_seqlens + extra tokens lie in existing pages. The words are
-// those of vxl_kernels/checks.py.
+// Checks that the first cache_seqlens + extra tokens of every sequence lie in existing pages. The
+// messages are those of vxl_kernels/checks.py.
 void check_paging(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
                   int64_t extra) {
   const int64_t pages = cache.size(0), page_size = cache.size(1);
@@ -33,8 +33,8 @@ void check_paging(const Tensor& block_table, const Tensor& cache_seqlens, const 
     const int64_t need = lens[b] + extra;
     const int64_t used = (need + page_size - 1) / page_size;
     TORCH_CHECK_VALUE(used <= max_pages, "block_table: got ", max_pages, " pages of ", page_size,
-                      " tokens, expected room for ", need, " tokens (cache_seqlens ", lens[b], " + ",
-                      extra, ") of sequence ", b);
+                      " tokens, expected room for ", need, " tokens (cache_seqlens ", lens[b],
+                      " + ", extra, ") of sequence ", b);
     for (int64_t i = 0; i < used; ++i) {
       const int32_t page = table[b * max_pages + i];
       TORCH_CHECK_VALUE(page >= 0 && page < pages, "block_table: got page ", page,

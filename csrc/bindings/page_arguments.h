@@ -1,5 +1,5 @@
-// Arguments of the page operators, checked and turned to parameters. The words are those of
-// vxl_kernels/_pages.py, which serves where this is not built.
+// Checks the arguments of the page operators and turns them into parameters. The messages are those
+// of vxl_kernels/_pages.py, which serves if this is not built.
 #pragma once
 
 #include "arguments.h"
@@ -18,7 +18,7 @@ inline vxl::PagePool page_pool(const Tensor& x, const char* name) {
   }
   for (int64_t i = 0; i < 2; ++i) dense &= x.size(i) <= 1 || x.stride(i) >= stride;
   TORCH_CHECK_VALUE(dense, name, ": got shape ", x.sizes(), ", strides ", x.strides(),
-                    ", expected dense pages of at least one row, apart from each other");
+                    ", expected dense pages of at least one row that do not overlap");
   const int64_t item = x.element_size();
   return {static_cast<char*>(x.data_ptr()), x.size(0), x.size(2), x.size(3) * x.size(4) * item,
           x.stride(0) * item, x.stride(1) * item};
@@ -43,7 +43,7 @@ inline vxl::PageCopyParams page_copies(const Tensor& k_cache, const Tensor& v_ca
   return p;
 }
 
-// `buffer` may be null: to be allocated.
+// Leaves `buffer` null: the caller sets it.
 inline vxl::RowTransferParams row_transfer(const Tensor& cache, const Tensor& block_table_row,
                                            int64_t first, int64_t rows) {
   vxl::RowTransferParams p;

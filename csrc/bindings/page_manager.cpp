@@ -1,5 +1,5 @@
-// vxl::PageManager for Python. Calls give up the GIL before they wait for the manager's lock,
-// so that a long call in one thread never stalls Python in the others.
+// vxl::PageManager for Python. A call releases the GIL before it waits for the manager's lock, so a
+// long call in one thread never stops Python in the others.
 #include "../cache/page_manager.h"
 
 #include <pybind11/numpy.h>
@@ -33,16 +33,16 @@ void translate(std::exception_ptr thrown) {
     raise_pool_exhausted(e);
   } catch (const vxl::UnknownSequence& e) {
     py::set_error(PyExc_KeyError, e.what());
-  }  // std::invalid_argument is a ValueError, std::bad_alloc a MemoryError anyway
+  }  // pybind11 turns std::invalid_argument into ValueError and std::bad_alloc into MemoryError
 }
 
-// An integer argument, by __index__ only: 1.5 is refused, not rounded.
+// An integer argument, by __index__ only: 1.5 is refused and not rounded.
 py::arg integer(const char* name) { return py::arg(name).noconvert(); }
 
-// Ids from whatever NumPy makes integers (n,) of. Ids alone would round 1.5.
+// Ids from anything that NumPy turns into integers (n,). The type Ids alone would round 1.5.
 Ids ids(const py::object& seqs) {
   const py::array given = py::array::ensure(seqs);
-  if (!given) throw py::type_error("seqs: expected integers (n,)");
+  if (!given) throw py::type_error("seqs: got no array of numbers, expected integers (n,)");
   const char kind = given.dtype().kind();
   if (given.size() > 0 && kind != 'i' && kind != 'u') {
     throw py::type_error("seqs: got " + std::string(py::str(given.dtype())) +
@@ -61,8 +61,8 @@ py::array_t<int32_t> copies_array(const std::vector<vxl::PageCopy>& copies) {
                               reinterpret_cast<const int32_t*>(copies.data()));
 }
 
-// A writable, C-contiguous int32 array with a row for each sequence: written in place, so
-// nothing may be converted.
+// Checks for a writable, C-contiguous int32 array with a row for each sequence. It is written in
+// place, so nothing may be converted.
 int32_t* output(py::array& out, py::ssize_t ndim, int64_t rows) {
   const bool dtype_fits = py::isinstance<py::array_t<int32_t>>(out);
   const bool contiguous = (out.flags() & py::array::c_style) != 0;
@@ -162,68 +162,68 @@ void bind_pool_exhausted(py::module_& m) {
   pool_exhausted_class.call_once_and_store_result([&] {
     py::object type = py::exception<vxl::PoolExhausted>(m, "PoolExhausted", PyExc_MemoryError);
     type.attr("__doc__") =
-        "The pool has too few free pages for a reserve(); nothing has changed.\n\n"
-        "pages_needed, pages_free: int, what the call would have taken and what there was.";
+        "The pool has too few free pages for a reserve(). Nothing has changed.\n\n"
+        "pages_needed, pages_free: int, the pages that the call needed and that were free.";
     return type;
   });
   py::register_local_exception_translator(translate);
 }
 
 constexpr const char* kClassDoc =
-    R"(Pages of a cache: which sequence holds which, and which may be written.
+    R"(Pages of a cache: which sequence holds which page, and which page may be written.
 
-PageManager(num_pages, page_size): page_size is a page's rows, a power of two. It holds no
-cache contents; a step is
+PageManager(num_pages, page_size): page_size is the rows of a page, a power of two. The manager
+holds no cache contents. A step is
 
-    copies = manager.reserve(seq, rows)    # room; perform the copies before writing
+    copies = manager.reserve(seq, rows)    # makes room; perform the copies before writing
     ...                                    # write rows [length, length + rows)
     manager.commit(seq, rows)              # now they count
 
 Row r of a sequence lies in page block_table(seq)[r // page_size], at r % page_size.
-fork() shares pages; a shared, partly filled last page is copied when one of its holders
+fork() shares pages. A shared, partly filled last page is copied when one of its holders
 next reserves.
 
-A call that raises has changed nothing. ValueError: an argument out of range, named in the
-message. KeyError: no such live sequence. PoolExhausted, a MemoryError: too few free pages.
-TypeError: not an integer, or beyond int64.
+A call that raises has changed nothing. ValueError: an argument is out of range; the message
+names it. KeyError: no live sequence has this id. PoolExhausted, a MemoryError: too few free
+pages. TypeError: not an integer, or outside int64.
 
-Calls are safe from any thread and return copies. The manager can't order writes to the
+Calls are safe from any thread and return copies. The manager cannot order writes to the
 pages themselves: perform the copies of a reserve before any later write to the pool.)";
 
 void bind_sequences(py::class_<PageManager>& c) {
   c.def("new_sequence", &PageManager::new_sequence, ReleaseGil(),
         "Id of a new, empty sequence. Ids are never reused.");
   c.def("fork", &PageManager::fork, integer("seq"), ReleaseGil(),
-        "Id of a new sequence with the committed rows of seq, sharing its pages. Takes no page.\n"
-        "A reservation of seq stays with seq alone.");
+        "Id of a new sequence with the committed rows of seq. It shares the pages of seq and takes "
+        "no new one.\nA reservation of seq stays with seq alone.");
   c.def("truncate", &PageManager::truncate, integer("seq"), integer("length"), ReleaseGil(),
         "Keeps the first `length` committed rows, 0 to length(seq), and drops any reservation.");
   c.def("free", &PageManager::free, integer("seq"), ReleaseGil(),
-        "Ends a sequence. Pages that nobody else holds are free again.");
+        "Ends a sequence. Pages that no other sequence holds become free.");
 }
 
 void bind_growing(py::class_<PageManager>& c) {
   c.def("reserve", &reserve, integer("seq"), integer("rows"),
-        R"(Makes room for `rows` rows behind the committed ones.
+        R"(Makes room for `rows` rows after the committed ones.
 
-Absolute, not additive: reserve(seq, 8) after reserve(seq, 5) makes room for 8. Never shrinks
-a reservation, and keeps what was written into it.
+`rows` is absolute, not additive: reserve(seq, 8) after reserve(seq, 5) makes room for 8. A
+reservation never shrinks and keeps what was written into it.
 
 Returns int32 (copies, 3), each row [source page, target page, rows]: copy the first `rows`
-rows of the source page to the target before anything is written. Mostly empty; one row where
-seq's last page is partly filled and shared.
+rows of the source page to the target page before you write. There is one copy if the last page
+of seq is partly filled and shared, else none.
 
 Raises PoolExhausted, with pages_needed and pages_free.)");
   c.def("reserve_many", &reserve_many, py::arg("seqs"), integer("rows"),
-        R"(reserve() for every one of `seqs`, int (n,), distinct; for all or for none.
+        R"(reserve() for all of `seqs`, int (n,), distinct. Reserves for all or for none.
 
-Returns int32 (copies, 3), at most one copy a sequence. No page is source and target, so the
-copies may run in any order or at once.)");
+Returns int32 (copies, 3), at most one copy for each sequence. No page is both a source and a
+target, so the copies may run in any order or at once.)");
   c.def("commit", py::overload_cast<int64_t, int64_t>(&PageManager::commit), integer("seq"),
         integer("rows"), ReleaseGil(),
-        "The first `rows` reserved rows have been written; what is left stays reserved.");
+        "Turns the first `rows` reserved rows into committed ones. The others stay reserved.");
   c.def("commit_many", &commit_many, py::arg("seqs"), integer("rows"),
-        "commit() for every one of `seqs`, int (n,), distinct; for all or for none.");
+        "commit() for all of `seqs`, int (n,), distinct. Commits for all or for none.");
 }
 
 void bind_reading(py::class_<PageManager>& c) {
@@ -231,28 +231,28 @@ void bind_reading(py::class_<PageManager>& c) {
   c.def_property_readonly("page_size", &PageManager::page_size, "Rows of a page.");
   c.def("length", &PageManager::length, integer("seq"), ReleaseGil(), "Committed rows.");
   c.def("reserved", &PageManager::reserved, integer("seq"), ReleaseGil(),
-        "Rows behind the committed ones that may be written.");
+        "Rows after the committed ones that may be written.");
   c.def("capacity", &PageManager::capacity, integer("seq"), ReleaseGil(),
-        "Rows in the pages of the block table: page_size times its length.");
+        "Rows that the pages of the block table hold: page_size times its length.");
   c.def("block_table", &block_table, integer("seq"),
-        "int32 (pages,): the pages of the committed and the reserved rows, a copy.");
+        "int32 (pages,): the pages of the committed and the reserved rows.");
   c.def("most_pages", &most_pages, py::arg("seqs"),
-        "Pages of the longest block table among seqs, int (n,): the width fill_block_tables needs.");
+        "Pages of the longest block table among seqs, int (n,): the width for fill_block_tables.");
   c.def("fill_block_tables", &fill_block_tables, py::arg("seqs"), py::arg("out"),
         integer("pad") = 0,
-        R"(Writes the block table of seqs[i] to out[i], `pad` behind its last page.
+        R"(Writes the block table of seqs[i] to out[i], and `pad` after its last page.
 
-seqs int (n,), may repeat; out int32 (n, stride), C-contiguous, e.g. a pinned tensor's numpy().
-The default pad is a page that exists, so a kernel that reads ahead stays in the pool.)");
+seqs int (n,), may repeat. out int32 (n, stride), C-contiguous, e.g. numpy() of a pinned tensor.
+The default pad is an existing page, so a kernel that reads past the end stays in the pool.)");
   c.def("fill_lengths", &fill_lengths, py::arg("seqs"), py::arg("out"),
-        "Writes the committed rows of seqs[i] to out[i]; seqs int (n,), out int32 (n,).");
-  c.def("free_pages", &PageManager::free_pages, ReleaseGil(), "Pages that nobody holds.");
+        "Writes the number of committed rows of seqs[i] to out[i]. seqs int (n,), out int32 (n,).");
+  c.def("free_pages", &PageManager::free_pages, ReleaseGil(), "Pages that no sequence holds.");
   c.def("ref_count", &PageManager::ref_count, integer("page"), ReleaseGil(),
-        "Sequences that hold a page; 0: free.");
+        "Number of sequences that hold a page; 0 if it is free.");
   c.def("stats", &stats,
         R"(dict of int: free_pages; used_pages (held by at least one sequence); shared_pages (by
-two or more); peak_used_pages; sequences; tokens (committed rows of all sequences, shared ones
-counted for each); page_copies (asked for so far).)");
+two or more); peak_used_pages; sequences; tokens (committed rows of all sequences, where a shared
+row counts for each of them); page_copies (returned by reserve so far).)");
   c.def("__repr__", &repr);
 }
 

@@ -1,4 +1,4 @@
-// The page operators on the CPU: checks of what the data says, then memcpy.
+// The page operators on the CPU. They check page numbers and row counts, then call memcpy.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,7 +13,8 @@ namespace {
 using at::Tensor;
 using namespace vxl::bindings;
 
-// In parallel, so the order of copies must not matter: targets are distinct and no sources.
+// Copies run in parallel, so their order must not matter: targets are distinct, and no target is a
+// source.
 void check_copies(const vxl::PageCopyParams& p, int64_t pages) {
   std::vector<int32_t> targets;
   for (int64_t i = 0; i < p.count; ++i) {
@@ -30,12 +31,12 @@ void check_copies(const vxl::PageCopyParams& p, int64_t pages) {
   std::sort(targets.begin(), targets.end());
   const auto twin = std::adjacent_find(targets.begin(), targets.end());
   TORCH_CHECK_VALUE(twin == targets.end(), "copies: got page ", *twin,
-                    " as target of two entries, expected distinct targets");
+                    " as the target of two entries, expected distinct targets");
   for (int64_t i = 0; i < p.count; ++i) {
     const bool both = p.copies[3 * i + 2] > 0 &&
                       std::binary_search(targets.begin(), targets.end(), p.copies[3 * i]);
     TORCH_CHECK_VALUE(!both, "copies: got page ", p.copies[3 * i],
-                      " as a source and a target, expected no such page");
+                      " as a source and a target, expected targets that are not sources");
   }
 }
 

@@ -1,4 +1,4 @@
-// rope_append with new outputs and in place, over a backend that writes into given ones.
+// rope_append with new outputs and in place, for a backend that writes into given outputs.
 #pragma once
 
 #include <tuple>
@@ -7,8 +7,8 @@
 
 namespace vxl::bindings {
 
-// The operator's arguments, with q and k contiguous in head_dim, then q_out and k_out, which may
-// be q and k.
+// Takes the operator's arguments, with head_dim of q and k contiguous, then q_out and k_out, which
+// may be q and k.
 using RopeInto = void (*)(const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
                           const Tensor& cache_seqlens, at::IntArrayRef layout,

@@ -1,4 +1,4 @@
-// PyTorch's own threads, as the CPU kernels take them.
+// PyTorch's threads as a ThreadPool for the CPU kernels.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -32,13 +32,15 @@ int64_t power_of_two(const char* name, int64_t got, int64_t high) {
 std::string item(int64_t i) { return "seqs[" + std::to_string(i) + "]"; }
 
 [[noreturn]] void exhausted(int64_t rows, int64_t needed, int64_t free, int64_t all) {
-  throw PoolExhausted("rows: got " + std::to_string(rows) + ", which takes " +
+  throw PoolExhausted("rows: got " + std::to_string(rows) + ", which needs " +
                           std::to_string(needed) + " pages, expected at most " +
-                          std::to_string(free) + " (free of " + std::to_string(all) + ")",
+                          std::to_string(free) + " (free pages; the pool has " +
+                          std::to_string(all) + ")",
                       needed, free);
 }
 
-// Doubles, as push_back would: exact room would make growing by a page a step quadratic.
+// Doubles the room, as push_back does. With exact room, growing by one page a step would take
+// quadratic time.
 void make_room(std::vector<int32_t>& table, int64_t more) {
   const size_t wanted = table.size() + static_cast<size_t>(more);
   if (wanted > table.capacity()) table.reserve(std::max(wanted, 2 * table.capacity()));
@@ -51,7 +53,7 @@ PageManager::PageManager(int64_t num_pages, int64_t page_size)
       page_size_(power_of_two("page_size", page_size, kMaxPageSize)),
       holders_(static_cast<size_t>(num_pages)),
       free_(static_cast<size_t>(num_pages)) {
-  // Page 0 on top: a fresh pool hands pages out in ascending order.
+  // Page 0 is on top, so a fresh pool gives pages in ascending order.
   for (int64_t i = 0; i < num_pages; ++i) free_[i] = static_cast<int32_t>(num_pages - 1 - i);
 }
 
@@ -121,8 +123,8 @@ void PageManager::commit(const int64_t* seqs, int64_t n, int64_t rows) {
   for (Sequence* s : batch) advance(*s, rows);
 }
 
-// Whether a reservation that opens in s would write into a page of someone else's. With one
-// open already, s has the right to write its last page, whoever has come to share it since.
+// Whether a new reservation of s would write into a page that another sequence holds. If s already
+// has a reservation, it may write its last page even if the page has been shared since.
 bool PageManager::must_copy(const Sequence& s, int64_t rows) const noexcept {
   const bool opens = rows > 0 && s.reserved == 0;
   return opens && s.length % page_size_ != 0 && holders_[s.table.back()] > 1;
@@ -151,7 +153,7 @@ std::vector<PageCopy> PageManager::grow(Sequence* const* batch, int64_t n, int64
   return std::move(growth.copies);
 }
 
-// All of growing that can run out of memory.
+// Does everything in growing that can run out of memory.
 PageManager::Growth PageManager::prepare_growth(Sequence* const* batch, int64_t n,
                                                 int64_t rows) const {
   Growth growth;
@@ -164,13 +166,13 @@ PageManager::Growth PageManager::prepare_growth(Sequence* const* batch, int64_t 
   }
   growth.copies.reserve(shared);
   growth.movers.reserve(shared);
-  if (growth.new_pages > static_cast<int64_t>(free_.size())) return growth;  // will be refused
+  if (growth.new_pages > static_cast<int64_t>(free_.size())) return growth;  // grow() will refuse
   for (int64_t i = 0; i < n; ++i) make_room(batch[i]->table, pages_to_add(*batch[i], rows));
   return growth;
 }
 
-// In order: the last holder of a page to come keeps it, so how many pages the copies take
-// shows only when the others have left.
+// In the order of the batch: the last holder of a shared page keeps it. So the number of copies is
+// known only after the other holders have left.
 void PageManager::leave_shared_pages(Sequence* const* batch, int64_t n, int64_t rows,
                                      Growth& growth) noexcept {
   for (int64_t i = 0; i < n; ++i) {
@@ -185,7 +187,7 @@ void PageManager::leave_shared_pages(Sequence* const* batch, int64_t n, int64_t 
 
 void PageManager::check_commit(const Sequence& s, int64_t rows) const {
   if (rows < 0 || rows > s.reserved) {
-    refuse("rows", rows, "0 to " + std::to_string(s.reserved) + ", what is reserved");
+    refuse("rows", rows, "0 to " + std::to_string(s.reserved) + ", the reserved rows");
   }
 }
 
@@ -336,7 +338,7 @@ void PageManager::drop_holder(int32_t page) noexcept {
   if (left == 0) free_.push_back(page);
 }
 
-// From the back, so that the stack hands a freed sequence's pages out in its own order again.
+// From the back, so that the stack later gives these pages in the same order.
 void PageManager::shrink_table(Sequence& s, int64_t pages) noexcept {
   while (static_cast<int64_t>(s.table.size()) > pages) {
     drop_holder(s.table.back());

@@ -80,7 +80,7 @@ class PageManager {
  public:
   static constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();
   static constexpr int64_t kMaxPageSize = int64_t{1} << 30;
-  // Of one sequence: kernels read lengths as int32.
+  // Rows of one sequence: kernels read lengths as int32.
   static constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 
   // page_size: rows of a page, a power of two.
@@ -102,13 +102,13 @@ class PageManager {
   void commit(const int64_t* seqs, int64_t n, int64_t rows);
 
   int64_t length(int64_t seq) const;    // committed rows
-  int64_t reserved(int64_t seq) const;  // rows that may be written behind them
+  int64_t reserved(int64_t seq) const;  // rows after them that may be written
   int64_t capacity(int64_t seq) const;  // rows in the pages of the block table
   std::vector<int32_t> block_table(int64_t seq) const;
 
-  int64_t most_pages(const int64_t* seqs, int64_t n) const;  // of one block table among these
+  int64_t most_pages(const int64_t* seqs, int64_t n) const;  // pages of the longest of these
 
-  // out[i * stride + j] = page j of seqs[i], `pad` behind its last page. Sequences may repeat.
+  // out[i * stride + j] = page j of seqs[i], or `pad` after its last page. Sequences may repeat.
   void fill_block_tables(const int64_t* seqs, int64_t n, int32_t* out, int64_t stride,
                          int32_t pad) const;
   void fill_lengths(const int64_t* seqs, int64_t n, int32_t* out) const;
@@ -122,16 +122,16 @@ class PageManager {
     std::vector<int32_t> table;  // exactly the pages of rows [0, length + reserved)
     int64_t length = 0;
     int64_t reserved = 0;
-    uint64_t batch = 0;  // the last batch that named it: finds doubles without a set
+    uint64_t batch = 0;  // the last batch that named it: finds duplicates without a set
   };
   struct Growth {
     int64_t new_pages = 0;  // without those of the copies
     std::vector<PageCopy> copies;
-    std::vector<Sequence*> movers;  // who asks for each copy
+    std::vector<Sequence*> movers;  // the sequence of each copy
   };
   using Lock = std::lock_guard<std::mutex>;
 
-  // All of these expect the lock to be held.
+  // The caller of all of these holds the lock.
   const Sequence& find(int64_t seq) const;
   Sequence& find(int64_t seq);
   const Sequence* find_in_batch(const int64_t* seqs, int64_t i) const;
@@ -156,7 +156,7 @@ class PageManager {
   mutable std::mutex mutex_;
   std::unordered_map<int64_t, Sequence> sequences_;
   std::vector<int64_t> holders_;  // of each page
-  std::vector<int32_t> free_;     // a stack; room for every page, so a push can't throw
+  std::vector<int32_t> free_;     // a stack with room for every page, so a push can't throw
   int64_t next_id_ = 0;
   uint64_t last_batch_ = 0;
   int64_t shared_pages_ = 0, peak_used_pages_ = 0, tokens_ = 0, page_copies_ = 0;

@@ -11,7 +11,7 @@ struct vxl_pages {
 
 namespace {
 
-// Fixed room: reporting that memory is out must not take memory.
+// A fixed buffer: the report that memory is out must not allocate.
 thread_local char last_error[256] = "";
 
 vxl_status failed(vxl_status status, const char* reason) noexcept {
@@ -19,7 +19,7 @@ vxl_status failed(vxl_status status, const char* reason) noexcept {
   return status;
 }
 
-// Runs fn(); turns what it throws into a status.
+// Runs fn() and turns an exception into a status.
 template <typename Fn>
 vxl_status guarded(const Fn& fn) noexcept {
   try {
@@ -33,7 +33,7 @@ vxl_status guarded(const Fn& fn) noexcept {
     return failed(VXL_BAD_ARGUMENT, e.what());
   } catch (const std::bad_alloc&) {
     return failed(VXL_OUT_OF_MEMORY, "out of memory");
-  } catch (const std::length_error&) {  // a vector of more than memory can hold
+  } catch (const std::length_error&) {  // a vector longer than memory
     return failed(VXL_OUT_OF_MEMORY, "out of memory");
   } catch (const std::exception& e) {
     return failed(VXL_INTERNAL_ERROR, e.what());

@@ -1,9 +1,9 @@
-/* The page manager for C and for languages that call C; page_manager.h says what calls mean.
+/* The page manager for C and for languages that call C. page_manager.h documents the calls.
  *
- * Every function returns a vxl_status. Anything but VXL_OK means that nothing has changed:
- * neither the manager nor what the caller's pointers point to. vxl_pages_last_error() then
- * tells the reason, until the thread's next failed call. Handles may be used by many threads
- * at once; only destroying one must not overlap other calls. */
+ * Every function returns a vxl_status. Any other status than VXL_OK means that nothing has
+ * changed, neither the manager nor what the caller's pointers point to. vxl_pages_last_error()
+ * then gives the reason, until the next failed call of the thread. Many threads may use a handle
+ * at once, but no call may overlap its destruction. */
 #ifndef VXL_PAGE_MANAGER_C_H
 #define VXL_PAGE_MANAGER_C_H
 
@@ -17,7 +17,7 @@ typedef struct vxl_pages vxl_pages;
 
 typedef enum vxl_status {
   VXL_OK = 0,
-  VXL_BAD_ARGUMENT = 1, /* null pointers too */
+  VXL_BAD_ARGUMENT = 1, /* or a null pointer */
   VXL_UNKNOWN_SEQUENCE = 2,
   VXL_POOL_EXHAUSTED = 3,
   VXL_OUT_OF_MEMORY = 4,
@@ -34,14 +34,14 @@ typedef struct vxl_page_stats {
 } vxl_page_stats;
 
 vxl_status vxl_pages_create(int64_t num_pages, int64_t page_size, vxl_pages** pages);
-void vxl_pages_destroy(vxl_pages* pages); /* NULL is fine */
+void vxl_pages_destroy(vxl_pages* pages); /* NULL is allowed */
 
 vxl_status vxl_pages_new_sequence(vxl_pages* pages, int64_t* seq);
 vxl_status vxl_pages_fork(vxl_pages* pages, int64_t seq, int64_t* child);
 vxl_status vxl_pages_truncate(vxl_pages* pages, int64_t seq, int64_t length);
 vxl_status vxl_pages_free(vxl_pages* pages, int64_t seq);
 
-/* `copies` has room for n; `num_copies` of them are to be performed before writing. */
+/* `copies` has room for n. The caller performs the first `num_copies` of them before it writes. */
 vxl_status vxl_pages_reserve(vxl_pages* pages, const int64_t* seqs, int64_t n, int64_t rows,
                              vxl_page_copy* copies, int64_t* num_copies);
 vxl_status vxl_pages_commit(vxl_pages* pages, const int64_t* seqs, int64_t n, int64_t rows);
@@ -49,7 +49,7 @@ vxl_status vxl_pages_commit(vxl_pages* pages, const int64_t* seqs, int64_t n, in
 vxl_status vxl_pages_length(const vxl_pages* pages, int64_t seq, int64_t* length);
 vxl_status vxl_pages_reserved(const vxl_pages* pages, int64_t seq, int64_t* rows);
 vxl_status vxl_pages_capacity(const vxl_pages* pages, int64_t seq, int64_t* rows);
-/* out[i * stride + j] = page j of seqs[i], `pad` behind its last page. */
+/* out[i * stride + j] = page j of seqs[i], or `pad` after its last page. */
 vxl_status vxl_pages_fill_block_tables(const vxl_pages* pages, const int64_t* seqs, int64_t n,
                                        int32_t* out, int64_t stride, int32_t pad);
 vxl_status vxl_pages_fill_lengths(const vxl_pages* pages, const int64_t* seqs, int64_t n,
@@ -58,7 +58,7 @@ vxl_status vxl_pages_fill_lengths(const vxl_pages* pages, const int64_t* seqs, i
 vxl_status vxl_pages_ref_count(const vxl_pages* pages, int64_t page, int64_t* holders);
 vxl_status vxl_pages_stats(const vxl_pages* pages, vxl_page_stats* stats);
 
-const char* vxl_pages_last_error(void); /* of this thread; "" before its first failed call */
+const char* vxl_pages_last_error(void); /* of this thread; "" if no call has failed */
 
 #ifdef __cplusplus
 }

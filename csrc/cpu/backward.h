@@ -1,15 +1,15 @@
-// Gradients of attention, one pass over the pairs: with P recomputed from the LSE,
+// Gradients of attention in one pass over the pairs. P is recomputed from the LSE:
 //
 //   dV += P^T dO      dP = dO V^T      dS = P (dP - delta)      dQ += dS K      dK += dS^T Q
 //
-// where delta is each row's dO . O, less the gradient of its LSE. A task holds a tile of query
-// rows and walks the keys it sees; three of the five products are those of the forward pass
-// (tile.h: lanes are query rows), the two that sum over query rows have head dimensions as
-// lanes and keys as rows. P and dS of a tile and a key block stay in L2, so that these two
-// sum over all lanes of the tile in registers.
+// where delta is dO . O of each row, minus the gradient of its LSE. A task holds a tile of query
+// rows and walks the keys that they see. Three of the five products have the form of the forward
+// pass (tile.h: lanes are query rows). The two that sum over query rows have head dimensions as
+// lanes and keys as rows. P and dS of a tile and a key block stay in L2, so that these two can sum
+// over all lanes of the tile in registers.
 //
-// Nothing of the size rows x keys is kept. K's and V's gradients are added up in float32 in
-// the task's own workspace and summed by `sum_own_rows` and `sum_cache`, in a fixed order.
+// No buffer has the size rows x keys. A task adds up the gradients of K and V in float32 in its own
+// workspace. `sum_new_rows` and `sum_cache` then add the workspaces in a fixed order.
 //
 // Source: FlashAttention-2, section 3.1.2, in one pass instead of two.
 #pragma once
@@ -20,24 +20,24 @@ namespace {
 
 constexpr int kWide = 2;  // vectors of head dimensions in a register tile of the sums over lanes
 
-// s becomes P = 2^(s - lse), dp becomes dS = P (dp - delta). Lanes beyond the mask hold -inf in
-// s and get zeros.
+// Turns s into P = 2^(s - lse) and dp into dS = P (dp - delta). Masked lanes hold -inf in s and get
+// zeros.
 template <int NV>
 VXL_NOINLINE void softmax_backward(float* s, float* dp, int64_t keys, const float* lse,
                                    const float* delta) {
-  Vec pivot[NV], shift[NV];
+  Vec row_lse[NV], row_delta[NV];
   for (int j = 0; j < NV; ++j) {
-    pivot[j] = load(lse + j * kLanes);
-    shift[j] = load(delta + j * kLanes);
+    row_lse[j] = load(lse + j * kLanes);
+    row_delta[j] = load(delta + j * kLanes);
   }
 #pragma GCC unroll 2
   for (int64_t key = 0; key < keys; ++key)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const int64_t at = (key * NV + j) * kLanes;
-      const Vec p = exp2v(load(s + at) - pivot[j]);
+      const Vec p = exp2v(load(s + at) - row_lse[j]);
       store(s + at, p);
-      store(dp + at, p * (load(dp + at) - shift[j]));
+      store(dp + at, p * (load(dp + at) - row_delta[j]));
     }
 }
 
@@ -48,11 +48,11 @@ struct Groups {
   VXL_INLINE int64_t lanes(int64_t g) const { return min_(kCols, vecs - g * kCols) * kLanes; }
 };
 
-// sum[keys][dims] += weights^T rows over all lanes of the tile. weights: a panel [key block]
-// [lanes of the group] for each group; rows: panels [dims / (kWide lanes)][padded][kWide lanes].
-// Group g has weights for the first seen[g] keys, a multiple of kRows that grows with g. A tile is
-// summed on its own before it joins: lane by lane into the long sum had eight times the error.
-VXL_NOINLINE void add_over_lanes(const float* weights, const float* rows, const Groups& groups,
+// sum[keys][dims] += p^T rows over all lanes of the tile. p: a panel [key block][lanes of the
+// group] for each group. rows: panels [dims / (kWide lanes)][padded][kWide lanes]. Group g has
+// values for the first seen[g] keys, a multiple of kRows that grows with g. A tile is summed by
+// itself and then added: adding every lane to the long sum had eight times the error.
+VXL_NOINLINE void add_over_lanes(const float* p, const float* rows, const Groups& groups,
                                  const int32_t* seen, int64_t dims, float* sum) {
   constexpr int64_t width = kWide * kLanes;
   const int64_t count = groups.count(), padded = groups.vecs * kLanes;
@@ -69,7 +69,7 @@ VXL_NOINLINE void add_over_lanes(const float* weights, const float* rows, const 
         for (int j = 0; j < kWide; ++j) acc[i][j] = Vec{};
       for (int64_t g = first; g < count; ++g) {
         const int64_t lane = g * kCols * kLanes, n = groups.lanes(g);
-        multiply<kWide>(weights + lane * kKeyBlock + key * n, 1, n, panel + lane * width, n, acc);
+        multiply<kWide>(p + lane * kKeyBlock + key * n, 1, n, panel + lane * width, n, acc);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
@@ -82,7 +82,7 @@ VXL_NOINLINE void add_over_lanes(const float* weights, const float* rows, const 
   }
 }
 
-// K and V of a key block as floats: both as [keys][dims], K also as panels (see accumulate).
+// K and V of a key block as floats. Both are [keys][dims]; K is also in panels (see accumulate).
 struct KeyBlock {
   float *k, *k_panels, *v;
 };
@@ -103,17 +103,17 @@ void pack_keys(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t dim
   }
 }
 
-// What a tile of query rows keeps while it walks the keys.
+// State of a tile of query rows while it walks the keys.
 struct QueryTile {
   int64_t vecs = 0;
   float *q_lanes, *do_lanes, *dq_lanes;  // a panel [dims][lanes] for each group
-  float *q_rows, *do_rows;               // panels as add_over_lanes wants them
+  float *q_rows, *do_rows;               // panels for add_over_lanes
   float *p, *ds;                         // [key block][lanes] for each group
-  float *lse, *delta;                    // lse in powers of two
-  int32_t *limits, *everything;          // keys of the block that each lane sees; no limit
-  int32_t* seen;                         // of each column group, up to a multiple of kRows
+  float *lse, *delta;                    // lse is in base 2
+  int32_t *limits, *no_limits;           // how many keys of the block each lane sees
+  int32_t* seen;                         // the same for each group, rounded up to kRows
 
-  // Takes what it needs from scratch.
+  // Takes its buffers from scratch.
   QueryTile(int64_t lanes, int64_t dims, float*& scratch) {
     vecs = ceil_div(lanes, kLanes);
     const int64_t padded = vecs * kLanes;
@@ -122,14 +122,14 @@ struct QueryTile {
     for (float** x : {&p, &ds}) *x = take(kKeyBlock * padded);
     for (float** x : {&lse, &delta}) *x = take(padded);
     limits = reinterpret_cast<int32_t*>(take(padded));
-    everything = reinterpret_cast<int32_t*>(take(padded));
+    no_limits = reinterpret_cast<int32_t*>(take(padded));
     seen = reinterpret_cast<int32_t*>(take(padded));
-    for (int64_t i = 0; i < padded; ++i) everything[i] = INT32_MAX;
+    for (int64_t i = 0; i < padded; ++i) no_limits[i] = INT32_MAX;
     std::memset(dq_lanes, 0, dims * padded * sizeof(float));
   }
 };
 
-// One key block against one column group; dq_lanes grows, p and ds are left for the rest.
+// One key block against one column group. Adds to dq_lanes and leaves P and dS for add_over_lanes.
 template <int NV>
 void backward_block(const KeyBlock& keys, int64_t padded, int64_t dims, const QueryTile& t,
                     int64_t lane, Prefetch& prefetch) {
@@ -137,13 +137,13 @@ void backward_block(const KeyBlock& keys, int64_t padded, int64_t dims, const Qu
   for (int j = 0; j < NV; ++j) store(ones + j * kLanes, splat(1.0f));
   float *s = t.p + lane * kKeyBlock, *dp = t.ds + lane * kKeyBlock;
   scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, prefetch);
-  scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.everything + lane, dp, unused,
+  scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.no_limits + lane, dp, unused,
              prefetch);
   softmax_backward<NV>(s, dp, padded, t.lse + lane, t.delta + lane);
   accumulate<NV>(keys.k_panels, padded, dp, dims, ones, t.dq_lanes + lane * dims);
 }
 
-// Fills a tile with the rows of `lane_row(lane)` and head `lane_head(lane)`.
+// Fills a tile: lane i gets row lane_row(i) of head lane_head(i).
 template <typename T, typename Row, typename Head>
 void load_queries(const vxl::AttentionBackwardParams& p, int64_t batch, int64_t lanes, int64_t dims,
                   const Row& lane_row, const Head& lane_head, QueryTile& t, float* staged) {
@@ -191,12 +191,12 @@ VXL_INLINE void store_row(const float* from, int64_t n, float scale, T* to) {
   for (; d < n; ++d) from_float(from[d] * scale, to + d);
 }
 
-// One tile: positions [first, first + rows) of a chunk. dk, dv: gradients of the keys in the
-// order of the stream, [keys][dims].
+// One tile: positions [first, first + rows) of a chunk. The gradients of the keys are [keys][dims],
+// in the order of the stream.
 template <typename T>
 void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
                    int64_t batch, int64_t kv_head, int64_t chunk, int64_t first, float* cache_dk,
-                   float* cache_dv, float* own_dk, float* own_dv, float* scratch) {
+                   float* cache_dv, float* new_dk, float* new_dv, float* scratch) {
   const vxl::AttentionParams& call = p.call;
   const int64_t dims = plan.dims, group = plan.group;
   const int64_t rows = min_(plan.tile_rows, call.geometry.chunk_rows() - first);
@@ -215,7 +215,7 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   const Groups groups{t.vecs};
   Prefetch prefetch;
   prefetch.bytes = call.head_dim * int64_t(sizeof(T));
-  // A block lies either in the cache or in the chunk: their gradients lie apart.
+  // A block lies either in the cache or in the chunk, because their gradients are separate buffers.
   const int64_t end = stream.cached + first + rows;
   auto block_end = [&](int64_t key) {
     return min_(key + kKeyBlock, key < stream.cached ? stream.cached : end);
@@ -244,8 +244,8 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
     }
     const bool cached = key < stream.cached;
     const int64_t at = (cached ? key : key - stream.cached) * dims;
-    add_over_lanes(t.p, t.do_rows, groups, t.seen, dims, (cached ? cache_dv : own_dv) + at);
-    add_over_lanes(t.ds, t.q_rows, groups, t.seen, dims, (cached ? cache_dk : own_dk) + at);
+    add_over_lanes(t.p, t.do_rows, groups, t.seen, dims, (cached ? cache_dv : new_dv) + at);
+    add_over_lanes(t.ds, t.q_rows, groups, t.seen, dims, (cached ? cache_dk : new_dk) + at);
   }
 
   for (int64_t v = 0; v < t.vecs; ++v) {
@@ -276,17 +276,17 @@ void backward_task(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   const int64_t kv_head = task % p.call.kv_heads, batch = task / p.call.kv_heads;
   const int64_t from = segment * plan.segment_chunks;
   for (int64_t c = from; c < min_(from + plan.segment_chunks, g.chunks); ++c) {
-    const int64_t own = (plan.cached + (c - from) * g.chunk_rows()) * plan.dims;
+    const int64_t new_keys = (plan.cached + (c - from) * g.chunk_rows()) * plan.dims;
     for (int64_t tile = part; tile * plan.tile_rows < g.chunk_rows(); tile += plan.parts) {
-      backward_tile<T>(p, plan, batch, kv_head, c, tile * plan.tile_rows, dk, dv, dk + own,
-                       dv + own, scratch);
+      backward_tile<T>(p, plan, batch, kv_head, c, tile * plan.tile_rows, dk, dv, dk + new_keys,
+                       dv + new_keys, scratch);
     }
   }
 }
 
-// grad_k and grad_v of one row: the sum of the parts of its chunk.
+// Writes grad_k and grad_v of one chunk: the sum over the parts of its tiles.
 template <typename T>
-void sum_own_rows(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
+void sum_new_rows(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
                   int64_t batch, int64_t kv_head, int64_t chunk, float* sum,
                   const float* workspace) {
   const vxl::ChunkGeometry& g = p.call.geometry;
@@ -312,7 +312,8 @@ void sum_own_rows(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan
   }
 }
 
-// Adds the gradients of one KV head's cache entries, sequence by sequence: they may share pages.
+// Adds up the gradients of one KV head's cache entries, one sequence after another because
+// sequences may share pages.
 template <typename T>
 void sum_cache(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
                int64_t kv_head, float* sum, const float* workspace) {

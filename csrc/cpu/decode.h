@@ -1,13 +1,14 @@
-// Attention of a few query rows over many keys: bound by memory, so a task walks one range
-// of the cache front to back with all KV heads, and every byte is read once.
+// Attention of a few query rows over many keys. Memory bounds it, so a task walks one range of the
+// cache front to back with all KV heads and reads every byte once.
 //
-// Measured on a Zen 5 core, 7 query rows, head_dim 128, ns per key and KV head (1 KiB): 30
-// from cache, 95 from memory without prefetch (the multiply-adds fill the reorder window, so
-// few loads are in flight), 44 with rows fetched 8 keys ahead into L1 in the order of memory.
-// No faster: fetching every other line (the hardware does not fill in), reading lines instead of
-// prefetching them, pulling whole blocks into L2 first, copying rows aside.
-// Lanes hold head dimensions; R query rows are blocked so that each vector of K or V that is
-// loaded feeds R multiply-adds.
+// Measured on a Zen 5 core with 7 query rows and head_dim 128, in ns per key and KV head (1 KiB):
+// 30 from cache; 95 from memory without prefetch, because the multiply-adds fill the reorder window
+// and leave few loads in flight; 44 with rows prefetched into L1, 8 keys ahead and in memory order.
+// These were no faster: to prefetch every other line (the hardware does not fetch the rest), to
+// read lines instead of prefetching them, to pull whole blocks into L2 first, to copy rows first.
+//
+// Lanes hold head dimensions. R query rows form a block, so that each loaded vector of K or V feeds
+// R multiply-adds.
 #pragma once
 
 #include "epilogue.h"
@@ -18,8 +19,8 @@
 namespace {
 
 constexpr int64_t kDecodeBlock = 64;  // keys between two softmax steps
-constexpr int64_t kWeighKeys = 8;     // keys a visit to O^T: enough to pay for load and store
-constexpr int kMaxDotRows = kLanes == 16 ? 8 : 4;  // leaves registers for the operands
+constexpr int64_t kWeighKeys = 8;     // keys for each load and store of O: enough to pay for both
+constexpr int kMaxDotRows = kLanes == 16 ? 8 : 4;  // more would leave no registers for operands
 
 template <typename T>
 VXL_INLINE void prefetch_row(const T* row, int64_t dims) {
@@ -27,10 +28,10 @@ VXL_INLINE void prefetch_row(const T* row, int64_t dims) {
   for (int64_t b = 0; b < dims * int64_t(sizeof(T)); b += 64) __builtin_prefetch(p + b, 0, 3);
 }
 
-// out[r * keys + c] = q[r] . k[c] for kLanes / R keys: as many sums as lanes, so that one
-// butterfly reduces them all. Only the first A rows are computed (28 query heads on 4 KV
-// heads make 7 rows of 8). As many rows at `prefetch` are fetched into L1.
-// Out of line for the registers' sake.
+// out[r * keys + c] = q[r] . k[c] for kLanes / R keys. There is one sum for each lane, so one
+// butterfly reduces them all. Only the first A of the R rows are computed (28 query heads on 4 KV
+// heads make 7 rows of 8). Also prefetches kLanes / R rows at `prefetch` into L1.
+// Inlining would make the compiler spill registers.
 template <int R, int A, typename T>
 VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* prefetch, int64_t dims,
                        float* out) {
@@ -53,15 +54,15 @@ VXL_NOINLINE void dots(const float* q, const T* const* k, const T* const* prefet
   store(out, sum_each(acc));
 }
 
-// Scores of R rows stay as `dots` leaves them: [keys / kKeys][R][kKeys], a vector a step, so
-// that the softmax runs down the vectors too.
+// The scores of R rows keep the order in which `dots` writes them, [keys / kKeys][R][kKeys]: one
+// vector a step, so that the softmax works on whole vectors too.
 template <int R>
 VXL_INLINE int64_t score_at(int64_t key) {
   constexpr int kKeys = kLanes / R;
-  return key / kKeys * kLanes + key % kKeys;  // of row 0; row r is r * kKeys further
+  return key / kKeys * kLanes + key % kKeys;  // of row 0; row r is r * kKeys after it
 }
 
-// C vectors of dims of `weigh`, at `offset`.
+// `weigh` for the C vectors of dims that start at `offset`.
 template <int R, int A, int C, typename T>
 VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const T* const* v,
                            int64_t offset, int64_t dims, float* o) {
@@ -73,13 +74,13 @@ VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const 
     for (int c = 0; c < C; ++c)
       acc[r][c] = load(o + r * dims + offset + c * kLanes) * splat(alpha[r * kKeys]);
   for (int64_t i = 0; i < n; ++i) {
-    const float* weights = p + score_at<R>(i);
+    const float* p_key = p + score_at<R>(i);
     Vec vv[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) vv[c] = load_as_float(v[i] + offset + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < A; ++r) {
-      const Vec pv = splat(weights[r * kKeys]);
+      const Vec pv = splat(p_key[r * kKeys]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] += pv * vv[c];
     }
@@ -90,7 +91,8 @@ VXL_INLINE void weigh_dims(const float* p, int64_t n, const float* alpha, const 
     for (int c = 0; c < C; ++c) store(o + r * dims + offset + c * kLanes, acc[r][c]);
 }
 
-// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key]; fetches n rows at `prefetch`.
+// o[r] = o[r] * alpha[r] + sum over n keys of p[r][key] * v[key]. Also prefetches n rows at
+// `prefetch`.
 template <int R, int A, typename T>
 VXL_NOINLINE void weigh(const float* p, int64_t n, const float* alpha, const T* const* v,
                         const T* const* prefetch, int64_t dims, float* o) {
@@ -106,7 +108,7 @@ VXL_NOINLINE void weigh(const float* p, int64_t n, const float* alpha, const T* 
   }
 }
 
-// Largest of each row's kKeys neighbouring lanes, in all of them.
+// Sets the KEYS adjacent lanes of each row to their maximum.
 template <int KEYS, int S = KEYS / 2>
 VXL_INLINE Vec max_of_row(Vec x) {
   if constexpr (S >= 1) {
@@ -116,8 +118,8 @@ VXL_INLINE Vec max_of_row(Vec x) {
   }
 }
 
-// Running softmax of R rows over `count` keys, of which row r sees the first seen[r]. Lanes
-// of m agree within a row; lanes of l are partial sums.
+// Running softmax of R rows over `count` keys. Row r sees the first seen[r] of them. Within a row
+// all lanes of m are equal, and the lanes of l are partial sums.
 template <int R>
 VXL_NOINLINE void softmax_rows(float* s, int64_t count, const int64_t* seen, float* m,
                                float* l, float* alpha) {
@@ -130,8 +132,8 @@ VXL_NOINLINE void softmax_rows(float* s, int64_t count, const int64_t* seen, flo
     key[i] = i % kKeys;
     masked |= seen[i / kKeys] < count;
   }
-  const Vec before = load(m);
-  Vec top = before;
+  const Vec old_max = load(m);
+  Vec top = old_max;
   for (int64_t i = 0; i < steps; ++i) {
     Vec x = load(s + i * kLanes);
     if (masked) {
@@ -141,11 +143,11 @@ VXL_NOINLINE void softmax_rows(float* s, int64_t count, const int64_t* seen, flo
     top = vmax(x, top);
   }
   top = max_of_row<kKeys>(top);
-  const Vec pivot = top == splat(-INFINITY) ? Vec{} : top;
-  const Vec a = exp2v(before - pivot);
+  const Vec row_ref = top == splat(-INFINITY) ? Vec{} : top;  // as in tile.h
+  const Vec a = exp2v(old_max - row_ref);
   Vec sum = load(l) * a;
   for (int64_t i = 0; i < steps; ++i) {
-    const Vec e = exp2v(load(s + i * kLanes) - pivot);
+    const Vec e = exp2v(load(s + i * kLanes) - row_ref);
     store(s + i * kLanes, e);
     sum += e;
   }
@@ -154,16 +156,17 @@ VXL_NOINLINE void softmax_rows(float* s, int64_t count, const int64_t* seen, flo
   store(l, sum);
 }
 
-// The rows of a block and of the one behind it: what is read, and what is fetched ahead.
+// The rows of a block and of the next one: which to read, and which to prefetch.
 template <typename T>
 struct BlockRows {
-  static constexpr int64_t kDistance = 8;  // keys; 16 and 32 cost up to a fifth
+  static constexpr int64_t kDistance = 8;  // keys; 16 and 32 were up to a fifth slower
   const HeadRows *here, *next;
   int64_t count, next_count;
 
   const T* k(int64_t i, int64_t head) const { return k_of(here[i], head); }
   const T* v(int64_t i, int64_t head) const { return v_of(here[i], head); }
-  // Reading order is K, then V of this block, then K of the next; behind the end, the last row.
+  // Rows are read in this order: K of this block, its V, K of the next block. Past the end these
+  // return the last row.
   const T* after_k(int64_t i, int64_t head) const {
     const int64_t j = i + kDistance;
     return j < count ? k(j, head) : v(min_(j - count, count - 1), head);
@@ -183,7 +186,7 @@ struct BlockRows {
   }
 };
 
-// Walks (key, head) as they lie in memory: arithmetic goes head by head, fetching goes on.
+// Walks (key, head) in memory order, for prefetches. The arithmetic goes head by head.
 struct InOrder {
   const int64_t heads;
   int64_t key, head = 0;
@@ -196,17 +199,17 @@ struct InOrder {
   }
 };
 
-// State of all KV heads of one sequence, in groups of R query rows: `groups` for each head.
+// State of all KV heads of one sequence. Each head has `groups` groups of R query rows.
 struct DecodeState {
   float *q, *o;          // [kv_heads][groups][R][dims]
   float* s;              // [kv_heads][groups][kDecodeBlock * R]
   float *m, *l, *alpha;  // [kv_heads][groups][kLanes]
-  float* padded;         // operands of a head_dim that is no multiple of the vector
+  float* padded;         // operands, if head_dim is not a multiple of the vector
   int64_t groups, dims;
 };
 
-// Rows of a head_dim that is no multiple of the vector, copied and padded with zeros: a vector
-// load must not leave the tensor.
+// Copies rows and pads them with zeros. If head_dim is not a multiple of the vector, a vector load
+// from the tensor itself could read past its end.
 template <typename T>
 VXL_INLINE void pad_rows(const T* const* rows, int64_t n, int64_t head_dim, int64_t dims,
                          float* out, const float** padded) {
@@ -227,7 +230,7 @@ void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
     InOrder next{p.kv_heads, c};
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t i = 0; i < kKeys; ++i, next.step()) {
-        rows[i] = block.k(min_(c + i, block.count - 1), h);  // beyond: masked by the softmax
+        rows[i] = block.k(min_(c + i, block.count - 1), h);  // past the end: the softmax masks it
         prefetch[i] = block.after_k(next.key, next.head);
       }
       const bool whole = x.dims == p.head_dim;
@@ -271,7 +274,7 @@ void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
         }
       }
     }
-    if (c == 0)  // what was there is scaled once a block
+    if (c == 0)  // the old sums are scaled once a block
       for (int64_t i = 0; i < p.kv_heads * x.groups * kLanes; ++i) x.alpha[i] = 1.0f;
   }
 }

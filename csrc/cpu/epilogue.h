@@ -1,4 +1,4 @@
-// From running sums to results: the last division, the LSE, and the merge of key splits.
+// Turns running sums into results: the final division, the LSE, and the merge of key splits.
 #pragma once
 
 #include "plan.h"
@@ -6,7 +6,7 @@
 
 namespace {
 
-struct Partial {  // sum of 2^(s - m) v over some keys, and of 2^(s - m) alone
+struct Partial {  // over some keys: o is the sum of 2^(s - m) v, l the sum of 2^(s - m)
   const float* o;
   float m, l;
 };
@@ -44,7 +44,7 @@ inline void save_partial(const vxl::AttentionParams& p, const vxl::AttentionPlan
   out[p.head_dim + 1] = x.l;
 }
 
-// Merges the splits of one row in their order: the same bits whoever computed them.
+// Merges the splits of one row in order, so the bits do not depend on the threads.
 template <typename T>
 void merge_row(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, int64_t batch,
                int64_t row, float* scratch, float* workspace) {

@@ -30,7 +30,7 @@ const CpuKernels& choose() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return kernels_avx512;
   }
-  // Not every compiler can ask for F16C; every CPU with AVX2 and FMA has it.
+  // Some compilers cannot query F16C, but every CPU with AVX2 and FMA has it.
   if (!no_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return kernels_avx2;
   }
@@ -43,8 +43,8 @@ const CpuKernels& kernels() {
   return chosen;
 }
 
-// Aligned floats that live as long as their thread and only ever grow: one decode step
-// would otherwise spend a tenth of its time on fresh pages.
+// Aligned floats that live as long as their thread and only grow. With fresh memory a decode step
+// spent a tenth of its time on page faults.
 class Arena {
  public:
   float* floats(int64_t n) {
@@ -69,8 +69,8 @@ class Arena {
   int64_t size_ = 0;
 };
 
-// Runs fn(task, scratch) for every task, each thread taking the next one when it is free.
-// An exception (out of memory for scratch) is carried to the caller.
+// Runs fn(task, scratch) for every task. A free thread takes the next task. If a thread throws (no
+// memory for scratch), the caller gets std::bad_alloc.
 template <typename Fn>
 void each_task(const ThreadPool& pool, int64_t tasks, int64_t scratch_floats, const Fn& fn) {
   struct Shared {
@@ -109,7 +109,7 @@ void attention_cpu(const AttentionParams& p, const ThreadPool& pool) {
   const CpuKernels& k = kernels();
   const int type = static_cast<int>(p.dtype);
   const AttentionPlan plan = plan_attention(p, k.lanes, pool.threads);
-  thread_local Arena arena;  // at most 64 splits a row, however long the cache
+  thread_local Arena arena;  // bounded: a row has at most 64 splits, whatever the cache length
   float* workspace = plan.workspace_floats > 0 ? arena.floats(plan.workspace_floats) : nullptr;
   each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t task, float* scratch) {
     k.attention_task[type](p, plan, task, scratch, workspace);
@@ -127,9 +127,10 @@ void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& 
   const AttentionParams& call = p.call;
   const int type = static_cast<int>(call.dtype);
   const BackwardPlan plan = plan_backward(call, k.lanes);
-  Arena arena;  // grows with the rows: not kept
+  Arena arena;  // it grows with the rows, so it is freed after the call
   float* workspace = arena.floats(plan.tasks * plan.workspace_floats(call.geometry));
-  // Late segments see the most keys: they go first, so that the threads end together.
+  // The last segments see the most keys. They go first, so that the threads end at about the same
+  // time.
   const int64_t per_segment = call.batch * call.kv_heads * plan.parts;
   each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t i, float* scratch) {
     const int64_t segment = plan.segments - 1 - i / per_segment, rest = i % per_segment;
@@ -140,7 +141,7 @@ void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& 
   if (plan.tasks == 0) return;
   const int64_t chunks = call.geometry.chunks, heads = call.kv_heads;
   each_task(pool, call.batch * heads * chunks, plan.dims, [&](int64_t i, float* scratch) {
-    k.sum_own_rows[type](p, plan, i / chunks / heads, i / chunks % heads, i % chunks, scratch,
+    k.sum_new_rows[type](p, plan, i / chunks / heads, i / chunks % heads, i % chunks, scratch,
                          workspace);
   });
   if (p.grad_k_cache == nullptr) return;

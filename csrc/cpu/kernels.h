@@ -1,4 +1,4 @@
-// The CPU backend's entry points: plain parameters in, threads from the caller.
+// Entry points of the CPU backend. They take plain parameters, and threads from the caller.
 #pragma once
 
 #include <cstddef>
@@ -14,20 +14,21 @@ struct ThreadPool {
   void (*run)(int threads, void (*body)(void* arg, int thread), void* arg) = nullptr;
 };
 
-// out and lse of every row. The caller has checked shapes, page indices and lengths.
+// Writes out and lse of every row. The caller has checked shapes, page indices and lengths.
 void attention_cpu(const AttentionParams& p, const ThreadPool& pool);
 
-// Gradients of attention_cpu. Those of the cache are added to what is there.
+// Writes the gradients of attention_cpu. Gradients of the cache are added to what is there.
 void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& pool);
 
-// q_out, k_out and the cache rows of every kept row. q_out may be q, k_out may be k.
+// Writes q_out and k_out of every row, and the cache entries of appended rows. q_out may be q, and
+// k_out may be k.
 void rope_append_cpu(const RopeParams& p, const ThreadPool& pool);
 
-// "avx512", "avx2" or "baseline": what they use on this machine. The environment
-// variable VXL_CPU_ISA lowers it, for tests and for comparing.
+// The instruction set that these kernels use on this machine: "avx512", "avx2" or "baseline". The
+// environment variable VXL_CPU_ISA lowers it, for tests and comparisons.
 const char* cpu_isa();
 
-// What one instruction set provides; one of these per ISA unit.
+// The kernels of one instruction set. Each ISA unit defines one table.
 struct CpuKernels {
   const char* name;
   int lanes;
@@ -37,7 +38,7 @@ struct CpuKernels {
                        int64_t row, float* scratch, float* workspace);
   void (*backward_task[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t task,
                            float* scratch, float* workspace);
-  void (*sum_own_rows[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t batch,
+  void (*sum_new_rows[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t batch,
                           int64_t kv_head, int64_t chunk, float* scratch, const float* workspace);
   void (*sum_cache[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t kv_head,
                        float* scratch, const float* workspace);

@@ -7,13 +7,13 @@
 namespace vxl {
 namespace {
 
-// A core copies this much in about 0.3 ms. Less is not worth a second thread: waking it takes
-// microseconds, and beside a busy thread (a file being read) the slower one is waited for, which
-// halved the speed of a load.
+// A core copies this much in about 0.3 ms. Less work does not pay for a second thread. Waking it
+// takes microseconds, and if one core is busy (reading a file, say) the call waits for the slower
+// thread: that halved the speed of a load.
 constexpr int64_t kBytesPerThread = int64_t{4} << 20;
 
-// fn(begin, end) over equal parts of [0, pieces), some for each thread: a piece may be as small
-// as one row, too little to be handed out by itself.
+// Runs fn(begin, end) over equal parts of [0, pieces), several for each thread. A piece may be as
+// small as one row, too small to be a task of its own.
 template <typename Fn>
 void each_part(const ThreadPool& pool, int64_t pieces, int64_t bytes, const Fn& fn) {
   const int64_t threads = std::min({int64_t{pool.threads}, pieces, bytes / kBytesPerThread});
@@ -35,7 +35,7 @@ void each_part(const ThreadPool& pool, int64_t pieces, int64_t bytes, const Fn& 
   pool.run(static_cast<int>(threads), body, &shared);
 }
 
-// One run of rows inside a page at a time.
+// Each memcpy moves the rows of one page.
 template <bool gather>
 void transfer_rows(const RowTransferParams& p, const ThreadPool& pool) {
   const PagePool& c = p.pool;

@@ -1,4 +1,4 @@
-// Copies of cache pages and rows on the CPU: plain memcpy, spread over threads.
+// Copies cache pages and rows on the CPU, by memcpy on several threads.
 #pragma once
 
 #include "../include/vxl/params.h"
@@ -6,7 +6,7 @@
 
 namespace vxl {
 
-// The caller has checked pages, rows, and that no target is a source or another's target.
+// The caller has checked pages and rows, that targets are distinct, and that no target is a source.
 void copy_pages_cpu(const PageCopyParams& p, const ThreadPool& pool);
 
 void gather_rows_cpu(const RowTransferParams& p, const ThreadPool& pool);   // pages -> buffer

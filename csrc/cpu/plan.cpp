@@ -8,9 +8,9 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Q^T and O^T of a tile stay in a 1 MiB L2 beside one key block. Larger tiles copy each key
-// block less often; measured at head_dim 128: 240 lanes 0.80, 336 0.84, 672 0.86 of the
-// FMA peak.
+// Q^T and O^T of a tile fit in a 1 MiB L2 beside one key block. Larger tiles copy each key block
+// less often. Share of the FMA peak at head_dim 128: 0.80 with 240 lanes, 0.84 with 336, 0.86 with
+// 672.
 constexpr int64_t kMaxLanes = 672;
 constexpr int64_t kTileFloats = 2 * 128 * kMaxLanes;
 
@@ -32,8 +32,8 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
     plan.splits = std::max(plan.splits, plan.split_count(sequence_keys(p, b)));
   }
 
-  // A multiple of 3 vectors: full register tiles. Smaller ones where there would not be
-  // enough of them to end together.
+  // A multiple of 3 vectors fills the register tiles. A call with few tiles cuts them smaller, so
+  // that the threads end at about the same time.
   const int64_t unit = 3 * lanes, spread = g.chunks * p.batch * p.kv_heads * plan.splits;
   int64_t tile_lanes = std::clamp(kTileFloats / (2 * dims) / unit * unit, unit, kMaxLanes);
   auto cut = [&] {
@@ -56,7 +56,8 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   constexpr int64_t key_block = 128, slack = 64;
   if (plan.decode) {
     const int64_t n = round_up(rows * plan.group, 8) * p.kv_heads;
-    plan.scratch_floats = 2 * n * dims + std::max(lanes, 8) * dims + n * (key_block + 3 * lanes) + slack;
+    plan.scratch_floats =
+        2 * n * dims + std::max(lanes, 8) * dims + n * (key_block + 3 * lanes) + slack;
   } else {
     const int64_t n = round_up(plan.tile_rows * plan.group, lanes);
     plan.scratch_floats = 2 * n * dims + 2 * key_block * dims + key_block * unit + 3 * n +
@@ -66,8 +67,8 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
 }
 
 BackwardPlan plan_backward(const AttentionParams& p, int lanes) {
-  // Q, dO, dQ, P and dS of a tile share a 1 MiB L2 with a key block; see backward.h.
-  constexpr int64_t tile_lanes = 240, key_block = 128, few_tasks = 16, many_segments = 32;
+  // Q, dO, dQ, P and dS of a tile fit in a 1 MiB L2 beside a key block (see backward.h).
+  constexpr int64_t tile_lanes = 240, key_block = 128, min_tasks = 16, max_segments = 32;
   BackwardPlan plan;
   const ChunkGeometry& g = p.geometry;
   plan.group = p.heads / p.kv_heads;
@@ -78,10 +79,11 @@ BackwardPlan plan_backward(const AttentionParams& p, int lanes) {
   plan.tiles = std::max<int64_t>(ceil_div(rows, plan.tile_rows), 1);
   plan.tile_rows = std::max<int64_t>(ceil_div(rows, plan.tiles), 1);
 
-  const int64_t spread = std::max<int64_t>(p.kv_heads, 1);  // not the batch: no bit depends on it
-  plan.segment_chunks = ceil_div(g.chunks, std::max<int64_t>(many_segments / spread, 1));
+  // The batch does not count here, so no bit of a sequence depends on the others.
+  const int64_t spread = std::max<int64_t>(p.kv_heads, 1);
+  plan.segment_chunks = ceil_div(g.chunks, std::max<int64_t>(max_segments / spread, 1));
   plan.segments = ceil_div(g.chunks, plan.segment_chunks);
-  plan.parts = std::clamp<int64_t>(few_tasks / (spread * plan.segments), 1, plan.tiles);
+  plan.parts = std::clamp<int64_t>(min_tasks / (spread * plan.segments), 1, plan.tiles);
   plan.tasks = g.rows() == 0 ? 0 : p.batch * p.kv_heads * plan.segments * plan.parts;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t cached = sequence_keys(p, b) - rows;

@@ -1,5 +1,5 @@
-// How one attention call is cut into tasks. No instruction set in here: the plan is made
-// once a call, the per-ISA kernels only read it.
+// How one attention call is cut into tasks. This code is the same for every instruction set: each
+// call makes one plan, and the per-ISA kernels only read it.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +13,20 @@ struct KeySplit {  // [begin, end) of one sequence's keys
 };
 
 struct AttentionPlan {
-  bool decode = false;     // few query rows: lanes hold head_dim, all KV heads in one task
+  bool decode = false;     // few query rows: lanes hold head_dim, and a task has all KV heads
   int64_t group = 1;       // query heads of one KV head
   int64_t tile_rows = 1;   // positions of a chunk in one tile
   int64_t tiles = 1;       // of one chunk
-  int64_t split_unit = 0;  // fewest keys of a split; 0: keys are never split
+  int64_t split_unit = 0;  // a split has at least this many keys; 0: keys are never split
   int64_t splits = 1;      // of the longest sequence
   int64_t tasks = 0;
-  int64_t scratch_floats = 0;    // of one thread, whatever the cache holds
+  int64_t scratch_floats = 0;    // of one thread, independent of the cache
   int64_t workspace_floats = 0;  // partial results of split sequences, shared
 
-  // Splits depend on the sequence's own length only, so neither its neighbours in the
+  // Splits depend only on the length of the sequence itself. So neither other sequences of the
   // batch nor the number of threads change a bit of its result.
   static constexpr int64_t kMaxSplits = 64;
-  // Up to this many query rows of a KV head the keys are the long side.
+  // A KV head with at most this many query rows is served by the decode kernel.
   static constexpr int64_t kDecodeRows = 32;
   static constexpr int64_t kSplitAlign = 128;
   VXL_ALWAYS_INLINE int64_t split_length(int64_t keys) const {
@@ -41,34 +41,34 @@ struct AttentionPlan {
   }
 };
 
-// `lanes`: floats in a SIMD vector; `threads` only shapes the tiles, which changes no bit.
+// lanes: floats in a SIMD vector. threads: affects the tile sizes, but no bit of the result.
 AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads);
 
-// How the gradients of one call are cut into tasks. A task goes through some tiles of some
-// chunks, for one KV head of one sequence, and adds up K's and V's gradients in a workspace of
-// its own; the workspaces are summed in their order. The cut depends on shapes alone, so the
-// gradients do not depend on the number of threads.
+// How the backward pass of one call is cut into tasks. A task walks some tiles of some chunks, for
+// one KV head of one sequence. It adds up the gradients of K and V in its own workspace, and the
+// workspaces are then summed in order. The tasks depend on shapes alone, so the gradients do not
+// depend on the number of threads.
 struct BackwardPlan {
   int64_t group = 1;           // query heads of one KV head
   int64_t tile_rows = 1;       // positions of a chunk in one tile
   int64_t tiles = 1;           // of one chunk
   int64_t segments = 1;        // runs of chunks of a sequence
   int64_t segment_chunks = 1;  // chunks of a run (the last may have fewer)
-  int64_t parts = 1;           // of a chunk's tiles: part i takes tiles i, i + parts, ...
+  int64_t parts = 1;           // a chunk's tiles are dealt: part i takes tiles i, i + parts, ...
   int64_t tasks = 0;
-  int64_t dims = 0;            // head_dim as the panels hold it
-  int64_t cached = 0;          // cache entries of the longest sequence, with earlier VSTs
+  int64_t dims = 0;            // head_dim, padded to whole panels
+  int64_t cached = 0;          // cache entries of the longest sequence, VSTs of this call included
   int64_t scratch_floats = 0;
 
-  // A workspace: K's, then V's gradient of `cached` entries and the segment's own rows, and
-  // room for a register tile that ends behind the last row.
+  // A workspace holds the gradients of K, then of V: of `cached` entries, of the segment's new
+  // rows, and of up to 8 rows that the last register tile computes past the end.
   VXL_ALWAYS_INLINE int64_t workspace_keys(const ChunkGeometry& g) const {
     return cached + segment_chunks * g.chunk_rows() + 8;
   }
   VXL_ALWAYS_INLINE int64_t workspace_floats(const ChunkGeometry& g) const {
     return 2 * workspace_keys(g) * dims;
   }
-  // Tasks of one sequence and KV head are neighbours.
+  // Tasks of one sequence and KV head are adjacent.
   VXL_ALWAYS_INLINE int64_t task_of(const AttentionParams& p, int64_t batch, int64_t kv_head,
                                     int64_t segment, int64_t part) const {
     return ((batch * p.kv_heads + kv_head) * segments + segment) * parts + part;
@@ -77,7 +77,7 @@ struct BackwardPlan {
 
 BackwardPlan plan_backward(const AttentionParams& p, int lanes);
 
-// All keys that the last chunk of sequence b sees.
+// How many keys the last chunk of sequence b sees.
 VXL_ALWAYS_INLINE int64_t sequence_keys(const AttentionParams& p, int64_t b) {
   const int64_t cached = p.cache.lens ? p.cache.lens[b] : 0;
   return cached + (p.geometry.chunks - 1) * p.geometry.vsts() + p.geometry.chunk_rows();

@@ -8,8 +8,8 @@
 
 namespace {
 
-// Copies one key block to floats: K as [keys][k_dims], V as panels (see accumulate). Rows
-// up to the next multiple of kRows are zero, so that masked products stay finite.
+// Copies one key block to floats: K as [keys][k_dims], V as panels (see accumulate). The rows up to
+// the next multiple of kRows become zero, so that masked products stay finite.
 template <typename T>
 void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t v_dims,
                 float* k, float* v, float* row) {
@@ -27,7 +27,7 @@ void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t v_
   }
 }
 
-// rows[kLanes][dims] -> out[dims][stride], scaled.
+// Transposes and scales: rows[kLanes][dims] -> out[dims][stride].
 VXL_INLINE void lanes_from_rows(const float* rows, int64_t dims, float scale, float* out,
                                 int64_t stride) {
   int64_t d = 0;
@@ -43,7 +43,7 @@ VXL_INLINE void lanes_from_rows(const float* rows, int64_t dims, float scale, fl
     for (int i = 0; i < kLanes; ++i) out[d * stride + i] = rows[i * dims + d] * scale;
 }
 
-// in[dims][stride] -> rows[kLanes][dims].
+// Transposes back: in[dims][stride] -> rows[kLanes][dims].
 VXL_INLINE void rows_from_lanes(const float* in, int64_t stride, int64_t dims, float* rows) {
   int64_t d = 0;
   for (; d + kLanes <= dims; d += kLanes) {
@@ -61,8 +61,9 @@ VXL_INLINE void rows_from_lanes(const float* in, int64_t stride, int64_t dims, f
 template <typename T>
 void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, int64_t task,
                   float* scratch, float* workspace) {
-  // Late chunks and their late tiles see the most keys: they go first, so that the threads
-  // end together. A chunk's tiles follow one another and share its K and V in the cache.
+  // The last chunks and their last tiles see the most keys. They go first, so that the threads end
+  // at about the same time. The tiles of a chunk run one after another and share its K and V in the
+  // processor's cache.
   const int64_t kv_head = task % p.kv_heads;
   task /= p.kv_heads;
   const int64_t batch = task % p.batch;
@@ -102,7 +103,7 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   };
   auto head_of_lane = [&](int64_t lane) { return kv_head * group + lane % group; };
 
-  // Column groups of kCols vectors, the last one narrower: panels [dims][width lanes].
+  // Column groups of kCols vectors, the last one narrower, as panels [dims][width lanes].
   for (int64_t g = 0; g < vecs; g += kCols) {
     const int64_t width = min_(kCols, vecs - g);
     for (int64_t j = 0; j < width; ++j) {

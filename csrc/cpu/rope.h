@@ -1,4 +1,4 @@
-// Rotary embedding of one block of rows, and the append of its K and V to the cache.
+// Rotates one block of rows and appends its K and V to the cache.
 #pragma once
 
 #include "../include/vxl/params.h"
@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kRopeRows = 16;  // rows of a task
 
-// cos and sin of n angles position * inv_freq, the product rounded to float as in the
-// published code. Cody-Waite reduction by pi/2 in three parts with fused multiply-adds,
-// minimax polynomials on [-pi/4, pi/4]: error below 1.2e-7 up to position 2^20.
+// cos and sin of n angles position * inv_freq. The product is rounded to float, as in the published
+// code. Cody-Waite reduction by pi/2 in three parts with fused multiply-adds, then minimax
+// polynomials on [-pi/4, pi/4]. The error is below 1.2e-7 up to position 2^20.
 inline void angles(float position, const float* inv_freq, int64_t n, float* cos_out,
                    float* sin_out) {
   int64_t i = 0;
@@ -33,7 +33,7 @@ inline void angles(float position, const float* inv_freq, int64_t n, float* cos_
     Vec cp = splat(Fit::c2) * z + splat(Fit::c1);
     cp = cp * z + splat(Fit::c0);
     const Vec c = (splat(1.0f) - splat(0.5f) * z) + (z * z) * cp;
-    // Odd quadrants swap sine and cosine; the sign follows the quadrant.
+    // Odd quadrants swap sine and cosine. The quadrant also gives the signs.
     const IVec odd = (quadrant & isplat(1)) != isplat(0);
     const IVec sin_sign = (quadrant & isplat(2)) << 30;
     const IVec cos_sign = ((quadrant + isplat(1)) & isplat(2)) << 30;
@@ -48,7 +48,7 @@ inline void angles(float position, const float* inv_freq, int64_t n, float* cos_
   }
 }
 
-// out = x rotated, halves paired (rotate_half); in and out may be the same row.
+// Rotates the pairs (x[i], x[half + i]), as rotate_half does. x and out may be the same row.
 template <typename T>
 VXL_INLINE void rotate(const T* x, T* out, const float* c, const float* s, int64_t half) {
   int64_t i = 0;
@@ -83,9 +83,9 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
   for (int64_t position = first; position < min_(first + kRopeRows, g.chunk_rows());
        ++position) {
     const int64_t row = g.row_of(chunk, position);
-    const int64_t kept = g.kept_at(position);
-    if (kept >= 0) {  // before K is rotated in place
-      const int64_t slot = base + kept;
+    const int64_t append = g.append_index(position);
+    if (append >= 0) {  // first, because K may be rotated in place
+      const int64_t slot = base + append;
       const vxl::PagedCache& cache = p.cache;
       const int64_t page =
           cache.block_table[batch * cache.block_table_stride + slot / cache.page_size];
@@ -100,7 +100,7 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
                     p.head_dim * sizeof(T));
       }
     }
-    if (kept != position || kept < 0) angles(float(base + position), p.inv_freq, half, c, s);
+    if (append != position) angles(float(base + position), p.inv_freq, half, c, s);
     for (int64_t h = 0; h < p.heads; ++h)
       rotate(at(p.q, row) + h * p.q.head_stride, at(p.q_out, row) + h * p.q_out.head_stride, c,
              s, half);

@@ -1,10 +1,9 @@
-// One SIMD vector of floats for the instruction set this file is compiled for.
+// One SIMD vector of floats for the instruction set that this file is compiled for.
 //
-// Built on the vector extensions of GCC and Clang, so the kernels are written once and
-// compiled for AVX-512, AVX2 and the baseline (SSE2 or NEON); intrinsics appear only
-// where the compilers miss an instruction. Include only from the per-ISA units: all of
-// it lives in an anonymous namespace, so that no symbol compiled for AVX-512 can be
-// picked by the linker for an older machine.
+// The vector extensions of GCC and Clang let us write the kernels once and compile them for
+// AVX-512, AVX2 and the baseline (SSE2 or NEON). Intrinsics appear only where the compilers miss an
+// instruction. Only the per-ISA units may include this file. It is all in an anonymous namespace,
+// so the linker cannot pick a symbol compiled for AVX-512 and run it on an older machine.
 #pragma once
 
 #include <cstdint>
@@ -60,9 +59,9 @@ VXL_INLINE Vec vmax(Vec a, Vec b) {
 #endif
 }
 
-// 2^x, relative error below 2e-7; 0 below -126 (also for -inf), NaN stays NaN.
-// Minimax polynomial of degree 5 on [-0.5, 0.5]; degree 4 would cost 4e-6.
-// Meant for x <= 0 (softmax); valid up to x < 127.
+// 2^x with a relative error below 2e-7. Gives 0 below -126 (and for -inf); NaN stays NaN.
+// Minimax polynomial of degree 5 on [-0.5, 0.5]; degree 4 has an error of 4e-6.
+// Meant for x <= 0 (softmax), valid for x < 127.
 VXL_INLINE Vec exp2v(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x + magic;
@@ -92,8 +91,8 @@ VXL_INLINE Vec exp2v(Vec x) {
 #define VXL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IVec{__VA_ARGS__})
 #endif
 
-// A butterfly step at distance S takes rows a = i and b = i + S; lane blocks of length S
-// trade places: low keeps a's even blocks beside b's even blocks, high the odd ones.
+// A butterfly step at distance S takes rows a = i and b = i + S and exchanges lane blocks of length
+// S. `low` interleaves the even blocks of a and b, `high` their odd blocks.
 template <int S, int... Lane>
 VXL_INLINE Vec low_blocks(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
   return VXL_SHUFFLE(a, b, (Lane & S ? kLanes + Lane - S : Lane)...);
@@ -103,7 +102,7 @@ VXL_INLINE Vec high_blocks(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
   return VXL_SHUFFLE(a, b, (Lane & S ? kLanes + Lane : Lane + S)...);
 }
 template <int S, int... Lane>
-VXL_INLINE Vec swap_lanes(Vec x, std::integer_sequence<int, Lane...>) {  // lane i gets i ^ S
+VXL_INLINE Vec swap_lanes(Vec x, std::integer_sequence<int, Lane...>) {  // lane i gets lane i ^ S
   return VXL_SHUFFLE(x, x, (Lane ^ S)...);
 }
 using EachLane = std::make_integer_sequence<int, kLanes>;
@@ -121,7 +120,7 @@ VXL_INLINE void transpose(Vec* rows) {
   if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
-// Lane i of the result: the sum of all lanes of rows[i]. Overwrites rows.
+// Lane i of the result is the sum of all lanes of rows[i]. Overwrites rows.
 template <int S = kLanes / 2>
 VXL_INLINE Vec sum_each(Vec* rows) {
 #pragma GCC unroll 8
@@ -147,7 +146,7 @@ VXL_INLINE float to_float(F16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude << 13));
-  // Scaling by 2^112 moves the exponent bias from 15 to 127, subnormals included.
+  // Scaling by 2^112 moves the exponent bias from 15 to 127. It is right for subnormals too.
   return as_float(sign | as_bits(as_float(magnitude << 13) * 5.192296858534828e33f));
 }
 
@@ -162,7 +161,7 @@ VXL_INLINE void from_float(float x, F16* p) {  // round to nearest even
   uint32_t h;
   if (magnitude > 0x7f800000u) h = 0x7e00u;                     // NaN
   else if (magnitude >= 0x47800000u) h = 0x7c00u;               // overflow or inf
-  else if (magnitude < 0x38800000u) {                           // subnormal: let the adder round
+  else if (magnitude < 0x38800000u) {                           // subnormal: the addition rounds
     h = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
   } else h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   p->bits = uint16_t(sign | h);
@@ -205,7 +204,7 @@ VXL_INLINE void store_from_float(F16* p, Vec v) {
 #endif
 }
 
-// Copies n values as floats; any n.
+// Copies n values as floats, for any n.
 template <typename T>
 VXL_INLINE void load_row(const T* src, float* dst, int64_t n) {
   int64_t i = 0;
@@ -215,8 +214,8 @@ VXL_INLINE void load_row(const T* src, float* dst, int64_t n) {
 
 VXL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 VXL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-// Not std::min and std::max: the linker could keep the copy that one ISA unit compiled and run it
-// on an older machine.
+// Not std::min and std::max: the linker keeps one copy of such a function, which may be the one
+// compiled for AVX-512.
 VXL_INLINE int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
 VXL_INLINE int64_t max_(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -17,7 +17,7 @@
 
 namespace {
 
-// Register tile: kRows broadcasts x kCols vectors of accumulators, the rest for operands.
+// Register tile: kRows broadcasts x kCols vectors accumulate. The other registers hold operands.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8, kCols = 3;  // 24 of 32 registers accumulate
 #elif defined(__AVX2__)
@@ -25,7 +25,6 @@ constexpr int kRows = 4, kCols = 3;  // 12 of 16
 #else
 constexpr int kRows = 4, kCols = 2;  // 8 of 16; SSE2 needs temporaries for multiply-add
 #endif
-
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -47,8 +46,9 @@ VXL_INLINE void multiply(const float* a, int64_t k_stride, int64_t i_stride, con
   }
 }
 
-// s[keys][NV lanes] = K q, with -inf where key >= limits[lane]; block_max[NV lanes] of it.
-// k: [keys][head_dim], keys a multiple of kRows; q: [head_dim][NV lanes]; limits ascend.
+// s[keys][NV lanes] = K q, and -inf where key >= limits[lane]. block_max[NV lanes] gets the maximum
+// of each lane. k is [keys][head_dim], with keys a multiple of kRows. q is [head_dim][NV lanes].
+// limits ascend.
 template <int NV>
 VXL_NOINLINE void scores(const float* k, int64_t keys, const float* q, int64_t head_dim,
                          const int32_t* limits, float* s, float* block_max, Prefetch& prefetch) {
@@ -84,20 +84,20 @@ VXL_NOINLINE void scores(const float* k, int64_t keys, const float* q, int64_t h
   for (int j = 0; j < NV; ++j) store(block_max + j * kLanes, top[j]);
 }
 
-// s = 2^(s - max), in place; moves the running maximum m and sum l of the lanes and
-// writes alpha, by which what was accumulated before has to be scaled.
+// s = 2^(s - max), in place. Updates each lane's running maximum m and running sum l. alpha gets
+// the factor by which the caller must scale the output accumulated so far.
 template <int NV>
 VXL_NOINLINE void softmax(float* s, int64_t keys, const float* block_max, float* m, float* l,
                           float* alpha) {
-  Vec pivot[NV], sum[NV];
+  Vec row_ref[NV], sum[NV];
   for (int j = 0; j < NV; ++j) {
-    const Vec before = load(m + j * kLanes);
-    const Vec now = vmax(load(block_max + j * kLanes), before);
-    // A lane that has seen nothing yet keeps a finite pivot: -inf - -inf would be NaN.
-    pivot[j] = now == splat(-INFINITY) ? Vec{} : now;
-    const Vec a = exp2v(before - pivot[j]);
+    const Vec old_max = load(m + j * kLanes);
+    const Vec new_max = vmax(load(block_max + j * kLanes), old_max);
+    // A lane that has seen no key subtracts 0 instead: -inf - -inf would be NaN.
+    row_ref[j] = new_max == splat(-INFINITY) ? Vec{} : new_max;
+    const Vec a = exp2v(old_max - row_ref[j]);
     store(alpha + j * kLanes, a);
-    store(m + j * kLanes, now);
+    store(m + j * kLanes, new_max);
     store(l + j * kLanes, load(l + j * kLanes) * a);
     sum[j] = Vec{};
   }
@@ -106,16 +106,16 @@ VXL_NOINLINE void softmax(float* s, int64_t keys, const float* block_max, float*
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       float* p = s + (key * NV + j) * kLanes;
-      const Vec e = exp2v(load(p) - pivot[j]);
+      const Vec e = exp2v(load(p) - row_ref[j]);
       sum[j] += e;
       store(p, e);
     }
   for (int j = 0; j < NV; ++j) store(l + j * kLanes, load(l + j * kLanes) + sum[j]);
 }
 
-// o[head_dim][NV lanes] = o * alpha + V^T p; v in panels [head_dim / kRows][kKeyBlock][kRows].
-// The block is summed on its own before it joins o: adding key by key to the long sum loses
-// five times the accuracy at 8100 keys.
+// o[head_dim][NV lanes] = o * alpha + V^T p. v is in panels [head_dim / kRows][kKeyBlock][kRows].
+// The block is summed by itself and then added to o. Adding every key to the long sum instead gave
+// five times the error at 8100 keys.
 template <int NV>
 VXL_NOINLINE void accumulate(const float* v, int64_t keys, const float* p, int64_t head_dim,
                              const float* alpha, float* o) {
@@ -138,13 +138,13 @@ VXL_NOINLINE void accumulate(const float* v, int64_t keys, const float* p, int64
   }
 }
 
-// State of one column group of NV vectors; q and o are panels [dims][NV lanes].
+// State of one column group of NV vectors. q and o are panels [dims][NV lanes].
 struct Lanes {
   const float* q;
   float* o;
   float* m;
   float* l;
-  const int32_t* limits;  // keys of this block that each lane sees, ascending
+  const int32_t* limits;  // how many keys of this block each lane sees, ascending
 };
 
 template <int NV>

@@ -1,6 +1,6 @@
-// What kernel bodies need of the machine. Under nvcc that is CUDA; in tests/cpp the same bodies
-// run on the CPU, where host_shim.h has defined all of this, counts every access and checks its
-// alignment. Bodies touch global memory through load, store and load_meta only.
+// What kernel bodies need from the device. nvcc gets it from CUDA. tests/cpp runs the same bodies
+// on the CPU: host_shim.h defines all of this there, counts every access and checks its alignment.
+// Bodies access global memory only through load, store and load_meta.
 #pragma once
 
 #include <cstdint>
@@ -27,13 +27,12 @@ template <typename W>
 VXL_DEVICE W load(const void* p) {
   return *static_cast<const W*>(p);
 }
-// The intrinsic, since the compiler takes a plain 16-byte store of packed values apart (seen in
-// SASS with nvcc 13.0).
+// An intrinsic, because nvcc 13.0 splits a plain 16-byte store of packed values (seen in SASS).
 template <typename W>
 VXL_DEVICE void store(void* p, W w) {
   __stwb(static_cast<W*>(p), w);
 }
-// Lengths, tables and frequencies: small, read by many threads, written by none.
+// For lengths, tables and frequencies: small, read by many threads, written by none.
 template <typename T>
 VXL_DEVICE T load_meta(const T* p) {
   return __ldg(p);
@@ -54,7 +53,7 @@ VXL_DEVICE void from_float(float x, F16* p) { *p = __float2half_rn(x); }
 
 namespace vxl::cuda {
 
-// N values of T from one word, each as wide as its type's alignment promises.
+// N values of T that one aligned word holds.
 template <typename T, int N>
 struct Pack {
   T x[N];

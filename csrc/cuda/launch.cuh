@@ -1,4 +1,4 @@
-// One kernel launch by a plan.
+// Launches one kernel with the grid of a plan.
 #pragma once
 
 #include "device.cuh"
@@ -6,7 +6,7 @@
 
 namespace vxl::cuda {
 
-// cudaLaunchKernel returns this launch's own error and leaves the context's alone.
+// cudaLaunchKernel returns the error of this launch; cudaGetLastError would clear an earlier one.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const Plan& plan, Params p, cudaStream_t stream) {
   const dim3 grid(plan.grid.x, plan.grid.y, plan.grid.z);

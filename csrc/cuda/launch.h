@@ -1,7 +1,7 @@
-// The CUDA backend's entry points: plain parameters in, a stream, no torch. Each is at most one
-// kernel launch; none synchronises, allocates, or reads a length on the host, so all can be
-// captured in a CUDA graph. cudaErrorInvalidValue: a head_dim that is odd or over 512, or 2^31 rows
-// and more.
+// Entry points of the CUDA backend. They take plain parameters and a stream, and know no torch.
+// Each launches at most one kernel. None synchronises, allocates, or reads a length on the host, so
+// a CUDA graph can capture them. They return cudaErrorInvalidValue if head_dim is odd or over 512,
+// or if there are 2^31 rows or more.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +10,8 @@
 
 namespace vxl {
 
-// q_out, k_out and the cache rows of every kept row. q_out may be q, k_out may be k. Pages and
-// lengths are not checked.
+// Writes q_out and k_out of every row, and the cache entries of appended rows. q_out may be q, and
+// k_out may be k. Pages and lengths are not checked.
 cudaError_t rope_append_cuda(const RopeParams& p, cudaStream_t stream);
 
 cudaError_t copy_pages_cuda(const PageCopyParams& p, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Bodies of the page kernels: runs of rows, copied as words. The grids are plan.h's.
+// Bodies of the page kernels. They copy runs of rows as words, on the grids of plan.h.
 #pragma once
 
 #include "device.cuh"
@@ -6,7 +6,7 @@
 
 namespace vxl::cuda {
 
-// The blocks along x share one run of `bytes`, a multiple of the word.
+// Copies one run. The blocks along x share it. `bytes` is a multiple of the word.
 template <typename W>
 VXL_DEVICE void copy_run(const char* source, char* target, int64_t bytes) {
   const int64_t words = bytes / static_cast<int64_t>(sizeof(W)), threads = blockDim.x;
@@ -32,7 +32,7 @@ VXL_DEVICE void copy_pages_thread(const PageCopyParams& p) {
   for (int64_t i = blockIdx.z; i < p.count; i += gridDim.z) {
     const int64_t source = load_meta(p.copies + 3 * i), target = load_meta(p.copies + 3 * i + 1);
     const int64_t rows = load_meta(p.copies + 3 * i + 2);
-    if (rows <= 0) continue;  // an unused entry: its pages may be any number
+    if (rows <= 0) continue;  // an unused entry, whose pages may be out of range
     for (int64_t y = blockIdx.y; y < 2 * p.k.layers; y += gridDim.y) {
       const PagePool& c = y % 2 == 0 ? p.k : p.v;
       char* layer = c.data + y / 2 * c.layer_stride;
@@ -42,11 +42,12 @@ VXL_DEVICE void copy_pages_thread(const PageCopyParams& p) {
   }
 }
 
-// Rows of one sequence are fewer than 2^31 (the launcher has checked), so 32 bits count them.
+// The launcher has checked that a sequence has fewer than 2^31 rows, so 32 bits count them.
 template <typename W, bool kGather>
 VXL_DEVICE void transfer_rows_thread(const RowTransferParams& p) {
   const PagePool& c = p.pool;
-  const uint32_t first = static_cast<uint32_t>(p.first), end = static_cast<uint32_t>(p.first + p.rows);
+  const uint32_t first = static_cast<uint32_t>(p.first);
+  const uint32_t end = static_cast<uint32_t>(p.first + p.rows);
   const uint32_t page_size = static_cast<uint32_t>(c.page_size), last_page = (end - 1) / page_size;
   for (uint32_t page = first / page_size + blockIdx.y; page <= last_page; page += gridDim.y) {
     const uint32_t page_begin = page * page_size;

@@ -5,7 +5,7 @@
 namespace vxl {
 namespace {
 
-// Two blocks to a multiprocessor: without a word ptxas aims at 64 registers on sm_100 and spills.
+// Two blocks per multiprocessor. Without this bound ptxas uses 64 registers on sm_100 and spills.
 template <typename T, int N>
 __global__ void __launch_bounds__(cuda::kBlockThreads, 2) rope_append_kernel(const RopeParams p) {
   cuda::rope_append_thread<T, N>(p);

@@ -1,6 +1,7 @@
-// Body of the rope_append kernel: one thread rotates the same N pairs of several heads of a row,
-// and appends them where the row is kept. No shared memory, no barrier, and a thread reads all
-// that it overwrites, so q_out may be q and k_out may be k. The grid is plan_rope's.
+// Body of the rope_append kernel, on the grid of plan_rope. A thread rotates the same N pairs in
+// several heads of a row, and appends them to the cache if the layout says so. It uses no shared
+// memory and no barrier. A thread itself reads all that it overwrites before it writes, so q_out
+// may be q and k_out may be k.
 #pragma once
 
 #include "../include/vxl/rotary.h"
@@ -8,7 +9,7 @@
 
 namespace vxl::cuda {
 
-// N floats at p, 16-byte aligned if N is more than one.
+// Loads N floats at p, which is 16-byte aligned if N > 1.
 template <int N>
 VXL_DEVICE void load_floats(const float* p, float (&out)[N]) {
   if constexpr (N == 1) {
@@ -34,7 +35,7 @@ struct Angles {
   }
 };
 
-// N pairs of one head: a from its first half, b from its second.
+// N pairs of one head: a is in its first half, b in its second.
 template <typename T, int N>
 struct Pairs {
   Pack<T, N> a, b;
@@ -65,13 +66,13 @@ VXL_DEVICE BasicGeometry<int32_t> narrow(const ChunkGeometry& g) {
 
 template <typename T, int N>
 VXL_DEVICE void rope_append_thread(const RopeParams& p) {
-  // 32 bits for what counts rows and heads (the launcher has checked): a 64-bit division is a
-  // subroutine, and there are five to a row. 64 bits for what is multiplied by a stride.
+  // Rows and heads are counted in 32 bits (the launcher has checked them): a 64-bit division is a
+  // subroutine call, and a row needs five divisions. What is multiplied by a stride has 64 bits.
   const BasicGeometry<int32_t> g = narrow(p.geometry);
   const int32_t half = static_cast<int32_t>(p.head_dim / 2), first = threadIdx.x * N;
   const int32_t heads = static_cast<int32_t>(p.heads), kv_heads = static_cast<int32_t>(p.kv_heads);
   const int32_t group = threadIdx.y, groups = blockDim.y;
-  // KV heads are dealt from the other end: to the groups that had one query head less.
+  // KV heads are dealt from the last group on, because the last groups have one query head less.
   const int32_t kv_group = groups - 1 - group;
   const int32_t call_chunks = static_cast<int32_t>(p.batch) * g.chunks;
   using P = Pairs<T, N>;
@@ -81,7 +82,7 @@ VXL_DEVICE void rope_append_thread(const RopeParams& p) {
     const int32_t base = load_meta(p.cache.lens + batch) + chunk * g.vsts();
     for (int32_t position = blockIdx.x * blockDim.z + threadIdx.z; position < g.chunk_rows();
          position += gridDim.x * blockDim.z) {
-      const int32_t row = g.row_of(chunk, position), kept = g.kept_at(position);
+      const int32_t row = g.row_of(chunk, position), append = g.append_index(position);
       const Angles<N> angles(base + position, p.inv_freq + first);
       auto at = [&](const RowTensor& t, int32_t head) {
         return static_cast<T*>(t.data) + batch * t.batch_stride + row * t.row_stride +
@@ -99,14 +100,14 @@ VXL_DEVICE void rope_append_thread(const RopeParams& p) {
       }
 
       if (kv_group >= kv_heads) continue;
-      if (kept < 0) {
+      if (append < 0) {
         for (head = kv_group; head < kv_heads; head += groups) {
           P::read(at(p.k, head), half).rotated(angles).write(at(p.k_out, head), half);
         }
         continue;
       }
       const PagedCache& cache = p.cache;
-      const int32_t entry = base + kept, page_size = static_cast<int32_t>(cache.page_size);
+      const int32_t entry = base + append, page_size = static_cast<int32_t>(cache.page_size);
       const int64_t page = load_meta(cache.block_table + batch * cache.block_table_stride +
                                      entry / page_size);
       const int64_t slot = entry % page_size;

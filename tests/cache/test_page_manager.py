@@ -137,7 +137,7 @@ def test_a_reservation_is_absolute_and_truncate_drops_it():
         (lambda m: m.reserve_many([0.0], 1), TypeError, "seqs: got float64, expected integers"),
         (lambda m: m.reserve(0, -1), ValueError, "rows: got -1, expected 0 to 2147483641"),
         (lambda m: m.reserve(0, 1.0), TypeError, "rows"),
-        (lambda m: m.commit(0, 3), ValueError, "rows: got 3, expected 0 to 2, what is reserved"),
+        (lambda m: m.commit(0, 3), ValueError, "rows: got 3, expected 0 to 2, the reserved rows"),
         (lambda m: m.truncate(0, 7), ValueError, "length: got 7, expected 0 to 6"),
         (lambda m: m.ref_count(4), ValueError, "page: got 4, expected 0 to 3"),
     ],
@@ -160,8 +160,8 @@ def test_exhaustion_says_how_much_is_missing():
     # b: its copy of page 1, then rows 8 to 15 in two pages; the pool has two.
     with pytest.raises(
         PoolExhausted,
-        match="rows: got 10, which takes 3 pages, expected at most 2"
-        r" \(free of 4\)",
+        match="rows: got 10, which needs 3 pages, expected at most 2"
+        r" \(free pages; the pool has 4\)",
     ) as raised:
         m.reserve(b, 10)
     assert (raised.value.pages_needed, raised.value.pages_free) == (3, 2)

@@ -1,9 +1,8 @@
 // Fuzzes the page manager through its C API against a model that holds real contents.
 //
-// Bytes choose the calls; after each one everything that can be seen of the manager is compared
-// with the model: lengths, block tables, reference counts, statistics, and through the tables
-// the contents. Failed calls are compared with the unchanged model, those included that fail
-// because operator new does.
+// Bytes choose the calls. After each call the fuzzer compares all visible state of the manager with
+// the model: lengths, block tables, reference counts, statistics, and the contents that the tables
+// point to. After a failed call the model is unchanged. Some calls fail because operator new does.
 //
 //   clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined ...  ./fuzz -max_total_time=60
 //   g++ -std=c++17 -g -O1 -fsanitize=address,undefined -DVXL_FUZZ_STANDALONE ...
@@ -20,12 +19,12 @@
 
 #include "../../csrc/cache/page_manager_c.h"
 
-// ---- an operator new that can be told to fail
+// ---- an operator new that fails on demand
 
 namespace {
-int64_t allocations_left = -1;  // < 0: as many as you like
+int64_t allocations_left = -1;  // < 0: no limit
 
-struct FailAllocation {  // the allocation after the next `left` ones fails, while this lives
+struct FailAllocation {  // while this lives, the allocation after the next `left` ones fails
   explicit FailAllocation(int64_t left) { allocations_left = left; }
   ~FailAllocation() { allocations_left = -1; }
 };
@@ -120,7 +119,7 @@ class Session {
     return at->first;
   }
 
-  // One call in eight runs out of memory early on, if it allocates at all.
+  // One call in eight runs out of memory early, if it allocates.
   int64_t allocations() { return bytes_.below(8) == 0 ? bytes_.below(6) : -1; }
 
   template <typename Fn>
@@ -161,7 +160,7 @@ class Session {
     model_[seq] = child;
   }
 
-  // truncate, free and commit of one sequence give back or count: memory can't fail them.
+  // truncate, free and commit of one sequence allocate nothing, so they can't run out of memory.
   void truncate() {
     const int64_t seq = pick();
     Sequence& s = model_[seq];
@@ -236,8 +235,8 @@ class Session {
     return needed;
   }
 
-  // Takes a sequence's new table over if it is what reserve() promises; performs its copy.
-  // Returns how many copies the sequence asked for.
+  // Checks that the new table of a sequence is what reserve() promises, performs the copy and
+  // stores the table in the model. Returns the number of copies.
   int64_t accept_growth(int64_t seq, int64_t rows, const vxl_page_copy* copy) {
     Sequence& s = model_[seq];
     const std::vector<int32_t> table = table_of(seq);
@@ -248,7 +247,7 @@ class Session {
       if (i < s.table.size() - copied) {
         CHECK(table[i] == s.table[i]);
       } else {
-        CHECK(holders_[table[i]] == 0);  // was free, and nobody else of the batch got it
+        CHECK(holders_[table[i]] == 0);  // it was free, and no other sequence of the batch got it
         ++holders_[table[i]];
       }
     }
@@ -265,7 +264,7 @@ class Session {
     return copied;
   }
 
-  // The first `rows` reserved rows, those that have not been written yet.
+  // Writes those of the first `rows` reserved rows that have not been written yet.
   void write(int64_t seq, int64_t rows) {
     Sequence& s = model_[seq];
     while (static_cast<int64_t>(s.pending.size()) < rows) {
@@ -278,7 +277,7 @@ class Session {
   void commit() {
     const int64_t seq = pick();
     const int64_t reserved = model_[seq].reserved;
-    // Mostly all of it: only then can the next reservation have to copy.
+    // Mostly all of it, because only then may the next reservation need a copy.
     const int64_t rows = bytes_.below(4) == 0 ? bytes_.below(reserved + 1) : reserved;
     write(seq, rows);
     CHECK(vxl_pages_commit(pages_, &seq, 1, rows) == VXL_OK);
@@ -287,13 +286,13 @@ class Session {
 
   void commit_all() {
     std::vector<int64_t> seqs;
-    int64_t most = INT64_MAX;
+    int64_t smallest = INT64_MAX;
     for (const auto& item : model_) {
       if (item.second.reserved == 0) continue;
       seqs.push_back(item.first);
-      most = std::min(most, item.second.reserved);
+      smallest = std::min(smallest, item.second.reserved);
     }
-    const int64_t rows = seqs.empty() ? 0 : bytes_.below(most + 1);
+    const int64_t rows = seqs.empty() ? 0 : bytes_.below(smallest + 1);
     for (const int64_t seq : seqs) write(seq, rows);
     const int64_t n = static_cast<int64_t>(seqs.size());
     const vxl_status got =
@@ -310,17 +309,17 @@ class Session {
     s.reserved -= rows;
   }
 
-  // Calls that can't succeed; check_all() then sees whether they left a trace.
+  // Calls that can't succeed. check_all() then finds any trace that they left.
   void fail() {
     const int64_t good = pick();
     const Sequence& s = model_[good];
     const int64_t unknown[] = {good, last_id_ + 1};
     const int64_t twice[] = {good, good};
-    // Most reserved first: a batch that commits as it checks gives itself away.
+    // Largest reservation first: this finds a manager that commits some before it has checked all.
     std::vector<int64_t> all = pick_distinct(static_cast<int64_t>(model_.size()));
     std::sort(all.begin(), all.end(),
               [&](int64_t a, int64_t b) { return model_[a].reserved > model_[b].reserved; });
-    const int64_t n = static_cast<int64_t>(all.size()), least = model_[all.back()].reserved;
+    const int64_t n = static_cast<int64_t>(all.size()), smallest = model_[all.back()].reserved;
     vxl_page_copy copies[2];
     vxl_pages* no_pages = nullptr;
     int32_t page = -1;
@@ -345,7 +344,7 @@ class Session {
         case 13: return vxl_pages_reserve(pages_, nullptr, 1, 1, copies, &out);
         case 14: return vxl_pages_create(0, 1, &no_pages);
         case 15: return vxl_pages_create(1, 3, &no_pages);
-        case 16: return vxl_pages_commit(pages_, all.data(), n, least + 1);
+        case 16: return vxl_pages_commit(pages_, all.data(), n, smallest + 1);
       }
       want = VXL_UNKNOWN_SEQUENCE;
       switch (bytes_.below(4)) {

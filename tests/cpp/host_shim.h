@@ -1,6 +1,6 @@
-// CUDA as far as csrc/cuda/*.cuh need it, on the CPU: a loop over the grid with threadIdx and
-// friends as variables. Every access is counted, and its alignment checked as a GPU would.
-// Threads run one after the other, so a body that needs a barrier can't run here.
+// The part of CUDA that csrc/cuda/*.cuh use, on the CPU. A loop walks the grid and sets threadIdx
+// and the like as variables. Every access is counted and checked for the alignment that a GPU
+// needs. Threads run one after another, so a body with a barrier can't run here.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +28,9 @@ using ::to_float;
 struct alignas(16) Word16 { uint32_t x, y, z, w; };
 struct alignas(16) Float4 { float x, y, z, w; };
 
-// What a launch moved. A sector is the 32 bytes that a GPU fetches at least; those of one access
-// of one warp count once, as the hardware merges them. Metadata (lengths, tables, frequencies)
-// is counted in sectors alone, and caches serve it.
+// What a launch moved. A sector is 32 bytes, the least that a GPU fetches. In one access of a warp
+// each sector counts once, as the hardware merges them. Metadata (lengths, tables, frequencies) is
+// counted only in sectors, since caches serve it.
 struct Traffic {
   int64_t read = 0, written = 0, sectors = 0, meta_sectors = 0, widest = 0;
 };
@@ -99,7 +99,7 @@ inline void count_block() {
   }
 }
 
-// Runs body() for every thread of the plan, forwards or backwards: the order must not matter.
+// Runs body() for every thread of the plan, forwards or backwards, since the order must not matter.
 template <typename Body>
 void run_grid(const Plan& plan, bool backwards, const Body& body) {
   gridDim = plan.grid;
@@ -108,7 +108,7 @@ void run_grid(const Plan& plan, bool backwards, const Body& body) {
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y * gridDim.z;
   if (blocks > 0 && (threads > 256 || threads == 0 || blockDim.z > 64 || gridDim.y > 65535 ||
                      gridDim.z > 65535)) {
-    std::printf("a grid that CUDA or the kernels' launch bounds refuse\n");
+    std::printf("CUDA or the kernels' launch bounds refuse this grid\n");
     std::abort();
   }
   for (int64_t i = 0; i < blocks; ++i) {

@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda/*.cu over the shim: the same plans and the same bodies.
+// The launchers of csrc/cuda/*.cu on the shim, with the same plans and bodies.
 #pragma once
 
 #include "host_shim.h"
@@ -30,7 +30,7 @@ inline bool rope_shim(const RopeParams& p, bool backwards) {
   return true;
 }
 
-// fn(word) with a value of the type that the plan's word stands for.
+// Calls fn with a value of the plan's word type.
 template <typename Fn>
 void with_word(int bytes, const Fn& fn) {
   switch (bytes) {

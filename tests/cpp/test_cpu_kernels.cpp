@@ -1,6 +1,6 @@
-// The CPU kernels against plain double loops, without torch: for the address, undefined
-// behaviour and thread sanitizers (`make sanitize`). Every tensor is an allocation of exactly
-// its size, so one element too far is seen; cache entries that no row may read are NaN.
+// Compares the CPU kernels with plain loops in double, without torch, under the address, undefined
+// behaviour and thread sanitizers (`make sanitize`). Every tensor is an allocation of exactly its
+// size, so the sanitizer sees one element too far. Cache entries that no row may read are NaN.
 // VXL_CPU_ISA chooses the instruction set.
 #include <cmath>
 #include <cstdio>
@@ -56,7 +56,7 @@ Call random_call() {
   c.batch = pick(1, 2);
   c.kv_heads = pick(1, 3);
   c.heads = c.kv_heads * (pick(0, 1) ? 7 : pick(1, 3));
-  const bool odd = pick(0, 4) == 0;  // no rotary halves, so attention alone
+  const bool odd = pick(0, 4) == 0;  // an odd head_dim has no rotary halves: attention only
   c.dim = odd ? 2 * pick(8, 127) + 1 : 2 * pick(8, pick(0, 1) ? 40 : 128);
   c.page_size = pick(0, 1) ? 16 : pick(1, 70);
   if (pick(0, 2) == 0) {
@@ -132,7 +132,7 @@ void expect_near(double actual, double expected, double tolerance, const char* w
   if (++failures <= 10) std::printf("%s: got %.8g, expected %.8g\n", what, actual, expected);
 }
 
-// In-place rotation of row `x` to `position`, compared with `actual`.
+// Compares `actual` with row `x` rotated to `position`.
 void check_rotated(const Call& c, const float* x, const float* actual, int64_t position,
                    const char* what) {
   const int64_t half = c.dim / 2;
@@ -157,7 +157,7 @@ void check_rope(Call& c, const vxl::ThreadPool& pool) {
       const int64_t base = c.lens[b] + chunk * g.vsts();
       for (int64_t r = 0; r < g.chunk_rows(); ++r) {
         const int64_t row = g.row_of(chunk, r);
-        const int64_t kept = g.ratio ? g.vst_at(r) : r;
+        const int64_t append = g.ratio ? g.vst_at(r) : r;
         for (int64_t h = 0; h < c.heads; ++h) {
           check_rotated(c, c.row(c.q, c.heads, b, row, h), c.row(c.q_out, c.heads, b, row, h),
                         base + r, "q");
@@ -165,10 +165,10 @@ void check_rope(Call& c, const vxl::ThreadPool& pool) {
         for (int64_t h = 0; h < c.kv_heads; ++h) {
           const float* k = c.row(c.k, c.kv_heads, b, row, h);
           check_rotated(c, k, c.row(c.k_out, c.kv_heads, b, row, h), base + r, "k");
-          if (kept < 0) continue;
-          check_rotated(c, k, c.entry(c.k_cache, b, base + kept, h), base + kept, "k_cache");
+          if (append < 0) continue;
+          check_rotated(c, k, c.entry(c.k_cache, b, base + append, h), base + append, "k_cache");
           for (int64_t d = 0; d < c.dim; ++d) {
-            expect_near(c.entry(c.v_cache, b, base + kept, h)[d],
+            expect_near(c.entry(c.v_cache, b, base + append, h)[d],
                         c.row(c.v, c.kv_heads, b, row, h)[d], 0, "v_cache");
           }
         }
@@ -185,7 +185,7 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
   p.scale = 1.0f / std::sqrt(float(c.dim));
   vxl::attention_cpu(p, pool);
   const ChunkGeometry& g = c.geometry;
-  for (int sample = 0; sample < 12; ++sample) {  // a few rows: the loops below are slow
+  for (int sample = 0; sample < 12; ++sample) {  // a few rows only: the loops below are slow
     const int64_t b = pick(0, c.batch - 1), chunk = pick(0, g.chunks - 1);
     const int64_t r = pick(0, g.chunk_rows() - 1), h = pick(0, c.heads - 1);
     const int64_t kv = h / (c.heads / c.kv_heads), row = g.row_of(chunk, r);
@@ -194,11 +194,11 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
     std::vector<double> scores, sum(c.dim, 0.0);
     std::vector<const float*> values;
     for (int64_t i = 0; i < cached + r + 1; ++i) {
-      const int64_t own = i < cached ? 0 : g.row_of(chunk, i - cached);
+      const int64_t new_row = i < cached ? 0 : g.row_of(chunk, i - cached);
       const float* k = i < cached ? c.entry(c.k_cache, b, i, kv)
-                                  : c.row(c.k, c.kv_heads, b, own, kv);
+                                  : c.row(c.k, c.kv_heads, b, new_row, kv);
       values.push_back(i < cached ? c.entry(c.v_cache, b, i, kv)
-                                  : c.row(c.v, c.kv_heads, b, own, kv));
+                                  : c.row(c.v, c.kv_heads, b, new_row, kv));
       double s = 0;
       for (int64_t d = 0; d < c.dim; ++d) s += double(q[d]) * k[d];
       scores.push_back(s * p.scale);
@@ -220,9 +220,9 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
   }
 }
 
-// Gradients of the call that check_attention ran, held to what must be true over all keys that a
-// KV head's queries see: the sum of dV is that of dO (weights sum to 1), and <dK, K> is <dQ, Q>
-// (scores depend on both alike).
+// Checks the gradients of the call that check_attention ran by two identities over all keys of a KV
+// head: dV sums to the sum of dO (each row of P sums to 1), and <dK, K> equals <dQ, Q> (the scores
+// depend on q and k through their product alone).
 void check_backward(Call& c, const vxl::ThreadPool& pool) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> grad = normals(c.q.size()), grad_lse = normals(c.lse.size());
@@ -253,7 +253,8 @@ void check_backward(Call& c, const vxl::ThreadPool& pool) {
         for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
           for (int64_t d = 0; d < c.dim; ++d) {
             from_rows[d] += c.row(grad, c.heads, b, r, h)[d];
-            const double term = double(c.row(c.q, c.heads, b, r, h)[d]) * c.row(dq, c.heads, b, r, h)[d];
+            const double term =
+                double(c.row(c.q, c.heads, b, r, h)[d]) * c.row(dq, c.heads, b, r, h)[d];
             by_q += term;
             size += std::abs(term);
           }

@@ -1,8 +1,8 @@
-// The bodies of the CUDA kernels on the CPU (host_shim.h), under sanitizers (`make cuda-check`):
-// against plain loops, against the CPU kernels, and what they leave alone. Every buffer has bytes
-// of its own around it, and gaps between rows, heads and pages; all must stay as they were.
+// Runs the bodies of the CUDA kernels on the CPU (host_shim.h) under sanitizers (`make
+// cuda-check`). Compares them with plain loops and with the CPU kernels. Every buffer has random
+// bytes around it, and gaps between rows, heads and pages. All of these must stay unchanged.
 //   test_cuda_kernels [calls]     random calls
-//   test_cuda_kernels --traffic   bytes moved, counted, against the least possible
+//   test_cuda_kernels --traffic   counts the bytes moved and compares them with the least possible
 #include "shim_launch.h"
 
 #include <cmath>
@@ -41,11 +41,11 @@ void run_threads(int threads, void (*body)(void*, int), void* arg) {
   body(arg, 0);
   for (std::thread& t : others) t.join();
 }
-vxl::ThreadPool cpu_threads(int least = 1) {
-  return {static_cast<int>(pick(least, 3)), run_threads};
+vxl::ThreadPool cpu_threads(int low = 1) {
+  return {static_cast<int>(pick(low, 3)), run_threads};
 }
 
-// Bytes at a distance below 16 from a 64-byte border, with random bytes on both sides.
+// `size` bytes that start `misaligned` bytes after a 64-byte border, with random bytes around them.
 struct Buffer {
   static constexpr int64_t kMargin = 48;
   std::vector<char> bytes;
@@ -60,7 +60,7 @@ struct Buffer {
     align(misaligned);
   }
   Buffer(const Buffer& other) { *this = other; }
-  Buffer& operator=(const Buffer& other) {  // elsewhere, at the same distance from a border
+  Buffer& operator=(const Buffer& other) {  // at the same distance from a border
     const int64_t misaligned = other.bytes.empty() ? 0 : vxl::cuda::address(other.data()) % 64;
     bytes.assign(other.bytes.size(), 0);
     size = other.size;
@@ -140,13 +140,13 @@ RopeCall<T> rope_call(int64_t batch, int64_t heads, int64_t kv_heads, int64_t di
   RopeCall<T> c;
   c.batch = batch, c.heads = heads, c.kv_heads = kv_heads, c.dim = dim, c.page_size = page_size;
   c.g = g, c.lens = std::move(lens);
-  const int64_t rows = g.rows(), kept = g.ratio == 0 ? rows : g.chunks * g.vsts();
+  const int64_t rows = g.rows(), appended = g.ratio == 0 ? rows : g.chunks * g.vsts();
   int64_t longest = 0;
   for (int32_t n : c.lens) longest = n > longest ? n : longest;
-  // Lengths far out are many: their entries share one page, which the last rows do not reach.
-  const int64_t used = (longest + kept + page_size - 1) / page_size;
+  // A long cache would need much memory. Its entries share one page, which no new row reaches.
+  const int64_t used = (longest + appended + page_size - 1) / page_size;
   c.max_pages = used;
-  const int64_t first_used = longest / page_size;  // of the longest; shorter ones: all alike
+  const int64_t first_used = longest / page_size;  // such calls have sequences of one length
   const int64_t each = used < 4096 ? used : used - first_used + 1;
   c.pages = batch * each + 1;
   for (int64_t b = 0; b < batch; ++b) {
@@ -156,7 +156,7 @@ RopeCall<T> rope_call(int64_t batch, int64_t heads, int64_t kv_heads, int64_t di
     }
   }
   int made = 0;
-  auto make = [&](int64_t a, int64_t b, int64_t n) {  // gap and misalignment for one or for all
+  auto make = [&](int64_t a, int64_t b, int64_t n) {  // gap and misalignment: of one or of all
     const bool plain = odd_one >= 0 && odd_one != made++;
     return Strided<T>({a, b, n, dim}, plain ? 0 : gap, plain ? 0 : misaligned);
   };
@@ -175,8 +175,8 @@ RopeCall<T> rope_call(int64_t batch, int64_t heads, int64_t kv_heads, int64_t di
   return c;
 }
 
-// x rotated to `position`, in double, against `actual`; then actual takes x's place in `expected`
-// so that whole buffers can be compared.
+// Compares `actual` with x rotated to `position` in double. Then copies `actual` to `expected`, so
+// that whole buffers can be compared.
 template <typename T>
 void check_rotated(const RopeCall<T>& c, const T* x, const T* actual, T* expected,
                    int64_t position, const char* what) {
@@ -207,14 +207,18 @@ void check_rope(RopeCall<T>& before, bool backwards) {
     for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
       const int64_t base = c.lens[b] + chunk * g.vsts();
       for (int64_t r = 0; r < g.chunk_rows(); ++r) {
-        // Written out here, not taken from row_of and kept_at.
-        int64_t row = r, kept = r;
+        // Written out here, so that it also tests row_of and append_index.
+        int64_t row = r, append = r;
         if (g.ratio > 0) {
           const int64_t group = r / (g.ratio + 1);
-          kept = r % (g.ratio + 1) == g.ratio ? group : -1;
-          row = !g.split    ? chunk * g.chunk_rows() + r
-                : kept >= 0 ? g.chunks * g.window + chunk * g.vsts() + kept
-                            : chunk * g.window + r - group;
+          append = r % (g.ratio + 1) == g.ratio ? group : -1;
+          if (!g.split) {
+            row = chunk * g.chunk_rows() + r;
+          } else if (append >= 0) {
+            row = g.chunks * g.window + chunk * g.vsts() + append;
+          } else {
+            row = chunk * g.window + r - group;
+          }
         }
         for (int64_t h = 0; h < c.heads; ++h) {
           check_rotated(c, c.q.at(b, row, h), c.q_out.at(b, row, h), want.q_out.at(b, row, h),
@@ -223,8 +227,8 @@ void check_rope(RopeCall<T>& before, bool backwards) {
         for (int64_t h = 0; h < c.kv_heads; ++h) {
           const T* k = c.k.at(b, row, h);
           check_rotated(c, k, c.k_out.at(b, row, h), want.k_out.at(b, row, h), base + r, "k");
-          if (kept < 0) continue;
-          const int64_t entry = base + kept, slot = entry % c.page_size;
+          if (append < 0) continue;
+          const int64_t entry = base + append, slot = entry % c.page_size;
           const int64_t page = c.table[b * c.max_pages + entry / c.page_size];
           check_rotated(c, k, c.k_cache.at(page, slot, h), want.k_cache.at(page, slot, h), entry,
                         "k_cache");
@@ -233,7 +237,7 @@ void check_rope(RopeCall<T>& before, bool backwards) {
       }
     }
   }
-  // Inputs, gaps, margins and cache entries of others are as before; V is to the bit.
+  // Inputs, gaps, margins and other cache entries are unchanged. V is equal to the bit.
   expect(c.q.buffer == before.q.buffer && c.k.buffer == before.k.buffer &&
              c.v.buffer == before.v.buffer, "inputs changed");
   expect(c.q_out.buffer == want.q_out.buffer && c.k_out.buffer == want.k_out.buffer,
@@ -259,7 +263,7 @@ void check_rope(RopeCall<T>& before, bool backwards) {
   }
 }
 
-// The CPU kernel on the same call: within the last bit.
+// Compares with the CPU kernel on the same call, to the last bit or so.
 template <typename T>
 void check_against_cpu(RopeCall<T>& before) {
   RopeCall<T> ours = before, cpu = before;
@@ -282,11 +286,13 @@ int vector_calls = 0, scalar_calls = 0;
 
 template <typename T>
 void random_rope() {
-  const bool wide = coin();  // everything on 16-byte borders, or something is not
+  const bool wide = coin();  // everything is on 16-byte borders
   const int64_t per_word = 16 / int64_t{sizeof(T)};
   const int64_t kv_heads = pick(1, 3), heads = kv_heads * (coin() ? 7 : pick(1, 3));
   int64_t dim = 2 * pick(1, 70), gap = pick(0, 9), misaligned = sizeof(T) * pick(0, per_word - 1);
-  if (wide) dim = 2 * per_word * pick(1, 64 / per_word), gap = per_word * pick(0, 2), misaligned = 0;
+  if (wide) {
+    dim = 2 * per_word * pick(1, 64 / per_word), gap = per_word * pick(0, 2), misaligned = 0;
+  }
   ChunkGeometry g{pick(1, 40), 0, 1, true};
   if (pick(0, 3) > 0) {
     const int64_t window = pick(1, 50);
@@ -314,12 +320,12 @@ void check_angles() {
   };
   for (int i = 0; i < 100000; ++i) {
     one(std::ldexp(float(pick(-(1 << 24), 1 << 24)), int(pick(-40, 7))));  // below 2^31
-    one(float(1.5707963267948966 * double(pick(0, int64_t{1} << 30))));    // where one is small
+    one(float(1.5707963267948966 * double(pick(0, int64_t{1} << 30))));    // sin or cos is small
   }
   for (float angle : {0.0f, -0.0f, 1e-30f, 2147483520.0f, -2147483520.0f}) one(angle);
 }
 
-// One tensor alone off the 16-byte borders, by its base or by its strides.
+// One tensor alone is off the 16-byte borders, by its base or by its strides.
 template <typename T>
 void check_odd_ones() {
   const int64_t per_word = 16 / int64_t{sizeof(T)};
@@ -328,13 +334,14 @@ void check_odd_ones() {
       auto c = rope_call<T>(2, 4, 2, 4 * per_word, 8, {9, 4, 2, one % 2 == 0}, {3, 11}, gap,
                             gap == 0 ? int64_t{sizeof(T)} : 0, one);
       const bool odd = one < 7 || vxl::cuda::address(c.frequencies()) % 16 != 0;
-      expect((vxl::cuda::plan_rope(c.params(false)).word == 16) != odd, "which path an odd one takes");
+      const bool vector = vxl::cuda::plan_rope(c.params(false)).word == 16;
+      expect(vector != odd, "the access width of a call with one misaligned tensor");
       check_rope(c, coin());
     }
   }
 }
 
-// Counts beyond a grid's limits in y and z, positions far out, nothing to do, and refusals.
+// Counts over a grid's limits in y and z, large positions, empty calls and refusals.
 void check_extremes() {
   auto many = rope_call<float>(1, 1, 1, 2, 4, {1, 1, 70000, false}, {3});
   check_rope(many, false);
@@ -348,7 +355,7 @@ void check_extremes() {
   odd.dim = 1026;
   expect(!vxl::cuda::rope_shim(odd.params(false), false), "a huge head_dim was served");
   odd.dim = 6, odd.batch = 0;
-  expect(vxl::cuda::plan_rope(odd.params(false)).grid.x == 0, "a batch of none has a grid");
+  expect(vxl::cuda::plan_rope(odd.params(false)).grid.x == 0, "an empty batch has a grid");
   vxl::RowTransferParams rows;
   rows.first = INT32_MAX, rows.rows = 1;
   expect(vxl::cuda::plan_row_transfer(rows).word == 0, "a row beyond 2^31 - 1 was served");
@@ -408,7 +415,7 @@ void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t u
   expect(k.buffer == want_k.buffer && v.buffer == want_v.buffer, "copy_pages");
   expect(cpu_k.buffer == want_k.buffer && cpu_v.buffer == want_v.buffer, "copy_pages on the CPU");
 
-  // Rows of a sequence over all pages, to a buffer, and others back.
+  // Gather rows of a sequence that spans all pages, and scatter other rows.
   const int64_t first = pick(0, pages * page_size), rows = pick(0, pages * page_size - first);
   Buffer dense(layers * rows * row_bytes, misaligned), want = dense, cpu = dense;
   Pool want_back = k;
@@ -427,7 +434,8 @@ void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t u
   vxl::gather_rows_cpu({k.at(), order.data(), first, rows, cpu.data()}, cpu_threads(threads));
   vxl::cuda::transfer_rows_shim<false>({back.at(), order.data(), first, rows, others.data()},
                                        coin());
-  vxl::scatter_rows_cpu({cpu_back.at(), order.data(), first, rows, others.data()}, cpu_threads(threads));
+  vxl::scatter_rows_cpu({cpu_back.at(), order.data(), first, rows, others.data()},
+                        cpu_threads(threads));
   expect(dense == want, "gather_rows");
   expect(cpu == want, "gather_rows on the CPU");
   expect(k.buffer == want_k.buffer && others == others_before, "a source changed");
@@ -439,11 +447,12 @@ void random_pages(int64_t pages, int64_t page_size, int64_t row_bytes, int64_t u
 
 void print_traffic(const std::string& what, int64_t elements, int64_t minimum, bool exact) {
   const double moved = double(traffic.read + traffic.written), n = double(elements);
+  const double sectors = 32.0 * double(traffic.sectors);
   std::printf("%-44s %9.2f %9.2f %8.3f %10.3f %10.2f %6ld\n", what.c_str(), moved / n,
-              double(minimum) / n, moved / double(minimum), moved / (32.0 * double(traffic.sectors)),
+              double(minimum) / n, moved / double(minimum), moved / sectors,
               32.0 * double(traffic.meta_sectors) / n, long(traffic.widest));
   expect(!exact || (traffic.read + traffic.written == minimum && traffic.widest == 16),
-         "bytes beyond the minimum");
+         "more bytes than the minimum");
 }
 
 template <typename T>
@@ -453,16 +462,17 @@ void rope_traffic(const char* name, int64_t batch, ChunkGeometry g, int64_t head
   traffic = {};
   vxl::cuda::rope_shim(c.params(true), false);
   const int64_t rows = batch * g.rows();
-  const int64_t kept = batch * (g.ratio == 0 ? g.rows() : g.chunks * g.vsts());
-  // q and k are read and written once; for each kept row K is written, V read and written.
-  const int64_t rotated = rows * (heads + kv_heads) * dim, appended = kept * kv_heads * dim;
+  const int64_t appended_rows = batch * (g.ratio == 0 ? g.rows() : g.chunks * g.vsts());
+  // q and k are read and written once. For each appended row K is written, V read and written.
+  const int64_t rotated = rows * (heads + kv_heads) * dim;
+  const int64_t appended = appended_rows * kv_heads * dim;
   print_traffic(name, rotated + 2 * appended, (2 * rotated + 3 * appended) * int64_t{sizeof(T)},
                 wide);
 }
 
 void traffic_table() {
   vxl::cuda::count_sectors = true;
-  std::printf("%-44s %9s %9s %8s %10s %10s %6s\n", "bytes per element, counted", "moved", "least",
+  std::printf("%-44s %9s %9s %8s %10s %10s %6s\n", "bytes per element", "moved", "least",
               "ratio", "of sectors", "metadata", "access");
   const ChunkGeometry split{1440, 8, 1, true}, published{1440, 16, 1, false};
   rope_traffic<Bf16>("rope_append bf16 28/4x128 w1440 r8 split", 1, split, 28, 4, 128);
@@ -511,10 +521,10 @@ int main(int argc, char** argv) {
     const int64_t unit = int64_t{1} << pick(0, 4);
     random_pages(pick(1, 9), pick(1, 20), unit * pick(1, 40), unit);
   }
-  random_pages(60, 64, 4096, 16, 2);  // runs of several blocks, several threads on the CPU
-  random_pages(140001, 1, 2, 2);      // more copies and pages than a grid has in y and z
-  expect(vector_calls > 0 && scalar_calls > 0, "one of the two access widths never ran");
-  std::printf("CUDA kernels on the CPU: %d calls with 16-byte accesses, %d elementwise, %d failures\n",
-              vector_calls, scalar_calls, failures);
+  random_pages(60, 64, 4096, 16, 2);  // several blocks a run, several threads on the CPU
+  random_pages(140001, 1, 2, 2);      // more copies and pages than a grid's y and z allow
+  expect(vector_calls > 0 && scalar_calls > 0, "only one of the two access widths ran");
+  std::printf("CUDA kernels on the CPU: %d calls with 16-byte accesses, ", vector_calls);
+  std::printf("%d elementwise, %d failures\n", scalar_calls, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -1,13 +1,13 @@
-"""`make cuda-check`, the part with nvcc: compiles csrc/cuda for every architecture, warnings as
-errors, and holds the result to limits. Standard library only.
+"""The part of `make cuda-check` that needs nvcc. It compiles csrc/cuda for every architecture with
+warnings as errors, and checks the result. It uses the standard library only.
 
-- registers as ptxas reports them; no spill, no stack frame;
-- every kernel of 16-byte words has LDG and STG of 128 bits in its SASS and no narrower payload
-  access; no local memory, no barrier, no 64-bit division's subroutine call;
-- no source line that synchronises or allocates.
+- ptxas reports no more than MAX_REGISTERS registers, no spill and no stack frame.
+- In SASS, kernels with 16-byte words have LDG and STG of 128 bits and no narrower access to data.
+  No kernel has local memory, a barrier or the subroutine call of a 64-bit division.
+- No source line synchronises or allocates.
 
-Without nvcc: one line that says so, and success. Without cuobjdump (in the CUDA toolkit, or in
-Triton's package) the SASS is not looked at, and the output says so.
+Without nvcc it prints one line and succeeds. Without cuobjdump (part of the CUDA toolkit and of
+the Triton package) it says that it did not check SASS.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ FORBIDDEN = re.compile(
     r"\b(cuda(Device|Stream|Event)Synchronize|cudaMemcpy\w*|cudaMalloc\w*|cudaFree\w*|"
     r"__syncthreads|printf|assert)\s*\("
 )
-# Local memory, barriers, and the return from a subroutine such as a 64-bit division. (A CALL
-# alone says nothing: for sm_80 ptxas leaves loops by one.)
+# Local memory, barriers, and the return from a subroutine such as a 64-bit division. A CALL alone
+# proves nothing: for sm_80 ptxas uses one to leave a loop.
 LOCAL_OR_CALLED = ("LDL", "STL", "BAR", "RET")
 WORDS = {"uint4": "16 bytes", "j": "4 bytes", "t": "2 bytes", "h": "1 byte"}
 TYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
@@ -89,7 +89,7 @@ def find_nvcc() -> Path | None:
 
 
 def sass_of(cubin: Path, cuobjdump: Path) -> dict[str, dict[str, int]]:
-    """Symbol to counts of the instructions that this check is about."""
+    """For each symbol, the counts of the instructions that this check reads."""
     text = subprocess.run(
         [cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
@@ -141,7 +141,7 @@ def complaints(kernel: Kernel, sm: int, has_sass: bool) -> list[str]:
     if kernel.spills or kernel.stack:
         found.append(f"{kernel.spills} bytes of spills, {kernel.stack} bytes of stack")
     if kernel.registers > MAX_REGISTERS:
-        found.append(f"{kernel.registers} registers, at most {MAX_REGISTERS} expected")
+        found.append(f"got {kernel.registers} registers, expected at most {MAX_REGISTERS}")
     for opcode in kernel.sass:
         if opcode.startswith(LOCAL_OR_CALLED):
             found.append(f"{opcode} in the SASS")
@@ -191,7 +191,7 @@ def main() -> int:
         wide = f"{sass.get('LDG.128', 0)}, {sass.get('STG.128', 0)}" if cuobjdump else "-"
         print(f"{name:<28}{registers}{spills:>9}{stack:>7}  {wide:>8}")
     if cuobjdump is None:
-        print("cuda-check: SASS not looked at: no cuobjdump (CUDA toolkit, or pip install triton)")
+        print("cuda-check: SASS not checked: no cuobjdump (CUDA toolkit, or pip install triton)")
     print(
         "\n".join(wrong)
         or f"cuda-check: {len(kernels)} kernels, {len(ARCHITECTURES)} architectures, passed"

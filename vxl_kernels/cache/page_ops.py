@@ -66,9 +66,11 @@ def _check_copies(k_cache: torch.Tensor, v_cache: torch.Tensor, copies: torch.Te
             if not 0 <= page < pages:
                 fail("copies", f"page {page} at entry {i}", f"0 to {pages - 1} in k_cache")
         if target in targets:
-            fail("copies", f"page {target} as target of two entries", "distinct targets")
+            fail("copies", f"page {target} as the target of two entries", "distinct targets")
         if target in sources:
-            fail("copies", f"page {target} as a source and a target", "no such page")
+            fail(
+                "copies", f"page {target} as a source and a target", "targets that are not sources"
+            )
         targets.add(target)
 
 

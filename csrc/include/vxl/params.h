@@ -1,46 +1,47 @@
 // Plain parameters of the operators: raw pointers, strides in elements, no torch.
-// Shared by the CPU and CUDA kernels, the bindings and the stand-alone tests.
+// The CPU and CUDA kernels, the bindings and the stand-alone tests share them.
 #pragma once
 
 #include <cstdint>
 
-// Callable from CUDA kernels too, where nvcc compiles this.
+// Under nvcc, CUDA kernels can call these functions too.
 #if defined(__CUDACC__)
 #define VXL_HD __host__ __device__
 #else
 #define VXL_HD
 #endif
 
-// The per-ISA units include these: never a copy that the linker could share between them.
+// The per-ISA units include these functions. Inlining leaves no copy that the linker could share
+// between units.
 #define VXL_ALWAYS_INLINE VXL_HD inline __attribute__((always_inline))
 
 namespace vxl {
 
 enum class DType : int32_t { f32, bf16, f16 };
 
-// Which row of a call is what. A call holds `chunks` chunks of `window` raw tokens
-// and vsts() VSTs each. `ratio == 0` means "no layout": one causal chunk of raw rows.
-// The Python twin with the documentation is vxl_kernels/layout.py.
+// Maps the rows of a call to chunks and positions. A call holds `chunks` chunks of `window` raw
+// tokens and vsts() VSTs each. `ratio == 0` means "no layout": one causal chunk of raw rows.
+// vxl_kernels/layout.py is the Python version and documents it.
 template <typename Int>
 struct BasicGeometry {
   Int window = 0;
   Int ratio = 0;
   Int chunks = 1;
-  bool split = true;  // [all raw | all VST], else as published (interleaved)
+  bool split = true;  // [all raw | all VST]; false: interleaved, as published
 
   VXL_ALWAYS_INLINE Int vsts() const { return ratio > 0 ? window / ratio : 0; }
   VXL_ALWAYS_INLINE Int chunk_rows() const { return window + vsts(); }
   VXL_ALWAYS_INLINE Int rows() const { return chunks * chunk_rows(); }
 
-  // VST index if the row at this position of a chunk is a VST, else -1.
+  // Index of the VST at this position of a chunk; -1 if the row is a raw token.
   VXL_ALWAYS_INLINE Int vst_at(Int position) const {
     if (ratio == 0) return -1;
     return position % (ratio + 1) == ratio ? position / (ratio + 1) : -1;
   }
 
-  // Cache entry, behind those kept before the chunk, of the row at this position; -1 if it is
-  // dropped. Without a layout every row is kept.
-  VXL_ALWAYS_INLINE Int kept_at(Int position) const {
+  // Index of this position's row among the rows that its chunk appends to the cache; -1 if the row
+  // is not appended. Without a layout every row is appended.
+  VXL_ALWAYS_INLINE Int append_index(Int position) const {
     return ratio == 0 ? position : vst_at(position);
   }
 
@@ -63,7 +64,7 @@ struct RowTensor {
   int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
 };
 
-// (pages, page_size, kv_heads, head_dim), head_dim contiguous; K and V alike in shape.
+// (pages, page_size, kv_heads, head_dim), head_dim contiguous. K and V have the same shape.
 struct PagedCache {
   void* k = nullptr;
   void* v = nullptr;
@@ -72,7 +73,7 @@ struct PagedCache {
   int64_t page_size = 1;
   const int32_t* block_table = nullptr;  // (batch, max_pages)
   int64_t block_table_stride = 0;
-  const int32_t* lens = nullptr;  // (batch,) kept tokens before this call
+  const int32_t* lens = nullptr;  // (batch,) tokens cached before this call
 };
 
 struct AttentionParams {
@@ -85,13 +86,13 @@ struct AttentionParams {
   float scale = 1.0f;
 };
 
-// Gradients of attention: what `call` took and gave, and where the gradients go. Those of the
-// cache are cache-shaped and zero where the caller has put nothing else.
+// The backward pass of attention: the forward call, and where its gradients go. The gradients of
+// the cache have its shape. The kernels add to them, so the caller fills them with zeros first.
 struct AttentionBackwardParams {
-  AttentionParams call;  // `out` is read here
+  AttentionParams call;  // `out` and `lse` are read
   RowTensor grad_out, grad_q, grad_k, grad_v;
   const float* grad_lse = nullptr;  // (batch, heads, rows) contiguous
-  void* grad_k_cache = nullptr;     // contiguous, shaped and laid out as the pages
+  void* grad_k_cache = nullptr;     // contiguous, in the shape of the pages
   void* grad_v_cache = nullptr;
   int64_t grad_cache_strides[3] = {0, 0, 0};  // page, slot, head
 };
@@ -105,23 +106,24 @@ struct RopeParams {
   const float* inv_freq = nullptr;  // (head_dim / 2,)
 };
 
-// One cache tensor of all layers, (layers, pages, page_size, kv_heads, head_dim), as bytes: to
-// copy is to know no dtype. A page is dense; strides, in bytes, are free between pages and layers.
+// One cache tensor of all layers, (layers, pages, page_size, kv_heads, head_dim), as bytes: a copy
+// needs no dtype. A page is dense. The strides of pages and layers are in bytes and arbitrary.
 struct PagePool {
   char* data = nullptr;
   int64_t layers = 0, page_size = 1, row_bytes = 0;
   int64_t layer_stride = 0, page_stride = 0;
 };
 
-// For each (source, target, rows) of `copies`: the first rows of page source to page target, in
-// every layer of k and v. Targets are distinct and no source; rows == 0 marks an unused entry.
+// For each (source, target, rows) of `copies`: copy the first `rows` rows of page `source` to page
+// `target`, in every layer of k and v. Targets are distinct, and no target is a source. rows == 0
+// marks an unused entry.
 struct PageCopyParams {
-  PagePool k, v;  // alike in shape
+  PagePool k, v;  // of the same shape
   const int32_t* copies = nullptr;  // (count, 3)
   int64_t count = 0;
 };
 
-// Rows [first, first + rows) of one sequence, between its pages and a dense buffer
+// Moves rows [first, first + rows) of one sequence between its pages and a dense buffer
 // (layers, rows, row_bytes).
 struct RowTransferParams {
   PagePool pool;

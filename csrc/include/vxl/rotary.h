@@ -17,7 +17,7 @@ struct SinCosFit {
                          c2 = 2.443752550776e-5f;
 };
 
-// The float product that torch.float32 rounds to; never fused with what follows.
+// The product rounded to float, as torch.float32 rounds it. It is never fused with an addition.
 VXL_ALWAYS_INLINE float rotary_angle(int64_t position, float inv_freq) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(static_cast<float>(position), inv_freq);
@@ -26,11 +26,11 @@ VXL_ALWAYS_INLINE float rotary_angle(int64_t position, float inv_freq) {
 #endif
 }
 
-// Error below 1.2e-7 for any |angle| below 2^31, positions being int32: the multiple of pi/2 is
-// taken off in double, where two parts of pi/2 leave an error below 1e-15. These three double
-// operations are few enough beside the bytes of a row even where a GPU does one for every 64 in
-// float; the fast intrinsics (__sincosf) lose all digits by position 10^5, and sinf's own
-// reduction of large arguments takes a branch and an array.
+// The error is below 1.2e-7 for any |angle| below 2^31 (positions are int32). The multiple of pi/2
+// is subtracted in double, where two parts of pi/2 leave an error below 1e-15. These three double
+// operations are cheap beside the bytes that a row moves, even on GPUs that do one of them for
+// every 64 float operations. The fast intrinsics (__sincosf) lose all digits by position 10^5.
+// sinf reduces large arguments with a branch and an array.
 VXL_ALWAYS_INLINE void cos_sin(float angle, float* cos_out, float* sin_out) {
   const double x = angle;
   const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
@@ -46,7 +46,7 @@ VXL_ALWAYS_INLINE void cos_sin(float angle, float* cos_out, float* sin_out) {
   const float r = static_cast<float>(rest), z = r * r;
   const float s = r + r * (z * ((Fit::s2 * z + Fit::s1) * z + Fit::s0));
   const float c = (1.0f - 0.5f * z) + (z * z) * ((Fit::c2 * z + Fit::c1) * z + Fit::c0);
-  // Odd quadrants swap sine and cosine; the sign follows the quadrant.
+  // Odd quadrants swap sine and cosine. The quadrant also gives the signs.
   const bool odd = quadrant & 1;
   const float sine = odd ? c : s, cosine = odd ? s : c;
   *sin_out = quadrant & 2 ? -sine : sine;
