@@ -1,5 +1,5 @@
 // Checks the arguments of the page operators and turns them into parameters. The messages are those
-// of vxl_kernels/_pages.py, which serves if this is not built.
+// of vxl_kernels/cache/page_ops.py, which serves if this is not built.
 #pragma once
 
 #include "arguments.h"

@@ -122,7 +122,7 @@ REFUSED = [
     ("copy_pages_", {"copies": [[0, 1, 1], [2, -1, 1]]}, "copies: got page -1 at entry 1"),
     ("copy_pages_", {"copies": [[0, 1, 5]]}, "copies: got 5 rows at entry 0, expected 0 to 4"),
     ("copy_pages_", {"copies": [[0, 1, -1]]}, "copies: got -1 rows at entry 0, expected 0 to 4"),
-    ("copy_pages_", {"copies": [[0, 2, 1], [1, 2, 1]]}, "page 2 as target of two entries"),
+    ("copy_pages_", {"copies": [[0, 2, 1], [1, 2, 1]]}, "page 2 as the target of two entries"),
     ("copy_pages_", {"copies": [[0, 2, 1], [2, 3, 1]]}, "page 2 as a source and a target"),
     ("copy_pages_", {"copies": [[0, 2]]}, "copies: got"),
     ("copy_pages_", {"copies": torch.zeros(1, 3)}, "copies: got"),
