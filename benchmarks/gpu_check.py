@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
 from benchmarks.common import machine as this_machine
 from vxl_kernels import _ext
-from vxl_kernels._files import write_beside
+from vxl_kernels.files import atomic_write
 
 # By name: collecting every test needs packages that a machine with a GPU may not have.
 TEST_FILES = ("tests/triton/test_gpu.py", "tests/cuda/test_cuda.py")
@@ -201,7 +201,7 @@ def check(options: argparse.Namespace, path: Path) -> dict:
             own.unlink()
         entry = {"command": command, "status": status, "seconds": seconds, "note": note}
         report["parts"][name] = entry
-        write_beside(path, json.dumps(report, indent=1) + "\n")
+        atomic_write(path, json.dumps(report, indent=1) + "\n", durable=False)
     return report
 
 

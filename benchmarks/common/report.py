@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vxl_kernels._files import write_beside
+from vxl_kernels.files import atomic_write
 
 __all__ = [
     "Ratio",
@@ -193,7 +193,7 @@ def save_json(path: Path, results: Sequence[Result], **run: str) -> None:
         }
         for r in results
     ]
-    write_beside(path, json.dumps(rows, indent=1) + "\n")
+    atomic_write(path, json.dumps(rows, indent=1) + "\n", durable=False)
 
 
 # Ours are strong, peers lighter. Markers differ, so the plot reads without colour too.

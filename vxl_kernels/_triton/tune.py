@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .._files import write_beside
+from ..files import atomic_write
 from . import architecture, configs, launch
 from .launch_common import Launch
 
@@ -137,5 +137,5 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{configs.tuning_key(device)} ({architecture(device)})")
     for (width, head_dim), dtype in product(widths.items(), (torch.bfloat16, torch.float32)):
         entry[configs.tuning_name(width, dtype.itemsize)] = tune(dtype, head_dim)
-        write_beside(options.file, json.dumps(known, indent=1) + "\n")
+        atomic_write(options.file, json.dumps(known, indent=1) + "\n", durable=False)
     return 0

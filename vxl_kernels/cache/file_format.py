@@ -1,44 +1,47 @@
 """A sequence of the VST cache as a safetensors file.
 
-Tensors `key.N` and `value.N`, `(length, kv_heads, head_dim)`, in the order of the layers; so
-any safetensors reader opens the file. The header's metadata holds geometry, a CRC-32 of every
-tensor and of the header itself. They find damage, not forgery.
+The file holds tensors `key.N` and `value.N`, `(length, kv_heads, head_dim)`, in the order of the
+layers, then the caller's own tensors. Any safetensors reader can open it. The metadata of its
+header holds the geometry, a CRC-32 of every tensor and one of the header itself. These find
+damage, not forgery.
 
-Writing is done here and not by the safetensors package because that one wants all tensors at
-once: a second copy of the sequence in host memory. Both ways go in pieces that stay in the
-processor's cache between the disk, the checksum and the pages.
+The safetensors package would need all tensors at once to write them: a second copy of the
+sequence in host memory. So this module writes and reads in pieces, which stay in the processor's
+cache between the disk, the checksum and the pages.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import accumulate
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 
 from .._arguments import fail
+from ..files import atomic_write
 
-__all__ = ["Header", "Reader", "read_metadata", "write"]
+__all__ = ["Header", "Reader", "Tensors", "read_metadata", "read_tensors", "write"]
 
 FORMAT = "vxl-cache-1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Loading 313 MiB took 0.20 s in pieces of 4 MiB, 0.21 of 1 MiB, 0.23 of half a MiB.
 _PIECE_BYTES = 4 << 20
-_NO_CHECKSUM = "0" * 8  # as wide as a real one, so that the header keeps its length
+_NO_CHECKSUM = "0" * 8  # as long as a real one, so that the header keeps its length
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Header:
-    """Geometry of a file. Fields as in `VstCache`; length in rows."""
+    """Geometry of a file. The fields are those of `VstCache`, and the length in rows."""
 
     num_layers: int
     kv_heads: int
@@ -47,7 +50,7 @@ class Header:
     length: int
 
     def refuse_unless(self, **wanted: object) -> None:
-        """Raises ValueError with every field that differs."""
+        """Raises ValueError that names every field that differs."""
         differ = {name: w for name, w in wanted.items() if getattr(self, name) != w}
         if differ:
             fail("path", f"a file with {self._words(differ)}", self._words(differ, differ))
@@ -61,8 +64,8 @@ class Header:
         return self.length * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def pieces(self) -> Iterator[tuple[int, int, int]]:
-        """`(tensor, first, rows)` of every piece in the order of the file; tensor 2i is K of
-        layer i, 2i + 1 its V."""
+        """Yields `(tensor, first, rows)` of every piece in the order of the file. Tensor 2i is K
+        of layer i, and tensor 2i + 1 its V."""
         each = max(1, _PIECE_BYTES // max(1, self.tensor_bytes // max(1, self.length)))
         for tensor in range(2 * self.num_layers):
             for first in range(0, self.length, each):
@@ -72,15 +75,10 @@ class Header:
         return [f"{kind}.{i}" for i in range(self.num_layers) for kind in ("key", "value")]
 
     def entries(self) -> dict[str, dict[str, object]]:
-        """The tensors as the safetensors header names them."""
-        shape, size = [self.length, self.kv_heads, self.head_dim], self.tensor_bytes
+        """K and V as the safetensors header describes them, without their offsets."""
+        shape = [self.length, self.kv_heads, self.head_dim]
         return {
-            name: {
-                "dtype": _DTYPES[self.dtype],
-                "shape": shape,
-                "data_offsets": [i * size, (i + 1) * size],
-            }
-            for i, name in enumerate(self.tensor_names())
+            name: {"dtype": _DTYPES[self.dtype], "shape": shape} for name in self.tensor_names()
         }
 
     def metadata(self, checksums: list[str], user: Mapping[str, str]) -> dict[str, str]:
@@ -114,45 +112,58 @@ def write(
     header: Header,
     piece: Callable[[int, int, int], torch.Tensor],
     user: Mapping[str, str],
+    tensors: Tensors,
 ) -> None:
-    """Writes a whole file or none: beside its place first, moved there when it is complete and
-    on the disk.
+    """Writes a file by `atomic_write`, durable.
 
     Args:
-        piece: the rows of a piece, on the host; arguments as `Header.pieces`.
-        user: strings to keep with it.
+        piece: returns the rows of a piece, on the host. Its arguments are those of
+            `Header.pieces`.
+        user: strings to keep in the file.
+        tensors: tensors to keep in the file, of the dtypes of a cache.
     """
     for name, text in user.items():
         if not isinstance(name, str) or not isinstance(text, str):
             fail("metadata", f"{name!r}: {text!r}", "names and texts that are strings")
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with open(unfinished, "xb", buffering=0) as file:
-            blank = [_NO_CHECKSUM] * (2 * header.num_layers)
-            _write_all(file, memoryview(_encode(header, blank, user)))
-            checksums = _write_pieces(file, header, piece)
-            file.seek(0)
-            _write_all(file, memoryview(_encode(header, checksums, user)))
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES or name in header.tensor_names():
+            fail("tensors", f"{name!r} of {tensor.dtype}", "another name, a dtype of the cache")
+
+    def write_to(file: BinaryIO) -> None:
+        blank = [_NO_CHECKSUM] * (2 * header.num_layers + len(tensors))
+        file.write(_encode(header, blank, user, tensors))
+        checksums = _write_pieces(file, header, piece)
+        for _, tensor in sorted(tensors.items()):
+            data = _raw(tensor.cpu())
+            checksums.append(_hex(zlib.crc32(data)))
+            file.write(data)
+        file.seek(0)
+        file.write(_encode(header, checksums, user, tensors))
+
+    atomic_write(path, write_to, durable=True)
 
 
-def _encode(header: Header, checksums: list[str], user: Mapping[str, str]) -> bytes:
-    entries = {"__metadata__": header.metadata(checksums, user), **header.entries()}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+def _encode(
+    header: Header, checksums: list[str], user: Mapping[str, str], tensors: Tensors
+) -> bytes:
+    entries = header.entries() | {
+        name: {"dtype": _DTYPES[x.dtype], "shape": list(x.shape)}
+        for name, x in sorted(tensors.items())
+    }
+    sizes = [header.tensor_bytes] * (2 * header.num_layers)
+    sizes += [x.nbytes for _, x in sorted(tensors.items())]
+    for entry, size, end in zip(entries.values(), sizes, accumulate(sizes), strict=True):
+        entry["data_offsets"] = [end - size, end]
+    contents = {"__metadata__": header.metadata(checksums, user), **entries}
+    text = json.dumps(contents, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def _write_pieces(
-    file, header: Header, piece: Callable[[int, int, int], torch.Tensor]
+    file: BinaryIO, header: Header, piece: Callable[[int, int, int], torch.Tensor]
 ) -> list[str]:
-    """Writes one piece while the next is gathered and added to its tensor's checksum."""
+    """Writes one piece while the next one is gathered and added to the checksum of its tensor."""
     checksums = [0] * (2 * header.num_layers)
     with ThreadPoolExecutor(1) as pool:
         writing: Future[None] | None = None
@@ -160,45 +171,36 @@ def _write_pieces(
             data = _raw(piece(tensor, first, rows))
             checksums[tensor] = zlib.crc32(data, checksums[tensor])
             if writing is not None:
-                writing.result()  # one piece in flight, and no write behind one that failed
-            writing = pool.submit(_write_all, file, data)
+                writing.result()  # one piece in flight, and no write after one that failed
+            writing = pool.submit(_write_piece, file, data)
         if writing is not None:
             writing.result()
     return [_hex(checksum) for checksum in checksums]
 
 
-def _write_all(file, data: memoryview) -> None:
-    start, size = file.tell(), len(data)
-    while data:  # a raw write may take less than it is given
-        data = data[file.write(data) :]
+def _write_piece(file: BinaryIO, data: memoryview) -> None:
+    start = file.tell()
+    file.write(data)
+    file.flush()
     if hasattr(os, "posix_fadvise"):
         # The disk starts now instead of at the fsync.
-        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the new name itself durable, where the system can."""
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
 
 
 # -- reading ------------------------------------------------------------------------------
 
 
 class Reader:
-    """An open file whose header has been found right.
+    """An open file with a valid header.
 
     Attributes:
-        header: its geometry.
-        user: the strings kept with it.
+        header: geometry of the file.
+        user: the strings in the file.
 
     Raises:
-        ValueError: not a safetensors file, not of this format, truncated, or damaged.
-        OSError: it can't be read.
+        ValueError: the file is not a safetensors file, has another format, or is truncated or
+            damaged.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -207,19 +209,19 @@ class Reader:
         self._path = os.fspath(path)
         self._stream = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
         try:
-            # The package maps the file; it is used for the header, whose every rule it checks.
+            # The package maps the file. It reads the header here, because it checks every rule.
             with self._same_file(safe_open) as file:
                 self.header, self._checksums, self.user = self._parse(file)
         except (SafetensorError, OSError) as error:
             self._stream.close()
-            self._refuse(f"a file that is truncated, damaged or no safetensors ({error})")
+            self._refuse(f"a file that is truncated, damaged or not in safetensors ({error})")
         except BaseException:
             self._stream.close()
             raise
 
     def _same_file(self, safe_open):
-        """The package's view of the very file that is open here: another process may replace it
-        between the two openings."""
+        """The package's view of the file that is open here. Another process may replace the file
+        between the two openings, so both are compared."""
         while True:
             file = safe_open(self._path, framework="pt")
             if os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self._path)):
@@ -233,7 +235,7 @@ class Reader:
     def _parse(self, file) -> tuple[Header, list[str], dict[str, str]]:
         fields = file.metadata() or {}
         if fields.get("format") != FORMAT:
-            self._refuse(f"of format {fields.get('format')!r} instead of {FORMAT!r}")
+            self._refuse(f"whose format is {fields.get('format')!r} and not {FORMAT!r}")
         checksum = fields.pop("header_crc32", "")
         if checksum != _fields_checksum(fields):
             self._refuse("whose header is damaged")
@@ -243,28 +245,31 @@ class Reader:
         names = set(file.keys())
         for name, entry in header.entries().items():
             part = file.get_slice(name) if name in names else None
-            found = part and {"dtype": part.get_dtype(), "shape": part.get_shape()}
-            if found != {"dtype": entry["dtype"], "shape": entry["shape"]}:
-                self._refuse(f"whose tensor {name} is not what its header says")
-        return header, fields["crc32"].split(), json.loads(fields["user"])
+            if (part and {"dtype": part.get_dtype(), "shape": part.get_shape()}) != entry:
+                self._refuse(f"whose tensor {name} does not match its metadata")
+        self._extra = sorted(names - set(header.tensor_names()))
+        checksums = fields["crc32"].split()
+        if len(checksums) != 2 * header.num_layers + len(self._extra):
+            self._refuse(f"with {len(names)} tensors and {len(checksums)} checksums")
+        return header, checksums, json.loads(fields["user"])
 
     def pieces(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """`(tensor, first row, rows (n, kv_heads, head_dim))` of every piece, on the host.
+        """Yields `(tensor, first row, rows (n, kv_heads, head_dim))` of every piece, on the host.
 
-        A tensor's last piece comes after its checksum was found right; a wrong one raises
-        ValueError. Use a piece before you take the next: two buffers serve them all, and one
-        is filled while the other is used.
+        The last piece of a tensor comes only if the checksum of the tensor is right; otherwise
+        this raises ValueError. Use a piece before you take the next one: there are two buffers,
+        and one is filled while the other is used.
         """
         (header_bytes,) = struct.unpack("<Q", self._stream.read(8))
         self._stream.seek(8 + header_bytes)
-        if hasattr(os, "posix_fadvise"):  # read ahead of us: 1.25 times as fast from a cold disk
+        if hasattr(os, "posix_fadvise"):  # the kernel reads ahead: 1.25x faster from a cold disk
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         h = self.header
         pieces = list(h.pieces())
         longest = max((rows for *_, rows in pieces), default=0)
         buffers = [torch.empty(longest, h.kv_heads, h.head_dim, dtype=h.dtype) for _ in range(2)]
         parts = [buffers[i % 2][:rows] for i, (*_, rows) in enumerate(pieces)]
-        checksums = [0] * len(self._checksums)
+        checksums = [0] * (2 * h.num_layers)
         with ThreadPoolExecutor(1) as pool:
             coming = [pool.submit(self._fill, part) for part in parts[:1]]
             for i, (tensor, first, rows) in enumerate(pieces):
@@ -284,6 +289,18 @@ class Reader:
                 self._refuse("which became shorter while it was read")
             data = data[count:]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The caller's own tensors, on the host. Raises ValueError if one is damaged."""
+        from safetensors import safe_open
+
+        with self._same_file(safe_open) as file:
+            found = {name: file.get_tensor(name) for name in self._extra}
+        checksums = self._checksums[2 * self.header.num_layers :]
+        for (name, tensor), checksum in zip(found.items(), checksums, strict=True):
+            if _hex(zlib.crc32(_raw(tensor))) != checksum:
+                self._refuse(f"whose tensor {name} is damaged")
+        return found
+
     def __enter__(self) -> Reader:
         return self
 
@@ -297,6 +314,12 @@ class Reader:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The strings that `VstCache.save` was given; errors as `VstCache.load`'s."""
+    """The strings that `VstCache.save` wrote. Raises as `VstCache.load` does."""
     with Reader(path) as file:
         return file.user
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The extra tensors that `VstCache.save` wrote, on the host. Raises as `VstCache.load` does."""
+    with Reader(path) as file:
+        return file.tensors()

@@ -145,6 +145,7 @@ class VstCache:
 
     memory_for = staticmethod(plan_memory)
     read_metadata = staticmethod(file_format.read_metadata)
+    read_tensors = staticmethod(file_format.read_tensors)
 
     def __repr__(self) -> str:
         return (
@@ -235,19 +236,25 @@ class VstCache:
         return k, v
 
     def save(
-        self, path: str | os.PathLike[str], seq: int, metadata: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        seq: int,
+        metadata: Mapping[str, str] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Writes a sequence to a safetensors file, layer by layer.
+        """Writes a sequence to a safetensors file, layer by layer, by `files.atomic_write`.
 
-        The file appears whole or not at all, also when the process is killed while writing.
-        Tensors `key.N` and `value.N` are `(length, kv_heads, head_dim)`; the header holds
-        geometry, dtype, length and a CRC-32 of each tensor and of itself.
+        Tensors `key.N` and `value.N` are `(length, kv_heads, head_dim)`. The header holds
+        geometry, dtype, length, a CRC-32 of each tensor and one of itself.
 
         Args:
-            metadata: strings to keep with it; `read_metadata` reads them back.
+            metadata: strings to keep in the file. `VstCache.read_metadata` returns them.
+            tensors: further tensors to keep in the file, float32, bfloat16 or float16.
+                `VstCache.read_tensors` returns them.
 
         Raises:
-            OSError: the file can't be written; an older file of that name is untouched.
+            ValueError: `path` is a device, or `metadata` or `tensors` cannot be kept.
+            OSError: the file cannot be written. An existing file is unchanged.
         """
         with self._held(seq) as (table, length):
             header = file_format.Header(
@@ -258,7 +265,7 @@ class VstCache:
                 cache = self._tensor(tensor)
                 return torch.ops.vxl.gather_rows(cache, table, first, rows).cpu()
 
-            file_format.write(path, header, piece, dict(metadata or {}))
+            file_format.write(path, header, piece, dict(metadata or {}), dict(tensors or {}))
 
     def load(self, path: str | os.PathLike[str]) -> int:
         """A new sequence with the rows of a file that `save` wrote, whatever page size and
