@@ -119,10 +119,13 @@ def test_a_fifo_is_written_through_or_refused(tmp_path):
     assert stat.S_ISFIFO(os.stat(fifo).st_mode)
 
 
-def test_standard_output_is_written_through():
-    code = "from vxl_kernels.files import *; atomic_write('/dev/stdout', 'hi', durable=True)"
+def test_standard_output_is_written_through(tmp_path):
+    stdout = tmp_path / "stdout"  # a link as /dev/stdout is, which a failure must not replace
+    stdout.symlink_to("/proc/self/fd/1")
+    code = f"from vxl_kernels.files import *; atomic_write({str(stdout)!r}, 'hi', durable=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "hi"
+    assert stdout.is_symlink()
 
 
 @pytest.mark.parametrize("name", ["m" * LONGEST, "é" * (LONGEST // 2), "m" * 250 + ".vxl"])

@@ -1,5 +1,5 @@
-"""A video's memory in a file: K and V as `VstCache.save` writes them, everything else in the
-header."""
+"""A video's memory in a file: K, V and the pending visual tokens as `VstCache.save` writes them,
+and counts in the header."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .state import VideoState
 
 __all__ = ["first_row_bytes", "load_state", "model_fingerprint", "save_state"]
 
-_FORMAT = "vxl-memory-1"
+_FORMAT = "vxl-memory-2"
+_HEADER_FORMAT = "vxl-memory-1"  # pending tokens in base64 in the header, which holds 100 MB
 
 
 def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXLModel) -> None:
@@ -31,8 +32,6 @@ def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXL
     Raises:
         OSError: the file can't be written.
     """
-    pending = torch.cat(state.pending).cpu() if state.pending else torch.empty(0)
-    raw = pending.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     cache, seq = state.sequence.place
     metadata = {
         "memory": _FORMAT,
@@ -45,13 +44,11 @@ def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXL
                 "visual_tokens": state.visual_tokens,
                 "closed": state.finished,
                 "drawn": state.drawn_ratios,
-                "pending": list(pending.shape),
-                "pending_dtype": str(pending.dtype).removeprefix("torch."),
             }
         ),
-        "pending": base64.b64encode(raw).decode(),
     }
-    cache.save(path, seq, metadata)
+    pending = {"pending": torch.cat(state.pending)} if state.pending else {}
+    cache.save(path, seq, metadata, pending)
 
 
 def load_state(path: str | os.PathLike[str], encoder: StreamEncoder) -> VideoState:
@@ -62,7 +59,7 @@ def load_state(path: str | os.PathLike[str], encoder: StreamEncoder) -> VideoSta
         OSError: the file can't be read.
     """
     metadata = VstCache.read_metadata(path)
-    if metadata.get("memory") != _FORMAT:
+    if metadata.get("memory") not in (_FORMAT, _HEADER_FORMAT):
         raise ValueError(f"path: got {os.fspath(path)!r}, expected a file that save() wrote")
     if metadata["model"] != model_fingerprint(encoder.decoder):
         raise ValueError(
@@ -70,20 +67,27 @@ def load_state(path: str | os.PathLike[str], encoder: StreamEncoder) -> VideoSta
             "geometry or dtype)"
         )
     fields = json.loads(metadata["state"])
-    raw, pending = base64.b64decode(metadata["pending"]), []
-    if raw:
-        dtype = getattr(torch, fields["pending_dtype"])
-        features = torch.frombuffer(bytearray(raw), dtype=dtype).reshape(fields["pending"])
-        pending.append(features.to(encoder.device))
+    if metadata["memory"] == _FORMAT:
+        pending = list(VstCache.read_tensors(path).values())
+    else:
+        pending = _pending_in_header(metadata["pending"], fields)
     return VideoState(
         encoder.cache(fields["length"] + SLACK_TOKENS).load(path),
         RatioPlan.from_state(metadata["plan"]),
-        pending,
+        [x.to(encoder.device) for x in pending],
         fields["sizes"],
         fields["visual_tokens"],
         fields["closed"],
         drawn_ratios=fields["drawn"],
     )
+
+
+def _pending_in_header(text: str, fields: dict) -> list[Tensor]:
+    raw = bytearray(base64.b64decode(text))
+    if not raw:
+        return []
+    dtype = getattr(torch, fields["pending_dtype"])
+    return [torch.frombuffer(raw, dtype=dtype).reshape(fields["pending"])]
 
 
 def model_fingerprint(decoder: VideoXLModel) -> str:
