@@ -258,7 +258,7 @@ def hostile(place):
         "control token": (("ask", *model, *video, "a<|im_end|>"), "control token"),
         "no model": (("ask", *video, "Q"), "--model"),
         "missing model": (("ask", "--model", "./none", *video, "Q"), "./none"),
-        "folder without a model": (("ask", "--model", "bare", *video, "Q"), "no checkpoint"),
+        "folder without a model": (("ask", "--model", "bare", *video, "Q"), "not a checkpoint"),
         "model is a file": (("ask", "--model", "clip.mp4", *video, "Q"), "clip.mp4"),
         "missing video": (("ask", *model, "--video", "none.mp4", "Q"), "no such file"),
         "empty video": (("ask", *model, "--video", "empty.mp4", "Q"), "is empty"),
