@@ -175,21 +175,15 @@ def output_file(
         inputs: files and folders that the command reads; None is skipped.
 
     Raises:
-        ValueError: `path` is a folder, its folder does not exist or is read-only, or writing it
-            would replace an input.
+        ValueError: `path` is a folder or a device, cannot be written, or is an input.
     """
-    target = Path(path)
-    folder = target.absolute().parent
-    if target.is_dir():
-        raise ValueError(f"{option}: got {path}, which is a folder, expected a file name")
-    if not folder.is_dir():
-        raise ValueError(f"{option}: got {path}, no such folder: {folder}")
-    if not os.access(target if target.exists() else folder, os.W_OK):
-        raise ValueError(f"{option}: got {path}, which cannot be written")
-    real = target.resolve()
-    for source in inputs:
-        if source is None or not target.exists() or not os.path.exists(source):
-            continue
-        if os.path.samefile(source, target) or real.is_relative_to(Path(source).resolve()):
-            raise ValueError(f"{option}: got {path}, which is an input ({source})")
-    return target
+    from vxl_kernels.files import check_target
+
+    read = [source for source in inputs if source is not None]
+    try:
+        check_target(path, inputs=read, devices=False, argument=option)
+    except FileNotFoundError:
+        raise ValueError(f"{option}: got {path}, no such folder") from None
+    except OSError as error:
+        raise ValueError(f"{option}: got {path}: {error.strerror}") from None
+    return Path(path)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vxl_kernels.files import atomic_write
+
 from .data.samples import Sample
 from .sharded import OPTIMIZER
 
@@ -59,20 +61,13 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """A JSON object a line, as `_replace` writes."""
-    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+    """Writes one JSON object a line, atomically."""
+    atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
 
 
 def write_run(path: Path, record: dict[str, Any]) -> None:
-    """run.json, as `_replace` writes."""
-    _replace(path, json.dumps(record, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Beside its place, then there: a reader, or a kill, meets the old text or the new."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
+    """Writes `run.json`, atomically."""
+    atomic_write(path, json.dumps(record, indent=1) + "\n", durable=True)
 
 
 def put_in_place(written: Path, place: Path) -> None:

@@ -281,7 +281,7 @@ def hostile(place):
         "text as memory": (("ask", *model, "--memory", "text.vxl", "Q"), "text.vxl"),
         "ratio of a memory": (("ask", *model, "--memory", "text.vxl", "--ratio", 4, "Q"), "made"),
         "save nowhere": (("watch", *model, *video, "--save", "no/where.vxl"), "no such folder"),
-        "save to a folder": (("watch", *model, *video, "--save", "bare"), "folder"),
+        "save to a folder": (("watch", *model, *video, "--save", "bare"), "directory"),
         "plan without frames": (("plan", "--ratio", 8), "--frames"),
         "plan beyond the window": (("plan", "--frames", 9, "--ratio", 2000), "ratio: got 2000"),
         "plan of nothing": (("plan", "--frames", 9, "--ratio", 8, "--model", "./none"), "./none"),

@@ -406,7 +406,6 @@ make_vico([sys.argv[2]], Slow(), sys.argv[3])
 def test_killed_run_goes_on(folder, tmp_path):
     out, kept = tmp_path / "out.jsonl", tmp_path / "out.jsonl.captions"
     out.write_text("old\n")
-    (tmp_path / ".out.jsonl.part").write_text("left by a run that was killed while it wrote")
     arguments = [sys.executable, "-c", KILLED, str(TESTS), str(folder), str(out)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": path})

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vxl_cli.common import output_file
+from vxl_kernels.files import atomic_write
 from vxl_model.video.decoders.base import VideoError, checked_path
 from vxl_model.video.decoders.choose import open_decoder
 from vxl_model.video.prefetch import prefetch
@@ -113,7 +115,7 @@ def make_vico(
             f"videos: none of {len(files)} gave a sample ({len(summary.bad)} unreadable, "
             f"{len(summary.skipped)} skipped); {target} is not written"
         )
-    _write(target, "".join(line + "\n" for line in lines).encode())
+    atomic_write(target, "".join(line + "\n" for line in lines), durable=True, inputs=files)
     return summary
 
 
@@ -148,17 +150,10 @@ def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def check_output(output: str | os.PathLike[str], videos: Sequence[Path]) -> Path:
-    """The absolute path to write; ValueError if it cannot be written."""
-    target = Path(os.path.abspath(output))
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(
-            f"output: {os.fspath(output)}: parent folder does not exist, or the path is a folder"
-        )
-    if target in videos:
-        raise ValueError(f"output: {os.fspath(output)}: one of the videos")
-    if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"output: {os.fspath(output)}: its folder cannot be written to")
-    return target
+    """The absolute path to write; ValueError if it cannot be written or is one of the videos."""
+    for name in (os.fspath(output), f"{os.fspath(output)}.captions"):
+        output_file("output", name, videos)
+    return Path(os.path.abspath(output))
 
 
 # -- one video -----------------------------------------------------------------------------------
@@ -256,17 +251,3 @@ def _lines(
         for i, question in enumerate(questions)
     ]
     return [json.dumps(sample) for sample in samples]
-
-
-def _write(target: Path, data: bytes) -> None:
-    """The whole file or none."""
-    unfinished = target.with_name(f".{target.name}.part")  # ours alone: the captions are locked
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
