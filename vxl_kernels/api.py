@@ -9,12 +9,16 @@ is stored rotated at its final position and never touched again.
 
 `backend` is a name of `backends()` ("cpu", "triton", "reference"), or None for the device's own. A
 named backend that cannot serve raises a ValueError with every reason; it never falls back.
+
+Under `torch.autocast` results have the dtype that it gives, as those of PyTorch's attention and
+linear layers. What is rotated, kept and attended to has the cache's dtype where there is a cache:
+rows are cast to it, the cache never is.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -29,6 +33,28 @@ def _is_plain(name: str) -> bool:
     """Whether to call the reference itself: autograd goes through it, twice if asked to. In a graph
     that is compiled it is an operator like any other backend, for it reads values."""
     return name == "reference" and not torch.compiler.is_compiling()
+
+
+# Private to torch, and asked in every call. Without it the public question is, which is slower.
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _autocast(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that `torch.autocast` gives tensors like x, if it is on for their device."""
+    if not _any_autocast() or not _is_cast(x):
+        return None
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _is_cast(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _cast(dtype: torch.dtype, *tensors: Any) -> tuple[Any, ...]:
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in tensors)
 
 
 @overload
@@ -97,14 +123,27 @@ def vst_attention(
 
     Returns:
         `(batch, rows, heads, head_dim)` in q's dtype, and with `return_lse` also float32
-        `(batch, heads, rows)`. Differentiable in q, k, v and the cache.
+        `(batch, heads, rows)`. Differentiable in q, k, v and the cache. The backward pass needs the
+        cache as it was: a loop over windows, which goes on writing it, is trained under
+        `torch.autograd.graph.allow_mutation_on_saved_tensors()`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; on a CPU also a block table entry
             outside k_cache, too few pages, or a negative length. Nothing is computed then.
+        NotImplementedError: inside `torch.func.grad`, `vjp` or `jvp`, or forward-mode AD, which
+            backend="reference" alone serves. `torch.vmap` runs one call after the other.
 
     Source: Video-XL section 3.2 (chunks, VSTs); published `Qwen2SdpaAttention.forward`.
     """
+    dtype = _autocast(q)
+    if dtype is not None:
+        q, k, v = _cast(getattr(k_cache, "dtype", dtype), q, k, v)
+        cache = (k_cache, v_cache, block_table, cache_seqlens)
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = vst_attention(
+                q, k, v, *cache, layout, scale, return_lse=True, backend=backend
+            )
+        return (out.to(dtype), lse) if return_lse else out.to(dtype)
     checks.qkv_shapes(q, k, v, layout)
     needed = layout is not None and layout.chunks > 1  # later chunks see earlier VSTs there
     checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=needed)
@@ -115,6 +154,7 @@ def vst_attention(
         out, lse = reference.vst_attention(q, k, v, *cache, layout, scale)
     else:
         ints = layout_to_ints(layout)
+        checks.transforms("vst_attention", q, k, v, k_cache, v_cache)
         out, lse = torch.ops.vxl.vst_attention(q, k, v, *cache, ints, scale, name)
     return (out, lse) if return_lse else out
 
@@ -163,8 +203,14 @@ def rope_append(
     Source: Video-XL section 3.2; positions as measured on the published code, which keeps K
     unrotated and rotates the whole cache anew in every layer of every chunk.
     """
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
+    if _autocast(q) is not None:
+        call = (*_cast(getattr(k_cache, "dtype", q.dtype), q, k, v), *cache, layout, inv_freq)
+        with torch.autocast(q.device.type, enabled=False):
+            rotated = rope_append(*call, inplace=inplace, backend=backend)
+            return (q.copy_(rotated[0]), k.copy_(rotated[1])) if inplace else rotated
     checks.qkv_shapes(q, k, v, layout)
-    checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=True)
+    checks.cache_shapes(k, *cache, required=True)
     checks.inv_freq_shape(inv_freq, k)
     rows, caches = {"q": q, "k": k}, {"k_cache": k_cache, "v_cache": v_cache}
     checks.writable(caches | rows if inplace else caches, {**rows, "v": v})
@@ -177,12 +223,12 @@ def rope_append(
             "inplace: got True with inputs that require a gradient, expected False (or "
             "torch.no_grad(), for inference)"
         )
-    cache = (k_cache, v_cache, block_table, cache_seqlens)
     if _is_plain(name):
         rotated = reference.rope_append(q, k, v, *cache, layout, inv_freq)
         if inplace:
             return q.copy_(rotated[0]), k.copy_(rotated[1])
         return rotated
+    checks.transforms("rope_append", q, k, v, k_cache, v_cache, writes=True)
     args = (q, k, v, *cache, layout_to_ints(layout), inv_freq.float(), name)
     if inplace:
         torch.ops.vxl.rope_append_(*args)
@@ -227,7 +273,8 @@ def vst_linear(
     every row and chooses afterwards.
     """
     sets = {"weight": weight, "bias": bias, "vst_weight": vst_weight, "vst_bias": vst_bias}
-    checks.linear_shapes(x, sets, layout)
+    dtype = _autocast(x)
+    checks.linear_shapes(x, sets, layout, any_dtype=dtype is not None)
     args = (x, weight, bias, vst_weight, vst_bias)
     name = "" if backend is None else chosen(backend, "vst_linear", x)
     if _is_plain(name):
@@ -235,11 +282,13 @@ def vst_linear(
     # A kernel has no gradient to offer that the two products do not have.
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         return linear.vst_linear(*args, layout)
-    if not name and _one_launch_is_better(x, weight, layout):
+    if not name and dtype is None and _one_launch_is_better(x, weight, layout):
         name = "triton"
     if name in ("", "cpu"):  # as PyTorch's own operations, which compilers and DTensor see through
         return linear.vst_linear(*args, layout)
-    return torch.ops.vxl.vst_linear(*args, layout_to_ints(layout), name)
+    checks.transforms("vst_linear", *args)
+    cast = args if dtype is None else _cast(dtype, *args)
+    return torch.ops.vxl.vst_linear(*cast, layout_to_ints(layout), name)
 
 
 def _one_launch_is_better(

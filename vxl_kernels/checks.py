@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from ._arguments import fail
 from .layout import ChunkLayout
+
+# Private to torch, and asked in every call: a torch without it has no such transforms to lose.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,13 +23,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def _tensor(name: str, x: object, rank: int, dims: str) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         fail(name, type(x).__name__, f"a tensor {dims}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = {torch.jagged: "jagged", torch.strided: "nested"}.get(x.layout, "sparse")
+        fail(name, f"a {kind} tensor", f"a dense one {dims}")
     if x.dim() != rank:
         fail(name, f"shape {tuple(x.shape)}", f"{rank} dimensions {dims}")
     return x
 
 
-def _like(name: str, x: torch.Tensor, other: torch.Tensor, other_name: str) -> None:
-    if x.dtype != other.dtype:
+def _like(
+    name: str, x: torch.Tensor, other: torch.Tensor, other_name: str, any_dtype: bool = False
+) -> None:
+    if x.dtype != other.dtype and not any_dtype:
         fail(name, x.dtype, f"{other.dtype} as {other_name}")
     if x.device != other.device:
         fail(name, f"device {x.device}", f"{other.device} as {other_name}")
@@ -153,7 +162,8 @@ class _Memory:
 
 def _share(x: torch.Tensor, y: torch.Tensor) -> bool:
     try:
-        return np.shares_memory(np.asarray(_Memory(x)), np.asarray(_Memory(y)), max_work=10**6)
+        one, other = (np.asarray(_Memory(t)) for t in (x, y))
+        return np.shares_memory(one, other, max_work=10**6)  # type: ignore[arg-type]
     except RuntimeError:  # numpy's TooHardError: strides that nothing here makes
         return True
 
@@ -178,6 +188,36 @@ def writable(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) ->
                 fail(other, f"memory that {name} shares", expected)
 
 
+def transforms(op: str, *tensors: torch.Tensor | None, writes: bool = False) -> None:
+    """Raises NotImplementedError for tensors of forward-mode AD and of `torch.func`: an operator
+    would drop their derivatives without a word. writes: it cannot run under vmap either."""
+    dual = getattr(forward_ad, "_current_level", -1) >= 0
+    if not dual and not _transforms_active():
+        return
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{op}: got tensors of torch.func in a compiled graph, expected none there"
+        )
+    functorch = torch._C._functorch
+    for x in tensors:
+        while x is not None and functorch.is_functorch_wrapped_tensor(x):
+            if functorch.is_gradtrackingtensor(x):
+                raise NotImplementedError(
+                    f"{op}: got a tensor of torch.func (grad, vjp, jvp, ...), which only "
+                    "backend='reference' serves; torch.autograd goes through every backend"
+                )
+            if writes and functorch.is_batchedtensor(x):
+                raise NotImplementedError(
+                    f"{op}: got a tensor of torch.vmap, expected rows of the batch: it writes the "
+                    "cache in place"
+                )
+            x = functorch.get_unwrapped(x)
+        if dual and x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: got a tensor of forward-mode AD, which only backend='reference' serves"
+            )
+
+
 def inv_freq_shape(inv_freq: torch.Tensor, k: torch.Tensor) -> None:
     _tensor("inv_freq", inv_freq, 1, "(head_dim / 2,)")
     head_dim = k.shape[3]
@@ -195,7 +235,9 @@ def linear_shapes(
     x: torch.Tensor,
     sets: dict[str, torch.Tensor | None],
     layout: object,
+    any_dtype: bool,
 ) -> None:
+    """any_dtype: the dtypes need not be equal, as `torch.autocast` makes them so."""
     _tensor("x", x, 3, "(batch, rows, in_features)")
     weight = _tensor("weight", sets["weight"], 2, "(out_features, in_features)")
     if weight.shape[1] != x.shape[2]:
@@ -205,7 +247,7 @@ def linear_shapes(
             continue
         is_bias = name.endswith("bias")
         value = _tensor(name, value, 1 if is_bias else 2, "as weight")
-        _like(name, value, x, "x")
+        _like(name, value, x, "x", any_dtype)
         want = (weight.shape[0],) if is_bias else tuple(weight.shape)
         if tuple(value.shape) != want:
             fail(name, f"shape {tuple(value.shape)}", want)

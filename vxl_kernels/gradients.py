@@ -39,7 +39,16 @@ def _refuse_second_derivative(name: str) -> None:
 
 def _attention_backward(ctx, grad_out, grad_lse):
     _refuse_second_derivative("vst_attention")
-    tensors = ctx.saved_tensors
+    try:
+        tensors = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(
+            "vst_attention: k_cache, v_cache, block_table or cache_seqlens was written between the "
+            "call and the backward pass. A loop over windows that is trained has to run under "
+            "torch.autograd.graph.allow_mutation_on_saved_tensors()"
+        ) from error
     k_cache = tensors[3]
     dq, dk, dv, dk_cache, dv_cache = torch.ops.vxl.vst_attention_backward(
         grad_out, grad_lse, *tensors, *ctx.settings

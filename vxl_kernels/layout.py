@@ -150,10 +150,10 @@ class ChunkLayout:
         vs0  #|##..#.
         vs1  #|######
         """
-        mask = self.materialize(cache_len)
+        mask = self.materialize(cache_len, "cpu")
         split_at = mask.shape[1] - self.rows
         names: list[str] = [""] * self.rows
-        for kind, rows in (("x", self.raw_rows()), ("vs", self.vst_rows())):
+        for kind, rows in (("x", self.raw_rows("cpu")), ("vs", self.vst_rows("cpu"))):
             for i, row in enumerate(rows.tolist()):
                 names[row] = f"{kind}{i}"
         width = max(len(name) for name in names) + 2

@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-from . import _backends, _ext
+from . import _backends, _ext, checks
 from .cache import page_ops
 from .layout import layout_from_ints, layout_to_ints
 
@@ -140,12 +140,24 @@ def _warn_once(device: str, reason: str) -> None:
         )
 
 
+def _refuse_derivatives(op: str, args: tuple) -> None:
+    """What the operator has no formula for would come out as zero, as csrc/bindings/backends.h."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    checks.transforms(f"vxl::{op}", *tensors)
+    if op.endswith("_") and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"vxl::{op}: got a tensor that requires a gradient, expected none (or "
+            "torch.no_grad(), for inference)"
+        )
+
+
 def _on_any_device(op: str) -> None:
     arguments = getattr(torch.ops.vxl, op).default._schema.arguments
     written = [i for i, x in enumerate(arguments) if x.alias_info and x.alias_info.is_write]
 
     def call(*args):
         x = args[0]
+        _refuse_derivatives(op, args)
         if len(args) == len(arguments):
             backend, args = _backends.named(args[-1], op, x), args[:-1]
         else:  # the dispatcher leaves a default argument out
@@ -155,7 +167,8 @@ def _on_any_device(op: str) -> None:
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             result = backend.kernel(op)(*args)
         if written:  # so that a backward that saved them notices
-            torch.autograd.graph.increment_version([args[i] for i in written])
+            changed = [args[i] for i in written if not args[i].is_inference()]
+            torch.autograd.graph.increment_version(changed)
         return result
 
     _library.impl(op, call, "CompositeExplicitAutograd")

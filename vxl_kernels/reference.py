@@ -158,11 +158,11 @@ def rope_append(
         kept_rows = layout.vst_rows(q.device)
         in_call = layout.positions(q.device) + layout.chunk_index(q.device) * layout.vsts_per_chunk
     kept = len(kept_rows)
-    checks.paging(block_table, cache_seqlens, *k_cache.shape[:2], kept, written=True)
+    pages, page_size = k_cache.shape[:2]
+    checks.paging(block_table, cache_seqlens, pages, page_size, kept, written=True)
     q_out, k_out = [], []
     for b, cached in enumerate(cache_seqlens.tolist()):
         slots = cached + torch.arange(kept, device=q.device)
-        page_size = k_cache.shape[1]
         at = (block_table[b, slots // page_size].long(), slots % page_size)
         k_cache[at] = rotate(k[b, kept_rows], slots, inv_freq)
         v_cache[at] = v[b, kept_rows]

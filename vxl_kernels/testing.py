@@ -95,7 +95,7 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     rows = rows if layout is None else layout.rows
     batch = len(cache_seqlens)
@@ -103,13 +103,13 @@ def make_inputs(
     seen = 0 if layout is None else (layout.chunks - 1) * layout.vsts_per_chunk
     pages_each = max(-(-(n + appended) // page_size) for n in cache_seqlens) if batch else 0
     pages = batch * pages_each + 2
-    order = torch.randperm(pages, generator=generator)[: batch * pages_each]
+    order = torch.randperm(pages, generator=generator, device="cpu")[: batch * pages_each]
     block_table = order.reshape(batch, pages_each).to(torch.int32)
     caches = []
     for _ in range(2):
-        cache = torch.full((pages, page_size, kv_heads, head_dim), torch.nan)
+        cache = torch.full((pages, page_size, kv_heads, head_dim), torch.nan, device="cpu")
         for b, length in enumerate(cache_seqlens):
-            slots = torch.arange(length + seen)
+            slots = torch.arange(length + seen, device="cpu")
             cache[block_table[b, slots // page_size].long(), slots % page_size] = normal(
                 length + seen, kv_heads, head_dim
             )
@@ -121,7 +121,7 @@ def make_inputs(
         k_cache=caches[0],
         v_cache=caches[1],
         block_table=block_table,
-        cache_seqlens=torch.tensor(cache_seqlens, dtype=torch.int32),
+        cache_seqlens=torch.tensor(cache_seqlens, dtype=torch.int32, device="cpu"),
         layout=layout,
     ).to(dtype)
 

@@ -47,9 +47,12 @@ inline Tensor empty_huge(at::IntArrayRef sizes, const at::TensorOptions& options
 }
 inline Tensor empty_rows(const Tensor& like) { return empty_huge(like.sizes(), like.options()); }
 
-// Tells autograd that these were written, so that a backward pass that saved them raises.
+// Tells autograd that these were written, so that a backward pass that saved them raises. No backward
+// pass saves a tensor of inference mode, and outside of that mode its version may not be touched.
 inline void bump_versions(std::initializer_list<const Tensor*> written) {
-  for (const Tensor* x : written) x->unsafeGetTensorImpl()->bump_version();
+  for (const Tensor* x : written) {
+    if (!x->is_inference()) x->unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 inline vxl::RowTensor row_tensor(const Tensor& x) {

@@ -4,9 +4,31 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string_view>
+#include <type_traits>
 
 namespace vxl::bindings {
+
+// What an operator has no formula for would come out as zero. A gradient of an operator that returns
+// something is told of by PyTorch itself, when one goes back through it.
+template <typename R>
+struct RefusesDerivatives {
+  const char* op;
+
+  void operator()(const at::Tensor& x) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined(), op, ": got a tensor with a tangent, "
+                                "expected none (backend='reference' has forward-mode AD)");
+    TORCH_CHECK_NOT_IMPLEMENTED(!std::is_void_v<R> || !x.requires_grad() || !at::GradMode::is_enabled(),
+                                op, ": got a tensor that requires a gradient, expected none (or "
+                                "torch.no_grad(), for inference)");
+  }
+  void operator()(const std::optional<at::Tensor>& x) const {
+    if (x.has_value()) (*this)(*x);
+  }
+  template <typename T>
+  void operator()(const T&) const {}
+};
 
 // fn with the schema's last argument, `backend`. "" and `own` mean fn itself. Any other name goes
 // to the kernel that vxl_kernels/ops.py registers for all devices: the dispatcher keeps that one
@@ -20,6 +42,8 @@ struct Named<fn> {
   static inline std::string_view own;
 
   static R call(Args... args, std::string_view backend) {
+    const RefusesDerivatives<R> check{op};
+    (check(args), ...);
     if (backend.empty() || backend == own) return fn(args...);
     static const auto handle = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow(op, "")

@@ -267,7 +267,8 @@ class Reader:
         h = self.header
         pieces = list(h.pieces())
         longest = max((rows for *_, rows in pieces), default=0)
-        buffers = [torch.empty(longest, h.kv_heads, h.head_dim, dtype=h.dtype) for _ in range(2)]
+        shape = longest, h.kv_heads, h.head_dim
+        buffers = [torch.empty(shape, dtype=h.dtype, device="cpu") for _ in range(2)]
         parts = [buffers[i % 2][:rows] for i, (*_, rows) in enumerate(pieces)]
         checksums = [0] * (2 * h.num_layers)
         with ThreadPoolExecutor(1) as pool:

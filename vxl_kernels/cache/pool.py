@@ -294,7 +294,7 @@ class VstCache:
         pinned = self.device.type == "cuda"
         with self._held(seq) as (table, length):
             shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
-            data = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
+            data = torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
             for i in range(2 * self.num_layers):
                 rows = torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
                 data[i % 2, i // 2].copy_(rows, non_blocking=pinned)
