@@ -92,9 +92,11 @@ class GrowingCache:
             return self._handle(self.pages.load(path))
 
     def restore(self, data: Tensor) -> SequenceHandle:
-        """A sequence with the rows of `data (2, layers, length, kv_heads, head_dim)`."""
+        """A sequence with the rows of `data (2, layers, length, kv_heads, head_dim)`, in the dtype
+        of the cache (under autocast theirs is another)."""
         with self._exclusive():
-            return self._handle(self.pages.restore(HostSequence(data, None)))
+            host = HostSequence(data.to(self.pages.dtype), None)
+            return self._handle(self.pages.restore(host))
 
     @contextmanager
     def step(self, sequences: Sequence[SequenceHandle], rows: int) -> Iterator[CacheBatch]:
