@@ -21,7 +21,7 @@ from helpers.triton_backward_cases import call as backward_call
 from helpers.triton_cases import CASES, WITHOUT_CACHE, attend, call
 
 from vxl_kernels import ChunkLayout, rope_append, vst_linear
-from vxl_kernels._triton import configs, launch, launch_backward, primitives
+from vxl_kernels._triton import configs, keys, launch, launch_backward
 from vxl_kernels.testing import check_attention, check_gradients, inverse_frequencies, make_inputs
 
 END = sys.argv[1] == "end"
@@ -61,8 +61,8 @@ class GuardedTorch:
 
 
 @triton.jit
-def unclamped_page_of(table_ptr, entry, max_pages):
-    return tl.load(table_ptr + entry).to(tl.int64)
+def unclamped_page_of(table, entry):
+    return tl.load(table.ptr + entry).to(tl.int64)
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     configs.backward_config = lambda *args: SMALL
     launch.torch = launch_backward.torch = GuardedTorch()
     if "broken" in sys.argv:
-        primitives.page_of = unclamped_page_of
+        keys.page_of = unclamped_page_of
     names = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
     for name in CASES:
         x = call(name)

@@ -19,8 +19,8 @@ from benchmarks.codegen.count import tensor_core_shapes
 from benchmarks.codegen.limits import LIMITS
 from benchmarks.codegen.loops import full_tile_loops
 from benchmarks.codegen.model import measure
-from vxl_kernels._triton import catalog, primitives
-from vxl_kernels._triton.primitives import _skipping_multiply
+from vxl_kernels._triton import catalog, softmax
+from vxl_kernels._triton.softmax import _skipping_multiply
 
 LANES = 32
 
@@ -96,7 +96,7 @@ def test_pairs_are_computed_each_by_itself():
     drawn[:, :50] = rng.choice(np.array(odd, np.float32), drawn[:, :50].shape)
     with np.errstate(all="ignore"):
         for each in drawn.swapaxes(0, 1):
-            out, _ = run_warp(primitives._FMA_F32X2.value, *each)
+            out, _ = run_warp(softmax._FMA_F32X2.value, *each)
             expected = _fma(*each)
             np.testing.assert_array_equal(out, expected)
             numbers = ~np.isnan(expected)

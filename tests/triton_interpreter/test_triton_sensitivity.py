@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from helpers.triton_cases import attend, call
 
-from vxl_kernels._triton import decode, prefill, primitives
+from vxl_kernels._triton import decode, keys, prefill, primitives, softmax
 from vxl_kernels.testing import check_attention
 
 
@@ -33,8 +33,8 @@ def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.cons
 
 
 @triton.jit
-def first_page_only(table_ptr, entry, max_pages):
-    return tl.load(table_ptr + 0 * entry).to(tl.int64)
+def first_page_only(table, entry):
+    return tl.load(table.ptr + 0 * entry).to(tl.int64)
 
 
 @triton.jit
@@ -48,48 +48,47 @@ def one_less_cached(cache_seqlens_ptr, i_batch, page_size, max_pages):
 
 
 @triton.jit
-def no_rescaling(
-    scores, scale, row_ref, row_sum, acc,
-    RESCALE_THRESHOLD: tl.constexpr, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr,
-):  # fmt: skip
+def no_rescaling(scores, scale, state, MAY_SKIP: tl.constexpr, ARITHMETIC: tl.constexpr):
+    row_ref, row_sum, acc = state
     new_ref = tl.maximum(row_ref, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - new_ref[:, None])
-    return p, new_ref, row_sum + tl.sum(p, 1)[:, None] / row_sum.shape[1], acc
+    row_sum += tl.sum(p, 1)[:, None] / row_sum.shape[1]
+    return p, softmax.Softmax(new_ref, row_sum, acc)
 
 
 @triton.jit
-def first_pivot(
-    scores, scale, row_ref, row_sum, acc,
-    RESCALE_THRESHOLD: tl.constexpr, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr,
-):  # fmt: skip
-    """Never follows the maximum: float16's p overflow."""
+def first_maximum(scores, scale, state, MAY_SKIP: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """row_ref never follows the maximum, so p overflows in float16."""
+    row_ref, row_sum, acc = state
     new_ref = tl.where(row_ref == float("-inf"), tl.max(scores, 1) * scale, row_ref)
     p = tl.exp2(scores * scale - new_ref[:, None])
-    return p, new_ref, row_sum + tl.sum(p, 1)[:, None] / row_sum.shape[1], acc
+    row_sum += tl.sum(p, 1)[:, None] / row_sum.shape[1]
+    return p, softmax.Softmax(new_ref, row_sum, acc)
 
 
 @triton.jit
-def rescales_late(acc, row_scale, WARP_SKIP_ELEMENTS: tl.constexpr, ISA: tl.constexpr = ""):
-    """As if a warp jumped over the rescaling while a row's row_ref moves a little."""
+def rescales_late(acc, row_scale, WARP_SKIP_ELEMENTS: tl.constexpr):
+    """As if a warp skipped the rescaling while a row's row_ref moves a little."""
     return tl.where(row_scale[:, None] > 2.0**-9, acc, acc * row_scale[:, None])
 
 
 MISTAKES = [
     (prefill, "visible_new", sees_one_more, "split, whole pages"),
     (prefill, "visible_new", sees_vsts_late, "split, whole pages"),
-    (prefill, "query_row", without_vsts, "split, whole pages"),
+    (primitives, "query_row", without_vsts, "split, whole pages"),
     (primitives, "chunk_row", next_chunks_vsts, "split, whole pages"),
-    (primitives, "page_of", first_page_only, "split, whole pages"),
-    (primitives, "page_of", first_page_only, "split, parts"),
-    (primitives, "page_of", first_page_only, "decode, any pages"),
+    (prefill, "chunk_row", next_chunks_vsts, "split, whole pages"),
+    (keys, "page_of", first_page_only, "split, whole pages"),
+    (keys, "page_of", first_page_only, "split, parts"),
+    (keys, "page_of", first_page_only, "decode, any pages"),
     (prefill, "cached_entries", one_more_cached, "text"),
     (prefill, "cached_entries", one_less_cached, "text"),
     (decode, "cached_entries", one_less_cached, "decode, whole pages"),
-    (primitives, "_softmax_step", no_rescaling, "text"),
-    (primitives, "_softmax_step", no_rescaling, "decode, whole pages"),
-    (primitives, "_softmax_step", no_rescaling, "sharp"),
-    (primitives, "_softmax_step", first_pivot, "sharp"),
-    (primitives, "_rescale", rescales_late, "sharp"),
+    (softmax, "_softmax_step", no_rescaling, "text"),
+    (softmax, "_softmax_step", no_rescaling, "decode, whole pages"),
+    (softmax, "_softmax_step", no_rescaling, "sharp"),
+    (softmax, "_softmax_step", first_maximum, "sharp"),
+    (softmax, "_rescale", rescales_late, "sharp"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels. Importing this loads neither triton nor them: `reasons` and `kernel` do.
 
-primitives.py  what kernels share: rows and positions, pages, the softmax step
+primitives.py keys.py softmax.py
+               what kernels share: rows and positions, keys in pages, the online softmax
 prefill.py decode.py backward.py linear.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
 launch.py launch_backward.py launch_common.py

@@ -31,10 +31,9 @@ Source: FlashAttention-2, section 3.1.2.
 import triton
 import triton.language as tl
 
+from .keys import cached_entries, load_block
 from .primitives import (
-    cached_entries,
     chunk_row,
-    load_block,
     load_rows,
     opaque_zero,
     query_row,

@@ -284,7 +284,7 @@ def has_tma(arch: str) -> bool:
 
 # Of the softmax, by family: how far, in log2, a row's maximum grows before its accumulator is
 # rescaled; how many elements a warp jumps over where none of its rows rescales; in how many parts a
-# row's sum is kept, in 16-bit types up to head_dim 64 and else; what `primitives` does by hand.
+# row's sum is kept, in 16-bit types up to head_dim 64 and else; what `softmax` does by hand.
 # The jump in gfx942's assembly makes LLVM move the whole accumulator (312 -> 409 instructions a
 # tile), and in float32 it would spill. Sums in parts save shuffles: worth it on sm_90 and gfx942,
 # and on sm_80 where a tile's products are few (head_dim 64: 462 -> 454 instructions; 128: 554 ->
@@ -301,7 +301,7 @@ _SOFTMAX = {
 def softmax_constants(
     arch: str, config: AttentionConfig, block_d: int, itemsize: int
 ) -> dict[str, Any]:
-    """Constants of `primitives.score_block`, and the parts of a row's sum. In the interpreter rows
+    """Constants of `softmax.Arithmetic`, and the parts of a row's sum. In the interpreter rows
     rescale as seldom as on a GPU, every block is multiplied, and arithmetic is the plain one."""
     threshold, skip, narrow, wide, isa = _SOFTMAX[family(arch)]
     each = config.block_m * block_d // (32 * config.num_warps)

@@ -1,30 +1,26 @@
-"""Attention of few rows (decode, short texts) over `[cache | rows]`, causal.
+"""Attention of few rows (decode, short texts) over `[cache | new keys]`, causal.
 
-Few rows give too few tiles to fill a GPU, so the cache is cut into splits of SPLIT_SIZE entries.
-A split knows nothing of its neighbours, of other sequences or of how long the sequence is: the
-same keys meet in the same order in every batch. A second kernel merges the parts in order.
-Split 0 is the call's own rows, split s > 0 are cache entries from (s - 1) * SPLIT_SIZE on.
+Few rows give too few tiles to fill a GPU, so the cache is cut into splits of SPLIT_SIZE entries. A
+split depends neither on its neighbours nor on other sequences nor on the sequence's length, so keys
+are added in the same order in every batch. A second kernel merges the splits in order. Split 0 is
+the call's new keys, split s > 0 the cache entries from (s - 1) * SPLIT_SIZE on.
 
-The grid covers what the block table could hold; programs behind a sequence's end leave at once
-and leave nothing behind, for the merge knows the length too. So nothing is read on the host.
+The grid covers the capacity of the block table. Programs past the end of a sequence return without
+writing, and the merge kernel skips their splits by the sequence's length. So no value is read on
+the host.
 """
 
 import triton
 import triton.language as tl
 
-from .primitives import (
-    advance,
-    assume_stride,
-    cached_entries,
-    key_ptrs,
-    load_block,
-    load_rows,
-    locate,
-    narrow,
-    new_offset,
-    opaque_zero,
-    paged_offset,
-    score_block,
+from .keys import Keys, Table, cached_entries, new_block
+from .primitives import assume_stride, load_rows, opaque_zero
+from .softmax import (
+    Arithmetic,
+    attend_cache,
+    attend_cache_masked,
+    attend_masked_block,
+    softmax_start,
 )
 
 __all__ = ["decode_kernel", "merge_kernel"]
@@ -34,11 +30,10 @@ _LENGTHS = ["rows", "page_size", "max_pages", "splits"]
 
 @triton.jit
 def _program(zero, rows, KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`(sequence, split, KV head, packed rows [BLOCK_M], last packed row)` of this program. Rows
-    times GROUP_SIZE heads are packed flat; numbers past the last are not stored. Programs of a
-    split's tiles and heads follow one another, because they read the same keys or pages.
-
-    `zero` is 0, or an `opaque_zero` where all this is computed again.
+    """(sequence, split, KV head, packed rows [BLOCK_M], last packed row) of this program. Packed
+    row i is row i // GROUP_SIZE and query head i % GROUP_SIZE of the KV head; numbers past the last
+    are not stored. Programs of a split's tiles and heads follow one another, because they read the
+    same keys or pages. `zero` is 0, or an `opaque_zero` where all this is computed again.
     """
     pid = tl.program_id(0) + zero
     i_batch = (tl.program_id(1) + zero).to(tl.int64)
@@ -46,6 +41,22 @@ def _program(zero, rows, KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK
     first = pid // KV_HEADS % tiles * BLOCK_M
     last = tl.minimum(first + BLOCK_M, rows * GROUP_SIZE) - 1
     return i_batch, pid // KV_HEADS // tiles, pid % KV_HEADS, first + tl.arange(0, BLOCK_M), last
+
+
+@triton.jit
+def _attend_new(
+    q, state, new, i_batch, end, bound, offs_n, scale,
+    HEAD_DIM: tl.constexpr, ARITHMETIC: tl.constexpr,
+):  # fmt: skip
+    """The state after the new keys before `end`. Packed row i sees those below bound[i]."""
+    BLOCK_N: tl.constexpr = offs_n.shape[0]
+    offs_d = tl.arange(0, q.shape[1])[None, :]
+    for start in tl.range(0, end, BLOCK_N, num_stages=1):
+        block = new_block(new, i_batch, tl.cast(start, tl.int64), offs_n, offs_d)
+        state = attend_masked_block(
+            q, state, block, start + offs_n, end, bound, scale, HEAD_DIM, True, ARITHMETIC
+        )
+    return state
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -67,6 +78,7 @@ def decode_kernel(
     partial (batch, splits, rows, heads, head_dim) and partial_lse (batch, splits, rows, heads),
     both float32 and dense: the normalised output of a split and its log-sum-exp to base 2.
     """
+    ARITHMETIC: tl.constexpr = Arithmetic(PRECISION, RESCALE_THRESHOLD, WARP_SKIP_ELEMENTS, ISA)
     if SAME_STRIDES:  # the compiler then keeps one set of offsets for K and V
         v_row, vc_page, vc_slot = k_row, kc_page, kc_slot
     assume_stride(k_row)
@@ -80,7 +92,7 @@ def decode_kernel(
         first = (i_split - 1) * SPLIT_SIZE
         if (i_split > 0) & (first >= cached):
             return
-        # Split 0 has no cache entries, the others no own rows: loops that do not run.
+        # Split 0 has no cache entries and the others no new keys: those loops do not run.
         first = tl.maximum(first, 0)
         end = tl.where(i_split == 0, 0, tl.minimum(first + SPLIT_SIZE, cached))
         full = end // BLOCK_N * BLOCK_N
@@ -95,73 +107,29 @@ def decode_kernel(
     q_ptrs += offs_row.to(tl.int64)[:, None] * q_row
     q_ptrs += offs_head.to(tl.int64)[:, None] * q_head
     q = load_rows(q_ptrs, offs_row, rows, HEAD_DIM, False)
-
-    row_ref = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M, ROW_SUM_SPLITS], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    state = softmax_start(BLOCK_M, BLOCK_D, ROW_SUM_SPLITS)
 
     # -- cache --
     if HAS_CACHE:
-        table_ptr = block_table_ptr + i_batch * max_pages
+        table = Table(block_table_ptr + i_batch * max_pages, page_size, max_pages)
         k_cache_ptr += i_head.to(tl.int64) * kc_head
         v_cache_ptr += i_head.to(tl.int64) * vc_head
-        place = locate(table_ptr, first, offs_n, page_size, max_pages, BLOCK_N, PAGE_MODE)
-        for _start in tl.range(first, full, BLOCK_N):
-            _, slot, page, _, _ = place
-            k_ptrs = key_ptrs(
-                k_cache_ptr, paged_offset(place, offs_n, kc_page, kc_slot, PAGE_MODE), offs_d
-            )
-            v_ptrs = key_ptrs(
-                v_cache_ptr, paged_offset(place, offs_n, vc_page, vc_slot, PAGE_MODE), offs_d
-            )
-            # The next block's page is looked up while this block is computed.
-            place = advance(table_ptr, place, page_size, max_pages, BLOCK_N, PAGE_MODE)
-            k = load_block(k_cache_desc, page, i_head, slot, k_ptrs, HEAD_DIM, TMA)
-            if TMA:
-                v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
-            p, row_ref, row_sum, acc = score_block(
-                q,
-                k,
-                offs_n,
-                0,
-                scale,
-                row_ref,
-                row_sum,
-                acc,
-                False,
-                PRECISION,
-                RESCALE_THRESHOLD,
-                WARP_SKIP_ELEMENTS,
-                ISA,
-            )
-            if not TMA:
-                v = load_block(v_cache_desc, page, i_head, slot, v_ptrs, HEAD_DIM, TMA)
-            acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
-
-        # Less than a block of the split's keys is left, if it is the last. Blocks of MASKED_BLOCK_N
-        # keys may meet pages in another way. V is asked for with K: nothing else hides its latency.
-        MASKED_PAGE_MODE: tl.constexpr = (
-            PAGE_MODE if PAGE_MODE == "block_in_page" or MASKED_BLOCK_N == BLOCK_N else "gather"
+        cache = Keys(
+            k_cache_ptr, v_cache_ptr, k_cache_desc, v_cache_desc, kc_page, vc_page, kc_slot, vc_slot
         )
+        state = attend_cache(
+            q, state, cache, table, i_head, first, full, offs_n, scale,
+            HEAD_DIM, PAGE_MODE, TMA, ARITHMETIC,
+        )  # fmt: skip
+        # Less than a block is left, in the sequence's last split. Blocks of MASKED_BLOCK_N keys may
+        # meet pages in another way. V is loaded with K: nothing else hides its latency.
+        SAME_BLOCKS: tl.constexpr = PAGE_MODE == "block_in_page" or MASKED_BLOCK_N == BLOCK_N
         offs_e = opaque_zero() + tl.arange(0, MASKED_BLOCK_N)
-        for start in tl.range(full, end, MASKED_BLOCK_N, num_stages=1):
-            edge = locate(
-                table_ptr, start, offs_e, page_size, max_pages, MASKED_BLOCK_N, MASKED_PAGE_MODE
-            )
-            k_ptrs = key_ptrs(
-                k_cache_ptr, paged_offset(edge, offs_e, kc_page, kc_slot, MASKED_PAGE_MODE), offs_d
-            )
-            v_ptrs = key_ptrs(
-                v_cache_ptr, paged_offset(edge, offs_e, vc_page, vc_slot, MASKED_PAGE_MODE), offs_d
-            )
-            k = load_rows(k_ptrs, start + offs_e, end, HEAD_DIM, True)
-            v = load_rows(v_ptrs, start + offs_e, end, HEAD_DIM, True)
-            bound = tl.full([BLOCK_M], 0, tl.int32) + end
-            p, row_ref, row_sum, acc = score_block(
-                q, k, start + offs_e, bound, scale, row_ref, row_sum, acc,
-                True, PRECISION, RESCALE_THRESHOLD, 0, ISA,
-            )  # fmt: skip
-            acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
+        MODE: tl.constexpr = PAGE_MODE if SAME_BLOCKS else "gather"
+        state = attend_cache_masked(
+            q, state, cache, table, full, end, offs_e, scale,
+            HEAD_DIM, MODE, MODE, True, True, ARITHMETIC,
+        )  # fmt: skip
 
     # -- new keys --
     zero = opaque_zero()
@@ -171,28 +139,8 @@ def decode_kernel(
     new_end = tl.where(i_split == 0, last_m // GROUP_SIZE + 1, 0)
     k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
     v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
-    for start in tl.range(0, new_end, MASKED_BLOCK_N, num_stages=1):
-        row = tl.cast(start, tl.int64)
-        k_ptrs = key_ptrs(k_ptr, new_offset(row, offs_e, k_row), offs_d)
-        v_ptrs = key_ptrs(v_ptr, new_offset(row, offs_e, v_row), offs_d)
-        k = load_rows(k_ptrs, start + offs_e, new_end, HEAD_DIM, True)
-        v = load_rows(v_ptrs, start + offs_e, new_end, HEAD_DIM, True)
-        p, row_ref, row_sum, acc = score_block(
-            q,
-            k,
-            start + offs_e,
-            bound,
-            scale,
-            row_ref,
-            row_sum,
-            acc,
-            True,
-            PRECISION,
-            RESCALE_THRESHOLD,
-            0,
-            ISA,
-        )
-        acc = tl.dot(narrow(p, v.dtype, ISA), v, acc, input_precision=PRECISION)
+    new = Keys(k_ptr, v_ptr, None, None, 0, 0, k_row, v_row)
+    state = _attend_new(q, state, new, i_batch, new_end, bound, offs_e, scale, HEAD_DIM, ARITHMETIC)
 
     # -- result --
     zero = opaque_zero(2)
@@ -201,14 +149,14 @@ def decode_kernel(
     offs_m = tl.minimum(offs_m, last_m)
     offs_row = offs_m // GROUP_SIZE
     offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE
-    row_sum = tl.sum(row_sum, 1)
+    row_sum = tl.sum(state.row_sum, 1)
     in_dims = offs_d < HEAD_DIM
-    offs_partial = ((i_batch * splits + i_split) * rows + offs_row) * (
-        KV_HEADS * GROUP_SIZE
-    ) + offs_head
+    first_row = (i_batch * splits + i_split) * rows
+    offs_partial = (first_row + offs_row) * (KV_HEADS * GROUP_SIZE) + offs_head
     partial_ptrs = partial_ptr + offs_partial[:, None] * HEAD_DIM + offs_d
-    tl.store(partial_ptrs, acc * (1.0 / row_sum)[:, None], mask=stored[:, None] & in_dims)
-    tl.store(partial_lse_ptr + offs_partial, row_ref + tl.log2(row_sum), mask=stored)
+    mask = stored[:, None] & in_dims
+    tl.store(partial_ptrs, state.acc * (1.0 / row_sum)[:, None], mask=mask)
+    tl.store(partial_lse_ptr + offs_partial, state.row_ref + tl.log2(row_sum), mask=stored)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)

@@ -79,7 +79,7 @@ def dense_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def page_mode(page_size: int, max_pages: int, k_cache, v_cache, block_n: int) -> str:
-    """See `primitives.locate`. A cache of one page a sequence is never left by a block."""
+    """See `keys.locate`. A cache of one page a sequence is never left by a block."""
     if not (_within_reach(k_cache) and _within_reach(v_cache)):
         return "gather"
     if page_size % block_n == 0 or max_pages == 1:

@@ -8,7 +8,7 @@ its V is copied. Plain rows (`layout=None`) are all kept, at the position they a
 import triton
 import triton.language as tl
 
-from .primitives import page_of
+from .keys import Table, page_of
 
 __all__ = ["rope_append_kernel"]
 
@@ -120,7 +120,8 @@ def rope_append_kernel(
     tl.store(ptrs, rotated.to(dtype), mask=inside)
     tl.store(ptrs + HEAD_DIM // 2, rotated_2.to(dtype), mask=inside)
     if kept:
-        page = page_of(block_table_ptr + i_batch * max_pages, slot // page_size, max_pages)
+        table = Table(block_table_ptr + i_batch * max_pages, page_size, max_pages)
+        page = page_of(table, slot // page_size)
         in_page = (slot % page_size).to(tl.int64)
         cos, sin = _cos_sin(slot, inv_freq)
         rotated, rotated_2 = _rotate(first, second, cos, sin)
