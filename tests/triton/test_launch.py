@@ -143,15 +143,15 @@ def test_a_step_on_a_fake_gpu(layout):
         x = torch.empty(2, rows, 64, dtype=BF16, device="cuda")
         weight = torch.empty(64, 64, dtype=BF16, device="cuda")
         k = torch.empty(2, rows, 1, 16, dtype=BF16, device="cuda")
-        cache = torch.empty(9, 64, 1, 16, dtype=BF16, device="cuda")
+        cache, v_cache = torch.empty(2, 9, 64, 1, 16, dtype=BF16, device="cuda")
         table = torch.empty(2, 4, dtype=torch.int32, device="cuda")
         lens = torch.empty(2, dtype=torch.int32, device="cuda")
         inv_freq = torch.empty(8, device="cuda")
         args = (x, weight, None, weight, None)
         q = torch.ops.vxl.vst_linear(*args, ops.layout_to_ints(layout), "triton")
         q = q.unflatten(2, (4, 16))
-        q, k = rope_append(q, k, k, cache, cache, table, lens, layout, inv_freq)
-        out, lse = vst_attention(q, k, k, cache, cache, table, lens, layout, return_lse=True)
+        q, k = rope_append(q, k, k, cache, v_cache, table, lens, layout, inv_freq)
+        out, lse = vst_attention(q, k, k, cache, v_cache, table, lens, layout, return_lse=True)
     assert out.shape == q.shape
     assert out.device.type == "cuda"
     assert lse.shape == (2, 4, rows)
