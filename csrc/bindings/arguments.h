@@ -47,8 +47,8 @@ inline Tensor empty_huge(at::IntArrayRef sizes, const at::TensorOptions& options
 }
 inline Tensor empty_rows(const Tensor& like) { return empty_huge(like.sizes(), like.options()); }
 
-// Tells autograd that these were written, so that a backward pass that saved them raises. No backward
-// pass saves a tensor of inference mode, and outside of that mode its version may not be touched.
+// Tells autograd that these were written, so that a backward pass that saved them raises. No
+// backward pass saves a tensor of inference mode, whose version may not be touched outside of it.
 inline void bump_versions(std::initializer_list<const Tensor*> written) {
   for (const Tensor* x : written) {
     if (!x->is_inference()) x->unsafeGetTensorImpl()->bump_version();

@@ -10,17 +10,19 @@
 
 namespace vxl::bindings {
 
-// What an operator has no formula for would come out as zero. A gradient of an operator that returns
-// something is told of by PyTorch itself, when one goes back through it.
+// A derivative without a formula would come out as zero. Where an operator returns something,
+// PyTorch itself warns when a gradient goes back through it.
 template <typename R>
 struct RefusesDerivatives {
   const char* op;
 
   void operator()(const at::Tensor& x) const {
-    TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined(), op, ": got a tensor with a tangent, "
-                                "expected none (backend='reference' has forward-mode AD)");
-    TORCH_CHECK_NOT_IMPLEMENTED(!std::is_void_v<R> || !x.requires_grad() || !at::GradMode::is_enabled(),
-                                op, ": got a tensor that requires a gradient, expected none (or "
+    TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined(), op,
+                                ": got a tensor of forward-mode AD, which only "
+                                "backend='reference' serves");
+    if (!std::is_void_v<R> || !at::GradMode::is_enabled()) return;
+    TORCH_CHECK_NOT_IMPLEMENTED(!x.requires_grad(), op,
+                                ": got a tensor that requires a gradient, expected none (or "
                                 "torch.no_grad(), for inference)");
   }
   void operator()(const std::optional<at::Tensor>& x) const {

@@ -31,7 +31,7 @@ def step(args, backend, inplace=False):
     return out, lse, args[3], args[4]
 
 
-@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("backend", serving(dtype=BF16))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_autocast_is_a_cast_of_the_rows(layout, backend, inplace):
@@ -57,7 +57,7 @@ def test_autocast_keeps_the_precision_of_a_cache(backend):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("backend", serving(dtype=BF16))
 def test_autocast_without_a_cache_is_that_of_pytorch(backend):
     q, k, v = call(None)[:3]
     with torch.autocast("cpu", BF16):
@@ -72,7 +72,7 @@ def test_autocast_without_a_cache_is_that_of_pytorch(backend):
     assert double.dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("backend", serving(dtype=BF16))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autocast_of_the_projection(layout, backend):
     rows = 4 if layout is None else layout.rows

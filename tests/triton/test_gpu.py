@@ -108,9 +108,10 @@ def test_repeats_and_neighbours_change_no_bit(rows, page_size):
 
 
 def far_away(inputs, pages):
-    """The first sequence `pages` pages later: all of those are its last one, which is not read."""
+    """The first sequence `pages` pages later. All of those are a page that nobody uses or reads."""
     table, page_size = inputs.block_table, inputs.k_cache.shape[1]
-    pad = table[:, -1:].expand(-1, pages)
+    spare = min(set(range(len(inputs.k_cache))) - set(table.flatten().tolist()))
+    pad = table.new_full((len(table), pages), spare)
     rows = [torch.cat([pad[0], table[0]])]
     rows += [torch.cat([own, more]) for own, more in zip(table[1:], pad[1:], strict=True)]
     lens = inputs.cache_seqlens.clone()

@@ -31,7 +31,7 @@ def fake_call(layout):
     cache = torch.empty(9, 64, 1, 16, **options)
     table = torch.empty(2, 4, dtype=torch.int32, device="cuda")
     lens = torch.empty(2, dtype=torch.int32, device="cuda")
-    return q, k, k, cache, cache.clone(), table, lens, layout, torch.empty(8, device="cuda")
+    return q, k, k.clone(), cache, cache.clone(), table, lens, layout, torch.empty(8, device="cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
