@@ -1,9 +1,8 @@
 """What is switched on around a call: torch.autocast, inference mode, other defaults."""
 
-import contextlib
-
 import pytest
 import torch
+from helpers.modes import default_dtype
 from helpers.serving import serving
 
 from vxl_kernels import ChunkLayout, VstCache, rope_append, vst_attention, vst_linear
@@ -150,16 +149,6 @@ def use(cache, video):
         video.commit(layout.vsts_per_chunk)
     host = cache.offload(cache.fork(video.seqs[0]))
     return cache.gather(cache.restore(host), 0)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 SURROUNDINGS = {

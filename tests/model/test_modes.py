@@ -1,10 +1,9 @@
 """What outlives a call does not depend on the mode in which the call was made."""
 
-import contextlib
-
 import pytest
 import torch
 from helpers.model_goldens import load_golden, relative, tiny_expected, tiny_model
+from helpers.modes import default_dtype
 from transformers import Trainer, TrainingArguments
 
 IDS = torch.tensor([[5, 6, 7, -200, 9, 10, 11]])
@@ -20,16 +19,6 @@ def model():
 def features():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(108, 64, generator=generator) * 0.1
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 MODES = {
