@@ -9,13 +9,27 @@ namespace {
 
 constexpr int64_t kRopeRows = 16;  // rows of a task
 
+// The largest angle that `angles` reduces in float. Up to it the error is below 1.2e-7. From 2^22
+// quarter turns on, the quadrant no longer fits the float that holds it.
+constexpr float kNearAngle = 1048576.0f;
+
+inline float largest_magnitude(const float* x, int64_t n) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  return largest;
+}
+
 // cos and sin of n angles position * inv_freq. The product is rounded to float, as in the published
 // code. Cody-Waite reduction by pi/2 in three parts with fused multiply-adds, then minimax
-// polynomials on [-pi/4, pi/4]. The error is below 1.2e-7 up to position 2^20.
-inline void angles(float position, const float* inv_freq, int64_t n, float* cos_out,
-                   float* sin_out) {
+// polynomials on [-pi/4, pi/4]. `largest` is the largest magnitude in inv_freq. Where it leads
+// beyond kNearAngle, the reduction is in double: a row's result depends on its position alone.
+inline void angles(float position, const float* inv_freq, float largest, int64_t n,
+                   float* cos_out, float* sin_out) {
   int64_t i = 0;
 #if defined(__FMA__) || defined(__aarch64__)
+  if (!(position * largest <= kNearAngle)) {  // also where an angle is NaN
+    for (; i < n; ++i) vxl::cos_sin(position * inv_freq[i], cos_out + i, sin_out + i);
+  }
   using Fit = vxl::SinCosFit;
   for (; i + kLanes <= n; i += kLanes) {
     const Vec x = splat(position) * load(inv_freq + i);
@@ -73,6 +87,7 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
   task %= blocks * g.chunks;
   const int64_t chunk = task / blocks, first = task % blocks * kRopeRows;
   const int64_t half = p.head_dim / 2;
+  const float largest = largest_magnitude(p.inv_freq, half);
   float* c = scratch;
   float* s = scratch + half;
 
@@ -93,14 +108,14 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
              slot % cache.page_size * cache.k_strides[1];
       T* v = static_cast<T*>(cache.v) + page * cache.v_strides[0] +
              slot % cache.page_size * cache.v_strides[1];
-      angles(float(slot), p.inv_freq, half, c, s);
+      angles(float(slot), p.inv_freq, largest, half, c, s);
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         rotate(at(p.k, row) + h * p.k.head_stride, k + h * cache.k_strides[2], c, s, half);
         std::memcpy(v + h * cache.v_strides[2], at(p.v, row) + h * p.v.head_stride,
                     p.head_dim * sizeof(T));
       }
     }
-    if (append != position) angles(float(base + position), p.inv_freq, half, c, s);
+    if (append != position) angles(float(base + position), p.inv_freq, largest, half, c, s);
     for (int64_t h = 0; h < p.heads; ++h)
       rotate(at(p.q, row) + h * p.q.head_stride, at(p.q_out, row) + h * p.q_out.head_stride, c,
              s, half);

@@ -1,9 +1,8 @@
 """rope_append: positions, what is written where, and what is left alone."""
 
-import dataclasses
-
 import pytest
 import torch
+from helpers.far import FAR_OUT, check_angles, far_inputs
 from helpers.serving import serving
 from helpers.strategies import calls
 from hypothesis import given, settings
@@ -84,23 +83,23 @@ def test_positions_by_hand(layout, backend):
     assert torch.equal(q, k)
 
 
-@pytest.mark.parametrize("position", [0, 1, 20_250, 300_000, 2**20 - 1])
-def test_angles_far_out(position):
-    """Against cosines of the exactly rounded float32 angle."""
-    inputs = make_inputs((0,), rows=1, heads=1, kv_heads=1, head_dim=128)
-    inputs = dataclasses.replace(
-        inputs,
-        k_cache=torch.zeros(1, 2**20, 1, 128),
-        v_cache=torch.zeros(1, 2**20, 1, 128),
-        block_table=torch.zeros(1, 1, dtype=torch.int32),
-        cache_seqlens=torch.tensor([position], dtype=torch.int32),
-    )
-    inputs.q[:] = 0
-    inputs.q[..., :64] = 1
-    q, _ = append(inputs)
-    angle = (torch.tensor(float(position)) * inverse_frequencies(128)).double()
-    expected = torch.cat([angle.cos(), angle.sin()])
-    assert (q.flatten().double() - expected).abs().max() < 2e-7
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("position", FAR_OUT)
+def test_angles_far_out(position, backend):
+    check_angles(position, backend)
+
+
+def test_gradients_far_out():
+    """They rotate the other way."""
+    grads = []
+    for backend in ("cpu", "reference"):
+        inputs = far_inputs(FAR_OUT[-1])
+        leaves = [x.requires_grad_() for x in (inputs.q, inputs.k)]
+        q, k = rope_append(*inputs.args(), inverse_frequencies(128), backend=backend)
+        weights = torch.linspace(-1, 1, 128)
+        grads.append(torch.autograd.grad(((q + k + inputs.k_cache[1, -1]) * weights).sum(), leaves))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
 def test_rotating_once_equals_rotating_everything():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.far import FAR_OUT, check_angles
 from helpers.strategies import calls
 from hypothesis import HealthCheck, given, settings
 
@@ -62,23 +63,16 @@ def test_random_calls(inputs):
 
 
 @core
-@pytest.mark.parametrize("position", [0, 1, 20_250, 300_000, 2**20 - 1])
+@pytest.mark.parametrize("position", FAR_OUT[:-1])
 def test_angles_far_out(position):
-    """Against cosines of the exactly rounded float32 angle."""
-    inputs = make_inputs((0,), rows=1, heads=1, kv_heads=1, head_dim=128)
-    inputs = dataclasses.replace(
-        inputs,
-        k_cache=torch.zeros(1, 2**20, 1, 128),
-        v_cache=torch.zeros(1, 2**20, 1, 128),
-        block_table=torch.zeros(1, 1, dtype=torch.int32),
-        cache_seqlens=torch.tensor([position], dtype=torch.int32),
-    )
-    inputs.q[:] = 0
-    inputs.q[..., :64] = 1
-    q, _ = append(inputs)
-    angle = (torch.tensor(float(position)) * inverse_frequencies(128)).double()
-    expected = torch.cat([angle.cos(), angle.sin()])
-    assert (q.flatten().double() - expected).abs().max() < 2e-7
+    check_angles(position, "triton")
+
+
+def test_what_32_bits_do_not_count_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^block_table: got 524288 pages of 4096 tokens, expected at most "
+    ):
+        check_angles(FAR_OUT[-1], "triton")
 
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(12, 3)])
