@@ -321,8 +321,10 @@ class VstCache:
             torch.cuda.current_stream(self.device).wait_event(host._event)
         else:
             host.wait()
-        tensors = host.data.transpose(0, 1).flatten(0, 1)
-        return self._filled(length, ((i, 0, rows) for i, rows in enumerate(tensors)))
+        # Views: a copy would read on the host what the device may not have written yet, and its
+        # memory would not be page-locked.
+        pieces = ((i, 0, host.data[i % 2, i // 2]) for i in range(2 * layers))
+        return self._filled(length, pieces)
 
     # -- private ---------------------------------------------------------------------
 
