@@ -22,7 +22,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from . import _triton, checks, gradients, linear, reference  # noqa: F401  gradients: by import
+from . import checks, gradients, linear, reference  # noqa: F401  gradients: by import
 from ._backends import backends, chosen
 from .layout import ChunkLayout, layout_to_ints
 
@@ -259,9 +259,8 @@ def vst_linear(
             layout.
         bias, vst_bias: `(out_features,)` or None.
         layout: what the rows are; None sends all through `weight`.
-        backend: by default the platform's own dense products, for any device and dtype, or on
-            a GPU in inference the one launch of "triton" where it is modelled to be faster.
-            With a gradient wanted, "triton" takes the two products on a GPU.
+        backend: by default the platform's own dense products, for any device and dtype. "triton"
+            is one launch for both weight sets, and the two products where a gradient is wanted.
 
     Returns:
         `(batch, rows, out_features)`; differentiable.
@@ -282,21 +281,8 @@ def vst_linear(
     # A kernel has no gradient to offer that the two products do not have.
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         return linear.vst_linear(*args, layout)
-    if not name and dtype is None and _one_launch_is_better(x, weight, layout):
-        name = "triton"
     if name in ("", "cpu"):  # as PyTorch's own operations, which compilers and DTensor see through
         return linear.vst_linear(*args, layout)
     checks.transforms("vst_linear", *args)
     cast = args if dtype is None else _cast(dtype, *args)
     return torch.ops.vxl.vst_linear(*cast, layout_to_ints(layout), name)
-
-
-def _one_launch_is_better(
-    x: torch.Tensor, weight: torch.Tensor, layout: ChunkLayout | None
-) -> bool:
-    """On a GPU, in inference, where all tiles of both products fit the GPU at once. Two products
-    are two rounds then, each as long as one tile takes; with more tiles than that, the library's
-    faster product wins. Modelled, not measured: `_triton.one_wave`. A compiler has its own ways."""
-    if x.device.type != "cuda" or layout is None or torch.compiler.is_compiling():
-        return False
-    return _triton.one_wave(x, weight, layout_to_ints(layout)) and not _triton.reasons(x)

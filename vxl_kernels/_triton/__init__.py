@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["architecture", "interpreted", "kernel", "one_wave", "reasons"]
+__all__ = ["architecture", "interpreted", "kernel", "reasons"]
 
 _OLDEST = (3, 6)
 _MAX_BATCH = 65535  # of a grid's second axis
@@ -102,29 +102,6 @@ def reasons(x: torch.Tensor | None) -> list[str]:
     if x.dim() and x.shape[0] > _MAX_BATCH:
         found.append(f"batch {x.shape[0]} is larger than {_MAX_BATCH}")
     return found
-
-
-def one_wave(x: torch.Tensor, weight: torch.Tensor, layout: list[int]) -> bool:
-    """Whether `vst_linear` in one launch has no more tiles than the GPU has multiprocessors.
-
-    Model, in tiles' times on an H100 (132 SMs), 1620 rows, hidden 3584, tiles of 128 x 256: the
-    key or value projection (512 columns) is 24 raw and 4 VST tiles. Two products take 2, one
-    launch 1 / 0.85 at a Triton product's usual share of the library's speed. The query
-    projection (3584 columns) is 168 + 28 tiles: 2 + 1 rounds against 2 / 0.85, which the
-    library's finer tiles make up for.
-    """
-    from . import configs
-
-    window, ratio, chunks, _ = layout
-    config = configs.linear_config(architecture(x.device), x.element_size())
-    rows = (x.shape[0] * chunks * window, x.shape[0] * chunks * (window // ratio))
-    tiles = sum(-(-n // config.block_m) for n in rows) * -(-weight.shape[0] // config.block_n)
-    return tiles <= _multiprocessors(x.device)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
