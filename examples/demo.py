@@ -115,7 +115,7 @@ def ask_needles(device: str, frames: int = 4 * TRAINED_FRAMES, seed: int = 0) ->
         "frames": frames,
         "trained_frames": TRAINED_FRAMES,
         "visual_tokens": memory.visual_tokens[0],
-        "kept_tokens": memory.kept_tokens[0],
+        "cached_tokens": memory.cached_tokens[0],
         "at_frame": [n.frame for n in needles],
         "questions": questions,
         "answers": [memory.ask(words, max_new_tokens=4) for words in questions],
@@ -216,7 +216,7 @@ def run_demo(
         "dtype": str(dtype).removeprefix("torch."),
         "frames": reader.num_frames,
         "visual_tokens": memory.visual_tokens[0],
-        "kept_tokens": memory.kept_tokens[0],
+        "cached_tokens": memory.cached_tokens[0],
         "memory_bytes": memory.bytes,
         "question": QUESTION,
         "answer": model.processor.decode(ids),
@@ -237,11 +237,11 @@ def print_demo(result: dict[str, Any], out: Any = None) -> None:
         print(text, file=out)
 
     seconds = dict(result["seconds"])
-    raw, kept = result["visual_tokens"], result["kept_tokens"]
+    raw, cached = result["visual_tokens"], result["cached_tokens"]
     say(f"clip       {result['clip']}, decoded by {result['backend']}")
     say("model      random weights: the structure of Video-XL in small")
     say(
-        f"video      {result['frames']} frames, {raw} visual tokens; {kept} kept with the prompt "
+        f"video      {result['frames']} frames, {raw} visual tokens, {cached} cached tokens "
         f"({result['memory_bytes'] / 2**20:.1f} MiB)"
     )
     say(f"question   {result['question']}")
@@ -266,7 +266,10 @@ def print_demo(result: dict[str, Any], out: Any = None) -> None:
         f"video      {needles['frames']} frames of synthetic features, eight of them show a "
         "coloured animal;"
     )
-    say(f"           {needles['visual_tokens']} visual tokens, {needles['kept_tokens']} kept")
+    say(
+        f"           {needles['visual_tokens']} visual tokens, "
+        f"{needles['cached_tokens']} cached tokens"
+    )
     for place, asked, said, truth in zip(
         needles["at_frame"],
         needles["questions"],

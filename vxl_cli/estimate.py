@@ -48,16 +48,16 @@ class VideoEstimate:
 
     Attributes:
         frames, ratio, dtype: as given.
-        visual_tokens: raw ones; kept_tokens: prompt and VSTs.
-        parameters: of the model; weight_bytes: of them.
-        cache_bytes: the pool that `watch` makes: K and V of the kept tokens and room for questions.
-        raw_cache_bytes: the same if every token were kept.
+        visual_tokens: raw tokens. cached_tokens: prefix and VSTs.
+        parameters: number of parameters of the model. weight_bytes: their bytes.
+        cache_bytes: the pool that `watch` makes, with the cached tokens and room for questions.
+        raw_cache_bytes: the same without compression.
         step_bytes: activations of the largest step, an estimate: vision tower or decoder.
         vision_flops: tower, projector and pooling, all frames.
         dense_flops: projections and MLP of the language model over the video.
         attention_flops: its attention over the video.
-        raw_attention_flops: the same if every token were kept, as Qwen2 does it.
-        raw_dense_flops: dense_flops if every token were kept (no VST rows).
+        raw_attention_flops: the same without compression, as in Qwen2.
+        raw_dense_flops: dense_flops without compression (no VST rows).
         question_flops: reading a question and writing the answer.
     """
 
@@ -65,7 +65,7 @@ class VideoEstimate:
     ratio: int
     dtype: str
     visual_tokens: int
-    kept_tokens: int
+    cached_tokens: int
     parameters: int
     weight_bytes: int
     cache_bytes: int
@@ -97,7 +97,7 @@ def estimate_video(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-    prompt: int = 14,
+    prefix: int = 14,
     question: int = 64,
     answer: int = 256,
     page_size: int = 64,
@@ -108,7 +108,7 @@ def estimate_video(
         config: of the model; no weight is read.
         ratio: raw tokens per VST.
         device: its memory decides how many windows a step takes.
-        prompt, question, answer: tokens of text.
+        prefix, question, answer: tokens of text.
 
     Raises:
         ValueError: no frames, a ratio larger than the window, or a model without a tower.
@@ -125,8 +125,8 @@ def estimate_video(
     cache = VstCache.memory_for(
         frames,
         ratio,
-        prompt=prompt,
-        tail=max(question + answer, SLACK_TOKENS),
+        prefix=prefix,
+        suffix=max(question + answer, SLACK_TOKENS),
         window=config.beacon_window,
         tokens_per_frame=per_frame,
         num_layers=config.num_hidden_layers,
@@ -138,15 +138,15 @@ def estimate_video(
     tokens = cache.visual_tokens
     parameters = count_parameters(config)
     decoder = _Decoder(config)
-    dense, attention = decoder.video(tokens, ratio, prompt)
-    raw_dense, raw_attention = decoder.raw(tokens, prompt)
+    dense, attention = decoder.video(tokens, ratio, prefix)
+    raw_dense, raw_attention = decoder.raw(tokens, prefix)
     chunks = default_chunks(config, torch.device(device), dtype)
     return VideoEstimate(
         frames=frames,
         ratio=ratio,
         dtype=str(dtype).removeprefix("torch."),
         visual_tokens=tokens,
-        kept_tokens=cache.video_tokens,
+        cached_tokens=cache.video_tokens,
         parameters=parameters,
         weight_bytes=parameters * dtype.itemsize,
         cache_bytes=cache.bytes,
@@ -186,31 +186,31 @@ class _Decoder:
         self.row = 2 * attention + self.kv_row + 6 * hidden * config.intermediate_size
         self.layers = config.num_hidden_layers
 
-    def video(self, tokens: int, ratio: int, prompt: int) -> tuple[int, int]:
-        """Dense and attention FLOPs of prompt and windows. Of the last layer only the kept
-        rows' K and V are computed."""
-        window, kept = self.config.beacon_window, prompt
-        rows, attention = prompt, self._causal(prompt)
+    def video(self, tokens: int, ratio: int, prefix: int) -> tuple[int, int]:
+        """Dense and attention FLOPs of prefix and windows. The last layer computes only K and V
+        of the cached rows."""
+        window, cached = self.config.beacon_window, prefix
+        rows, attention = prefix, self._causal(prefix)
         for start in range(0, tokens, window):
             raw = min(window, tokens - start)
             if ratio > raw:  # yields no VST, so it is not computed
                 continue
             layout = ChunkLayout(raw, ratio)
-            attention += layout.flops(self.heads, self.head_dim, kept)
-            kept += layout.vsts_per_chunk
+            attention += layout.flops(self.heads, self.head_dim, cached)
+            cached += layout.vsts_per_chunk
             rows += raw + layout.vsts_per_chunk
-        dense = (self.layers - 1) * rows * self.row + kept * self.kv_row
+        dense = (self.layers - 1) * rows * self.row + cached * self.kv_row
         return dense, (self.layers - 1) * attention
 
-    def raw(self, tokens: int, prompt: int) -> tuple[int, int]:
-        """The same for a Qwen2 that keeps every token; its last layer is cut short too."""
-        rows = tokens + prompt
+    def raw(self, tokens: int, prefix: int) -> tuple[int, int]:
+        """The same without compression, as in Qwen2. The last layer computes only K and V too."""
+        rows = tokens + prefix
         dense = (self.layers - 1) * rows * self.row + rows * self.kv_row
         return dense, (self.layers - 1) * self._causal(rows)
 
-    def text(self, question: int, answer: int, kept: int) -> int:
+    def text(self, question: int, answer: int, cached: int) -> int:
         rows = question + answer
-        pairs = rows * kept + rows * (rows + 1) // 2
+        pairs = rows * cached + rows * (rows + 1) // 2
         attention = 4 * self.heads * self.head_dim * pairs
         logits = 2 * self.config.hidden_size * self.config.vocab_size * max(answer, 1)
         return self.layers * (rows * self.row + attention) + logits

@@ -75,20 +75,20 @@ def _print_one(estimate: VideoEstimate, about: dict[str, Any]) -> None:
     language = estimate.dense_flops + estimate.attention_flops
     fits = "fits" if estimate.total_bytes < free else "does not fit"
     print(
-        f"video     {estimate.frames} frames, {estimate.visual_tokens} visual tokens, one in "
-        f"{estimate.ratio} kept: {estimate.kept_tokens} with the prompt"
+        f"video     {estimate.frames} frames, {estimate.visual_tokens} visual tokens, "
+        f"{estimate.cached_tokens} cached tokens at ratio {estimate.ratio}"
     )
     if note := _beyond(estimate, about):
         print(f"          {note}")
     print("memory")
     print(f"  weights                {estimate.weight_bytes / GIB:9.2f} GiB")
     print(
-        f"  kept K and V           {estimate.cache_bytes / GIB:9.2f} GiB   "
-        f"(every token kept: {estimate.raw_cache_bytes / GIB:.2f} GiB)"
+        f"  KV cache               {estimate.cache_bytes / GIB:9.2f} GiB   "
+        f"(without compression: {estimate.raw_cache_bytes / GIB:.2f} GiB)"
     )
     print(f"  activations, about     {estimate.step_bytes / GIB:9.2f} GiB")
     print(
-        f"  together               {estimate.total_bytes / GIB:9.2f} GiB   "
+        f"  total                  {estimate.total_bytes / GIB:9.2f} GiB   "
         f"{fits}: {free / GIB:.1f} GiB are free"
     )
     print("arithmetic")
@@ -99,7 +99,7 @@ def _print_one(estimate: VideoEstimate, about: dict[str, Any]) -> None:
     print(
         f"  language model         {language / 1e12:9.1f} TFLOP{_seconds(language, about)}, "
         f"{100 * estimate.attention_flops / language:.0f} % of it attention "
-        f"(every token kept: {raw / 1e12:.1f})"
+        f"(without compression: {raw / 1e12:.1f})"
     )
     print(
         f"  a question             {estimate.question_flops / 1e12:9.1f} TFLOP, "
@@ -115,11 +115,11 @@ def _print_table(estimates: list[VideoEstimate], about: dict[str, Any]) -> None:
         f"video     {estimates[0].frames} frames, {estimates[0].visual_tokens} visual tokens; "
         f"{free / GIB:.1f} GiB are free"
     )
-    print("ratio     kept   K and V   together   fits      TFLOP  attention")
+    print("ratio   cached  KV cache      total   fits      TFLOP  attention")
     for one in estimates:
         language = one.dense_flops + one.attention_flops
         print(
-            f"{one.ratio:5} {one.kept_tokens:8} {one.cache_bytes / GIB:7.2f} G "
+            f"{one.ratio:5} {one.cached_tokens:8} {one.cache_bytes / GIB:7.2f} G "
             f"{one.total_bytes / GIB:8.2f} G   {'yes' if one.total_bytes < free else 'no':4} "
             f"{(language + one.vision_flops) / 1e12:10.1f} "
             f"{100 * one.attention_flops / language:8.0f} %"
@@ -132,7 +132,7 @@ def _print_table(estimates: list[VideoEstimate], about: dict[str, Any]) -> None:
 
 def _beyond(estimate: VideoEstimate, about: dict[str, Any]) -> str:
     """A note where positions go beyond those of the training; else empty."""
-    positions, trained = estimate.kept_tokens + QUESTION + ANSWER, about["trained_positions"]
+    positions, trained = estimate.cached_tokens + QUESTION + ANSWER, about["trained_positions"]
     if positions <= trained:
         return ""
     return f"warning: {positions:,} positions, more than the {trained:,} the model was trained for"

@@ -59,13 +59,13 @@ class Session:
             "dtype": str(dtype).removeprefix("torch."),
             "frames": self.memory.visual_tokens[0] // self.model.tokens_per_frame,
             "visual_tokens": self.memory.visual_tokens[0],
-            "kept_tokens": self.memory.kept_tokens[0],
+            "cached_tokens": self.memory.cached_tokens[0],
             "memory_bytes": self.memory.bytes,
             "load_seconds": round(loaded - begin, 3),
             "watch_seconds": round(time.perf_counter() - loaded, 3),
         }
         self._trained = self.model.config.max_position_embeddings
-        self._warn_beyond(self.memory.kept_tokens[0], "the video")
+        self._warn_beyond(self.memory.cached_tokens[0], "the video")
         if getattr(options, "save", None):
             self.save("--save", options.save)
 
@@ -89,7 +89,7 @@ class Session:
         else:
             print(
                 f"{target}: {about['frames']} frames, {about['visual_tokens']} visual tokens, "
-                f"{about['kept_tokens']} kept, {about['file_bytes'] / 2**20:.1f} MiB"
+                f"{about['cached_tokens']} cached tokens, {about['file_bytes'] / 2**20:.1f} MiB"
             )
 
     def _open(self) -> dict[str, Any]:
@@ -156,8 +156,8 @@ class Session:
 
         options = self.options
         suffix = self._suffix(question)
-        positions = self.memory.kept_tokens[0] + len(suffix) + options.max_new_tokens
-        if self.memory.kept_tokens[0] <= self._trained:  # else it has been said
+        positions = self.memory.cached_tokens[0] + len(suffix) + options.max_new_tokens
+        if self.memory.cached_tokens[0] <= self._trained:  # else it has been said
             self._warn_beyond(positions, "the video with this question and the longest answer")
         streamer = None
         if not options.json:

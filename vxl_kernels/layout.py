@@ -1,9 +1,9 @@
-"""Which row of a call is what, and who sees whom.
+"""What each row of a call holds, and which keys it sees.
 
-A window of `window` raw visual tokens becomes one chunk: after every `ratio` raw tokens
-stands one summary token `<vs>` (VST); raw tokens behind the last VST stay without one.
-This is the one description of that layout. Masks, row orders, positions and FLOP counts
-are all read from here; `csrc/include/vxl/params.h` holds its twin for the kernels.
+A window of `window` raw visual tokens becomes one chunk: one summary token (VST) follows every
+`ratio` raw tokens. Raw tokens after the last VST have none. This module is the only description
+of that layout: masks, row orders, positions and FLOP counts are read from here.
+`csrc/include/vxl/params.h` is its counterpart for the kernels.
 
 Example, window 5, ratio 2 (two VSTs, one raw token left over), one chunk::
 
@@ -32,15 +32,15 @@ Order = Literal["split", "interleaved"]
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Rows of `chunks` equal chunks held in one call.
+    """The rows of a call of `chunks` equal chunks.
 
     Args:
         window: raw tokens of a chunk (1440 in the released model).
         ratio: raw tokens per VST, "alpha" in the paper (2 to 16); at most `window`.
-        chunks: chunks in one call.
-        order: "split" holds `[raw rows of all chunks | VST rows of all chunks]`, so that
-            each weight set multiplies one dense block; "interleaved" holds the tokens as
-            the published code does.
+        chunks: chunks of the call.
+        order: "split" is `[raw rows of all chunks | VST rows of all chunks]`, so that each
+            weight set multiplies one dense block. "interleaved" is the order of the sequence,
+            as in the upstream code.
 
     Raises:
         ValueError: an argument is not a positive integer, `ratio > window`, or `order` is
@@ -89,8 +89,8 @@ class ChunkLayout:
     def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Position of each row in its chunk, counted over raw and VST: int64 `(rows,)`.
 
-        The position that RoPE rotates row r of chunk c to, in a sequence that has kept M
-        tokens before the call, is `M + c * vsts_per_chunk + positions()[r]`.
+        RoPE's position of row r of chunk c, in a sequence with M cached tokens before the
+        call, is `M + c * vsts_per_chunk + positions()[r]`.
         """
         return self._row_table(device)[1]
 
@@ -99,7 +99,7 @@ class ChunkLayout:
         return self._vst_at(self.positions(device))
 
     def vst_rows(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Rows of the VSTs in the order in which they are kept: int64
+        """Rows of the VSTs in the order in which they are cached: int64
         `(chunks * vsts_per_chunk,)`."""
         return self._rows_in_sequence(device, vst=True)
 
@@ -109,11 +109,11 @@ class ChunkLayout:
 
     def interleaved_to_split(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Index that takes interleaved rows to split order, `x_split = x[:, index]`:
-        int64 `(rows,)`. Its `argsort()` is the way back."""
+        int64 `(rows,)`. Its `argsort()` is the inverse."""
         twin = ChunkLayout(self.window, self.ratio, self.chunks, "interleaved")
         return torch.cat([twin.raw_rows(device), twin.vst_rows(device)])
 
-    # -- who sees whom -----------------------------------------------------------------
+    # -- the mask -----------------------------------------------------------------
 
     def materialize(
         self, cache_len: int = 0, device: torch.device | str | None = None
@@ -121,11 +121,11 @@ class ChunkLayout:
         """The dense mask: True where the row may attend.
 
         Columns are `[cache | rows]`: first the `cache_len + (chunks - 1) * vsts_per_chunk`
-        cache entries that some row sees (the tokens kept before the call, then the VSTs
-        that earlier chunks of this call append), then the rows of the call themselves.
+        cache entries that some row sees (the tokens cached before the call, then the VSTs
+        that earlier chunks of the call append), then the rows of the call.
 
         Args:
-            cache_len: tokens kept before the call.
+            cache_len: tokens cached before the call.
 
         Returns:
             bool `(rows, cache_len + (chunks - 1) * vsts_per_chunk + rows)`.
@@ -140,7 +140,7 @@ class ChunkLayout:
         return torch.cat([cached, own], dim=1)
 
     def draw(self, cache_len: int = 0) -> str:
-        """`materialize` as text, a line a row: `#` seen, `.` not, `|` before the rows.
+        """`materialize` as text, one line per row: `#` seen, `.` not seen, `|` before the rows.
 
         >>> print(ChunkLayout(window=4, ratio=2).draw(cache_len=1))
         x0   #|#.....
@@ -170,7 +170,7 @@ class ChunkLayout:
         return per_chunk * before + self.chunks * per_chunk * (per_chunk + 1) // 2
 
     def flops(self, heads: int, head_dim: int, cache_len: int = 0) -> int:
-        """FLOPs of the attention of one sequence: 2 products of 2 FLOPs a pair, head and
+        """FLOPs of the attention of one sequence: two products of 2 FLOPs per pair, head and
         dimension. The softmax is not counted, as usual."""
         return 4 * heads * head_dim * self.pairs(cache_len)
 
@@ -194,7 +194,7 @@ class ChunkLayout:
         return chunk, position
 
     def _rows_in_sequence(self, device: torch.device | str | None, vst: bool) -> torch.Tensor:
-        # No search by value: under torch.compile its length would depend on data.
+        # No search by value: its length would depend on data, which torch.compile cannot trace.
         each = self.vsts_per_chunk if vst else self.window
         index = torch.arange(self.chunks * each, device=device)
         if self.order == "split":
@@ -204,7 +204,7 @@ class ChunkLayout:
         return chunk * self.rows_per_chunk + position
 
 
-# -- as the operators' schemas have it: [window, ratio, chunks, split], and [] for None ----------
+# -- as in the operators' schemas: [window, ratio, chunks, split], and [] for None ----------
 
 
 def layout_to_ints(layout: ChunkLayout | None) -> list[int]:
@@ -221,7 +221,7 @@ def layout_from_ints(ints: list[int]) -> ChunkLayout | None:
 
 
 def takes_ints(fn: Callable) -> Callable:
-    """fn, one of whose arguments is a ChunkLayout, taking that as the operators do."""
+    """`fn`, which takes a ChunkLayout, as a function that takes the operators' integers instead."""
 
     def call(*args):
         return fn(*(layout_from_ints(x) if isinstance(x, list) else x for x in args))

@@ -306,7 +306,7 @@ class VideoXLForConditionalGeneration(
         given = sources or [VisualSource()] * len(rows)
         tokens = SLACK_TOKENS // 4
         for row, source in zip(rows, given, strict=True):
-            tokens += encoder.kept_tokens(plan, visual.count(source))
+            tokens += encoder.cached_tokens(plan, visual.count(source))
             tokens += len(row.prefix) + len(row.suffix)
             tokens += 2 * self.settings.page_size  # a page that is not full, and its copy
         cache = encoder.cache(tokens)
@@ -369,7 +369,7 @@ class VideoXLForConditionalGeneration(
         )
         if tokens is None:
             tokens = (source.total or 0) * source.unit
-        room = encoder.kept_tokens(plan, tokens) + len(prefix) + SLACK_TOKENS
+        room = encoder.cached_tokens(plan, tokens) + len(prefix) + SLACK_TOKENS
         state = VideoState(encoder.cache(room).new(), plan)
         encoder.append_prefix(state, prefix)
         for features in source.pieces:

@@ -320,24 +320,24 @@ def test_32_questions_over_one_video_share_it_and_give_the_bits_of_32_runs():
         assert torch.equal(step(alone, alone.batch(watch(alone)), None, seed=100 + i), expected)
 
 
-def test_64_questions_take_one_video_and_64_tails():
+def test_64_questions_take_one_video_and_64_suffixes():
     cache = small_cache(num_pages=256, page_size=4)
     video = watch(cache)
     used = cache.num_pages - cache.free_pages
     for i in range(64):
         step(cache, cache.batch(cache.fork(video)), None, seed=i)
-    tails = 64 * -(-5 // 4)  # pages of a tail of 5 rows, alone
-    assert cache.num_pages - cache.free_pages <= used + tails + 64
+    suffixes = 64 * -(-5 // 4)  # pages of a suffix of 5 rows, alone
+    assert cache.num_pages - cache.free_pages <= used + suffixes + 64
 
 
-@pytest.mark.parametrize("prompt", [0, 3, 4])
-@pytest.mark.parametrize(("frames", "tail", "questions"), [(0, 5, 1), (7, 9, 3), (20, 4, 2)])
-def test_memory_for_is_what_a_run_takes(prompt, frames, tail, questions):
+@pytest.mark.parametrize("prefix", [0, 3, 4])
+@pytest.mark.parametrize(("frames", "suffix", "questions"), [(0, 5, 1), (7, 9, 3), (20, 4, 2)])
+def test_memory_for_is_what_a_run_takes(prefix, frames, suffix, questions):
     plan = VstCache.memory_for(
         frames,
         4,
-        prompt=prompt,
-        tail=tail,
+        prefix=prefix,
+        suffix=suffix,
         questions=questions,
         window=24,
         tokens_per_frame=6,
@@ -351,14 +351,14 @@ def test_memory_for_is_what_a_run_takes(prompt, frames, tail, questions):
     assert cache.bytes == plan.bytes
     video = cache.new()
     whole, rest = divmod(frames * 6, 24)
-    for rows in [prompt, *[6] * whole, rest // 4]:
+    for rows in [prefix, *[6] * whole, rest // 4]:
         cache.reserve(video, rows)
         cache.commit(video, rows)
     assert cache.length(video) == plan.video_tokens
     for _ in range(questions):
         question = cache.fork(video)
-        cache.reserve(question, tail)
-        cache.commit(question, tail)
+        cache.reserve(question, suffix)
+        cache.commit(question, suffix)
     assert cache.stats()["tokens"] - questions * plan.video_tokens == plan.tokens
     assert cache.free_pages <= questions, "the plan asks for more than a page a question too much"
 

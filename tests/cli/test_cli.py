@@ -72,7 +72,7 @@ def test_ask_json_and_memory(run):
     assert (first["question"], second["question"]) == (QUESTION, "And then?")
     assert first["frames"] == 6
     assert first["visual_tokens"] == 6 * 144
-    assert first["kept_tokens"] > 6 * 144 // 4
+    assert first["cached_tokens"] > 6 * 144 // 4
     assert 0 < first["new_tokens"] <= 6
 
     code, out, err = run(

@@ -38,17 +38,17 @@ def test_plan_is_what_watch_takes():
 
     model = demo_model()
     frames, ratio = 24, 8
-    plan = estimate_video(model.config, frames, ratio, dtype=torch.float32, prompt=14)
+    plan = estimate_video(model.config, frames, ratio, dtype=torch.float32, prefix=14)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.parameters == count_parameters(model.config)
     pixels = torch.zeros(frames, 3, 336, 336)
-    prompt = torch.zeros(14, dtype=torch.long)
+    prefix = torch.zeros(14, dtype=torch.long)
     # The counter knows plain products; so CLIP's attention is made of such, and this package's
     # own is left out on both sides.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        memory = model.watch(pixel_values=pixels, input_ids=prompt, ratio=ratio)
+        memory = model.watch(pixel_values=pixels, input_ids=prefix, ratio=ratio)
     assert memory.visual_tokens == [plan.visual_tokens]
-    assert memory.kept_tokens == [plan.kept_tokens]
+    assert memory.cached_tokens == [plan.cached_tokens]
     pool = memory.batch.states[0].sequence.cache.pages
     assert abs(pool.bytes - plan.cache_bytes) <= 2 * pool.page_bytes
     counted = counter.get_total_flops()
@@ -59,7 +59,7 @@ def test_plan_command(run):
     code, out, err = run("plan", "--frames", 900, "--ratio", 8, "--dtype", "bfloat16")
     assert (code, err) == (0, "")
     assert "129600 visual tokens" in out
-    assert "kept K and V" in out
+    assert "KV cache" in out
     code, out, _ = run("plan", "--frames", 900, "--ratio", 8, "--model", "model", "--json")
     plan = json.loads(out)
     assert code == 0

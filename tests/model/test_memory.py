@@ -32,7 +32,7 @@ def watch(model, features, **options):
 
 
 def same_memory(a, b, exactly=True):
-    assert a.kept_tokens == b.kept_tokens
+    assert a.cached_tokens == b.cached_tokens
     assert a.vst_counts == b.vst_counts
     for layer in range(a.model.config.num_hidden_layers):
         for x, y in zip(a.keys_values(layer), b.keys_values(layer), strict=True):
@@ -83,7 +83,7 @@ def test_forward_goes_on_from_a_memory(model, features):
     first = model(TAIL[None, :2], memory=memory)
     second = model(TAIL[None, 2:], memory=first.memory)
     assert relative(second.logits[0, -1], whole.logits[0, -1]) < 1e-5
-    assert first.memory.kept_tokens == [memory.kept_tokens[0] + 2]  # is not changed by second
+    assert first.memory.cached_tokens == [memory.cached_tokens[0] + 2]  # is not changed by second
     assert second.memory.vst_counts[0][-2:] == [0, 0]
 
 
@@ -139,7 +139,7 @@ def test_a_pool_grows_and_keeps_what_is_shared(model, features, monkeypatch):
         grown = pool.pages
         assert grown.num_pages > small
         used = grown.num_pages - grown.free_pages
-        longest = stream.kept_tokens[0]
+        longest = stream.cached_tokens[0]
         # Every fork is a prefix: what they hold beyond the longest is a page or two each.
         assert used <= -(-longest // 4) + 3 * len(forks)
         del forks

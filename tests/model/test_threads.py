@@ -124,7 +124,7 @@ def test_an_append_is_seen_when_it_is_complete(model, features):
     memory = model.watch(input_ids=PREFIX, visual_features=features[:60])
 
     def look(*_):
-        seen.append((memory.visual_tokens, memory.vst_counts, memory.kept_tokens))
+        seen.append((memory.visual_tokens, memory.vst_counts, memory.cached_tokens))
 
     seen = []
     look()

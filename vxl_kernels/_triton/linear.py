@@ -1,6 +1,7 @@
-"""`x @ weight.T + bias` with two weight sets, raw rows by one and VST rows by the other, in one
-launch: tiles of both kinds share a grid, so the few VST tiles (1 in alpha + 1 rows) ride in the
-last wave of the many raw ones, and nothing is copied to join the results.
+"""`x @ weight.T + bias` in one launch, with one set of weights for raw rows and one for VST rows.
+
+Tiles of both kinds share a grid. So the few VST tiles (one row in ratio + 1) run in the last wave
+of the raw tiles, and the results need no copy to be joined.
 """
 
 import triton
@@ -30,7 +31,7 @@ def linear_kernel(
     tiles_m = raw_tiles + tl.cdiv(batch * chunks * vsts, BLOCK_M)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
 
-    # GROUP_M tiles of rows share their weights in the L2 cache before the next ones come.
+    # GROUP_M tiles of rows run together and share their weights in the L2 cache.
     pid = tl.program_id(0)
     first_m = pid // (GROUP_M * tiles_n) * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
@@ -38,7 +39,7 @@ def linear_kernel(
     i_m = first_m + within % group_m
     i_n = within // group_m
 
-    # The tile's rows: numbered within their kind over chunks and batch.
+    # Rows of the tile, numbered within their kind over chunks and batch.
     is_vst = i_m >= raw_tiles
     each = tl.where(is_vst, vsts, window)
     count = batch * chunks * each

@@ -1,8 +1,9 @@
-"""Rotates q and k and writes what is kept to its pages, in one pass.
+"""Rotates q and k, and appends the cached rows to their pages, in one pass.
 
-Row r of chunk c is rotated to `cache_seqlens + c * vsts_per_chunk + position(r)`. A VST's K goes to
-the cache rotated to its entry there, `cache_seqlens + c * vsts_per_chunk + j`, its final position;
-its V is copied. Plain rows (`layout=None`) are all kept, at the position they are rotated to.
+Row r of chunk c is rotated to `cache_seqlens + c * vsts_per_chunk + position(r)`. The K of VST j is
+rotated to `cache_seqlens + c * vsts_per_chunk + j`, its final position, and written to that entry
+of the cache. Its V is copied. Plain rows (`layout=None`) are all cached, at the position that they
+are rotated to.
 """
 
 import triton
@@ -19,9 +20,10 @@ _LENGTHS = ["rows", "window", "ratio", "chunks", "page_size", "max_pages"]
 def _cos_sin(position, inv_freq):
     """Cosine and sine of the float32 angle, to float32 rounding for any angle.
 
-    The angle is reduced in float64: exact enough for millions of radians, and one row has few
-    frequencies. Then Cephes' polynomials within a quarter turn, absolute error 6e-8; the GPU's own
-    approximations are good to 5e-7 and its accurate ones put tables into local memory.
+    The angle is reduced in float64, which is exact enough for millions of radians. A row has few
+    frequencies, so this costs little. Cephes' polynomials follow, within a quarter turn, with an
+    absolute error of 6e-8. The GPU's own approximations have one of 5e-7, and its accurate versions
+    put tables into local memory.
     """
     angle = (position.to(tl.float32) * inv_freq).to(tl.float64)
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)  # 2 / pi
@@ -57,13 +59,13 @@ def rope_append_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, KEEP_ALL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, batch): a row with all its heads, so its cosines are computed once.
+    """Grid: (rows, batch). A program takes a row with all its heads, so cosines are computed once.
     BLOCK_D covers half a head. The outputs may be the inputs: each row is read, then written."""
     i_row = tl.program_id(0)
     i_batch = tl.program_id(1).to(tl.int64)
     cached = tl.maximum(tl.load(cache_seqlens_ptr + i_batch), 0)
 
-    # Which token is this row? The way back from `chunk_row`.
+    # Which token is this row? This inverts `chunk_row`.
     vsts = window // ratio
     if KEEP_ALL:
         position = i_row
@@ -106,8 +108,8 @@ def rope_append_kernel(
         tl.store(ptrs, first.to(q_out_ptr.dtype.element_ty), mask=inside)
         tl.store(ptrs + HEAD_DIM // 2, second.to(q_out_ptr.dtype.element_ty), mask=inside)
 
-    # K and V. A slot behind the table's end is not written: its page would be a neighbour's. Nor is
-    # the table looked at then: it may have no entry at all.
+    # K and V. Slots past the table's end are skipped: they would land in another sequence's page,
+    # and the table may be empty.
     kept = is_kept & (slot >= 0) & (slot < max_pages * page_size)
     offs_h = tl.arange(0, BLOCK_KV).to(tl.int64)[:, None]
     inside = (offs_h < KV_HEADS) & in_dims

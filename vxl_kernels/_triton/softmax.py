@@ -27,7 +27,7 @@ class Softmax(NamedTuple):
     """State of the online softmax of M packed rows, float32."""
 
     row_ref: Any
-    """[M]: what scores are taken relative to, in powers of two. It lags behind the maximum."""
+    """[M]: the reference of the exponentials, to base 2. It may be below the row's maximum."""
     row_sum: Any
     """[M, ROW_SUM_SPLITS]: sums of p."""
     acc: Any

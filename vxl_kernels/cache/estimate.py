@@ -1,4 +1,4 @@
-"""How much memory a video takes in a cache, before anything is allocated."""
+"""Computes how much memory a video will take in a cache. Allocates nothing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["MemoryPlan", "plan_memory"]
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What `VstCache.memory_for` counted.
+    """Result of `VstCache.memory_for`.
 
     Attributes:
         visual_tokens: raw tokens of the video.
-        video_tokens: rows that every question shares: prompt and VSTs.
-        tokens: rows of all questions, shared ones counted once.
-        pages: pages of the pool (`num_pages`) that this takes.
-        bytes: of those pages, K and V in all layers.
-        raw_bytes: of a cache that keeps every token of the same questions, shared alike.
+        video_tokens: cached tokens that every question shares: prefix and VSTs.
+        tokens: cached tokens of all questions; shared ones count once.
+        pages: pages of the pool (`num_pages`) that they take.
+        bytes: bytes of these pages, K and V of all layers.
+        raw_bytes: bytes of a cache without compression, in which the questions share the same.
     """
 
     visual_tokens: int
@@ -37,8 +37,8 @@ def plan_memory(
     frames: int,
     ratio: int,
     *,
-    prompt: int = 64,
-    tail: int = 512,
+    prefix: int = 64,
+    suffix: int = 512,
     questions: int = 1,
     window: int = 1440,
     tokens_per_frame: int = 144,
@@ -51,21 +51,21 @@ def plan_memory(
     """Pages and bytes for one video and the questions to it. Defaults are Video-XL-7B's.
 
     Args:
-        frames: of the video.
+        frames: frames of the video.
         ratio: raw tokens per VST.
-        prompt: tokens before the video.
-        tail: tokens of a question and its answer, at most.
-        questions: asked over the same encoded video, all kept at once.
+        prefix: tokens before the video.
+        suffix: tokens of a question and its answer, at most.
+        questions: questions about the video that are in the cache at the same time.
 
     Raises:
-        ValueError: an argument is no integer of at least 1 (0 for frames, prompt and tail), or
+        ValueError: an argument is no integer of at least 1 (0 for frames, prefix and suffix), or
             `ratio > window`.
 
-    >>> plan = plan_memory(2048, 8, prompt=14, tail=256)
+    >>> plan = plan_memory(2048, 8, prefix=14, suffix=256)
     >>> plan.video_tokens, plan.pages, plan.bytes / 2**30, plan.raw_bytes / 2**30
     (36878, 292, 1.99..., 15.76...)
     """
-    counts = {"frames": frames, "prompt": prompt, "tail": tail}
+    counts = {"frames": frames, "prefix": prefix, "suffix": suffix}
     sizes = {
         "questions": questions,
         "tokens_per_frame": tokens_per_frame,
@@ -80,15 +80,15 @@ def plan_memory(
     each = ChunkLayout(window, ratio).vsts_per_chunk
     visual = frames * tokens_per_frame
     vsts = visual // window * each + visual % window // ratio
-    video = prompt + vsts
+    video = prefix + vsts
     # A question shares the full pages and has a copy of the partly filled one.
-    pages = -(-video // page_size) + questions * -(-(video % page_size + tail) // page_size)
+    pages = -(-video // page_size) + questions * -(-(video % page_size + suffix) // page_size)
     token_bytes = 2 * num_layers * kv_heads * head_dim * dtype.itemsize
     return MemoryPlan(
         visual_tokens=visual,
         video_tokens=video,
-        tokens=video + questions * tail,
+        tokens=video + questions * suffix,
         pages=pages,
         bytes=pages * page_size * token_bytes,
-        raw_bytes=(prompt + visual + questions * tail) * token_bytes,
+        raw_bytes=(prefix + visual + questions * suffix) * token_bytes,
     )

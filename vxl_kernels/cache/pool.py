@@ -7,19 +7,18 @@ A step of a model over a cache::
     for i, layer in enumerate(layers):
         q, k = rope_append(q, k, v, *batch.layer(i), layout, inv_freq)
         out = vst_attention(q, k, v, *batch.layer(i), layout)
-    batch.commit(rows)                       # now it counts
+    batch.commit(rows)                       # now they count
 
-Which sequence holds which page is decided by `PageManager` (C++; rules in
-`csrc/cache/page_manager.h`); this module owns the tensors and does the copies it asks for.
-Nothing here waits for a GPU, except `save`, `load`, `HostSequence.wait` and a `restore` to a CPU.
+`PageManager` (C++, rules in `csrc/cache/page_manager.h`) decides which sequence holds which page.
+This module owns the tensors and makes the copies that the manager asks for. Nothing here waits
+for a GPU, except `save`, `load`, `HostSequence.wait` and a `restore` to a CPU.
 
-Threads: every call of `VstCache` is safe beside every other, and reading a sequence's
-committed rows stays valid while other threads fork it, append to it or free their own
-sequences. What a caller must not do is free or truncate the very sequence that another thread
-still reads. On a GPU use one stream for a pool, or order the streams yourself. A `CacheBatch`
-belongs to one thread.
+Threads: calls of `VstCache` may run at the same time. A thread may read a sequence's committed
+rows while other threads fork it, append to it or free their own sequences. Callers must not free
+or truncate a sequence while another thread reads it. On a GPU, use one stream for a pool, or order
+the streams yourself. A `CacheBatch` belongs to one thread.
 
-Source: Video-XL section 3.2, where the published code concatenates Python lists of tensors.
+Source: Video-XL, section 3.2. The upstream code concatenates Python lists of tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from .estimate import plan_memory
 
 __all__ = ["CacheBatch", "HostSequence", "PoolExhausted", "VstCache"]
 
-# A MemoryError with `pages_needed` and `pages_free`; the manager's own where it is there.
+# A MemoryError with `pages_needed` and `pages_free`, raised by the extension.
 PoolExhausted: type[MemoryError] = getattr(_ext.extension, "PoolExhausted", MemoryError)
 
 Seqs = int | Iterable[int] | np.ndarray
@@ -57,13 +56,14 @@ def _ids(seqs: Seqs) -> list[int] | np.ndarray:
 class VstCache:
     """Pages of K and V for every layer on one device, shared by any number of sequences.
 
-    A sequence is what one video, or one question to it, has kept: prompt, VSTs, tail. Forking
-    copies nothing; a partly filled last page is copied when one of its holders appends.
+    A sequence is what one video, or one question to it, has cached: prefix, VSTs, suffix. Forking
+    copies nothing. A partly filled last page is copied when one of its holders appends.
 
     Args:
         num_layers, kv_heads, head_dim: geometry of the model.
-        num_pages: pages of the pool, in every layer; `VstCache.memory_for` counts them.
-        page_size: rows of a page, a power of two. The GPU kernels like 128 best.
+        num_pages: pages of the pool, in every layer. `VstCache.memory_for` computes how many are
+            needed.
+        page_size: rows of a page, a power of two. 128 is the fastest on GPUs.
         dtype: float32, bfloat16 or float16.
         device: where the pages live.
 
@@ -73,8 +73,8 @@ class VstCache:
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: the compiled extension, which holds the page manager, is not there.
-        torch.OutOfMemoryError (GPU), RuntimeError (CPU): no memory for the pages.
+        RuntimeError: the compiled extension, which holds the page manager, is missing.
+        torch.OutOfMemoryError (GPU), RuntimeError (CPU): too little memory for the pages.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class VstCache:
                 torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
             )
         self.dtype, self.device = dtype, self.k_cache.device
-        # From a reserve() to the end of its page copies nobody may look at a block table: it
-        # already names pages that are not filled yet.
+        # From a reserve() to the end of its page copies, nobody may read a block table: it already
+        # names pages that are not filled yet.
         self._lock = threading.Lock()
-        self._copies: list[np.ndarray] = []  # asked for, not made yet
-        self._releases = 0  # how often pages of a sequence went back
+        self._copies: list[np.ndarray] = []  # requested, not made yet
+        self._releases = 0  # how often a sequence released pages
 
     # -- sizes ---------------------------------------------------------------------
 
@@ -139,8 +139,8 @@ class VstCache:
         return self.bytes // self.num_pages
 
     def stats(self) -> dict[str, int]:
-        """Counts now: free, used, shared and most ever used pages, sequences, tokens (a shared
-        row counts for each holder) and page copies so far."""
+        """Current counts: free, used and shared pages, the most pages ever used, sequences, tokens
+        (a shared row counts for each holder) and page copies so far."""
         return self._manager.stats()
 
     memory_for = staticmethod(plan_memory)
@@ -164,14 +164,14 @@ class VstCache:
         """A sequence with the committed rows of `seq`, whose pages it shares.
 
         Raises:
-            KeyError: there is no such sequence. So for every other method that takes one.
+            KeyError: there is no such sequence. Every method that takes a sequence raises it.
         """
         with self._lock:
             self._make_copies()
             return self._manager.fork(seq)
 
     def truncate(self, seq: int, length: int) -> None:
-        """Keeps the first `length` rows; pages behind them go back unless others hold them.
+        """Keeps the first `length` rows. Later pages are released unless others hold them.
 
         Raises:
             ValueError: the sequence is shorter than that.
@@ -180,7 +180,7 @@ class VstCache:
         self._releases += 1
 
     def free(self, seq: int) -> None:
-        """Ends a sequence; its pages go back unless others hold them."""
+        """Ends a sequence. Its pages are released unless others hold them."""
         self._manager.free(seq)
         self._releases += 1
 
@@ -189,7 +189,7 @@ class VstCache:
         return self._manager.length(seq)
 
     def reserve(self, seqs: Seqs, rows: int) -> None:
-        """Makes room for `rows` rows behind the committed ones, of one sequence or several.
+        """Makes room for `rows` rows after the committed ones, of one sequence or several.
 
         All sequences get it or none. Calling again with no more rows does nothing.
 
@@ -216,7 +216,7 @@ class VstCache:
         """Sequences that step together.
 
         Args:
-            max_tokens: fixes the width of the block table for sequences of up to so many rows,
+            max_tokens: fixes the width of the block table for sequences of up to this many rows,
                 and with it all addresses, for capture in a CUDA graph. By default it grows.
         """
         return CacheBatch(self, list(_ids(seqs)), max_tokens)
@@ -268,14 +268,13 @@ class VstCache:
             file_format.write(path, header, piece, dict(metadata or {}), dict(tensors or {}))
 
     def load(self, path: str | os.PathLike[str]) -> int:
-        """A new sequence with the rows of a file that `save` wrote, whatever page size and
-        device wrote it.
+        """A new sequence with the rows of a file that `save` wrote, on any device and with any
+        page size.
 
         Raises:
-            ValueError: the file is of other geometry or dtype, truncated or damaged. The cache
-                is as before then.
-            PoolExhausted: too few free pages; likewise.
-            OSError: the file can't be read.
+            ValueError: the file has another geometry or dtype, is truncated or damaged.
+            PoolExhausted: too few free pages.
+            OSError: the file cannot be read. After any of these, the cache is unchanged.
         """
         with file_format.Reader(path) as file:
             file.header.refuse_unless(
@@ -287,9 +286,9 @@ class VstCache:
             return self._filled(file.header.length, file.pieces())
 
     def offload(self, seq: int) -> HostSequence:
-        """Moves a sequence to host memory and frees its pages; `restore` brings it back.
+        """Moves a sequence to host memory and frees its pages. `restore` brings it back.
 
-        From a GPU the copy goes to page-locked memory without waiting for it.
+        From a GPU, the copy goes to page-locked memory, and the call does not wait for it.
         """
         pinned = self.device.type == "cuda"
         with self._held(seq) as (table, length):
@@ -306,10 +305,10 @@ class VstCache:
         return HostSequence(data, event)
 
     def restore(self, host: HostSequence) -> int:
-        """A new sequence with the rows of an offloaded one, which stays valid.
+        """A new sequence with the rows of an offloaded one. `host` stays valid.
 
         Raises:
-            ValueError: it comes from a cache of other geometry or dtype.
+            ValueError: `host` comes from a cache of another geometry or dtype.
             PoolExhausted: too few free pages; nothing changed.
         """
         _, layers, length, *heads = host.data.shape
@@ -330,8 +329,8 @@ class VstCache:
 
     @contextmanager
     def _held(self, seq: int) -> Iterator[tuple[torch.Tensor, int]]:
-        """Block table, on the device, and length of a sequence as it is now: a fork holds its
-        pages meanwhile, whatever others do."""
+        """Block table, on the device, and length of a sequence as it is now. A fork holds its pages
+        until the end, whatever other threads do."""
         child = self.fork(seq)
         try:
             yield self._upload(self._manager.block_table(child)), self._manager.length(child)
@@ -339,7 +338,8 @@ class VstCache:
             self.free(child)
 
     def _make_copies(self) -> None:
-        """Under the lock. What a failure has left undone is done before anything else."""
+        """Makes the requested copies, those that an earlier failure left undone first. The caller
+        holds the lock."""
         while self._copies:
             copies = self._upload(self._copies[0])
             torch.ops.vxl.copy_pages_(self.k_cache, self.v_cache, copies)
@@ -401,16 +401,16 @@ class HostSequence:
 
 
 class CacheBatch:
-    """Sequences that step together: what the operators need of them, on the device.
+    """Sequences that step together, with what the operators need of them on the device.
 
     Attributes:
         seqs: ids of the sequences.
-        block_table: int32 `(batch, pages)`; entries behind a sequence's last page are 0.
-        cache_seqlens: int32 `(batch,)`, tokens kept before the step.
+        block_table: int32 `(batch, pages)`. Entries past a sequence's last page are 0.
+        cache_seqlens: int32 `(batch,)`, tokens cached before the step.
 
-    `cache_seqlens` stays at its address, `block_table` too if `max_tokens` is given: a step can
+    `cache_seqlens` stays at its address. So does `block_table` if `max_tokens` is given. A step can
     then be captured in a CUDA graph, with `reserve` before each replay and `commit` after it.
-    Sequences may also be changed through the cache; `reserve` notices.
+    Sequences may also be changed through the cache, as `reserve` reads them again.
     """
 
     def __init__(self, cache: VstCache, seqs: list[int], max_tokens: int | None) -> None:
@@ -420,7 +420,7 @@ class CacheBatch:
         width = _MIN_WIDTH
         if max_tokens is not None:
             width = -(-at_least("max_tokens", max_tokens, 1) // cache.page_size)
-        # What the two tensors hold, as the host knows it.
+        # The values of the two tensors, on the host.
         self._lengths = np.zeros(len(seqs), dtype=np.int32)
         self._table = np.zeros((len(seqs), width), dtype=np.int32)
         self._reserved, self._releases = 0, -1
@@ -432,7 +432,7 @@ class CacheBatch:
         self._refresh()
 
     def reserve(self, rows: int) -> None:
-        """Room for `rows` more rows in every sequence; see `VstCache.reserve`.
+        """Makes room for `rows` more rows in every sequence; see `VstCache.reserve`.
 
         Raises also:
             ValueError: `max_tokens` was given and does not cover them; nothing changed.
@@ -445,7 +445,8 @@ class CacheBatch:
         self._refresh()
 
     def commit(self, rows: int) -> None:
-        """The step has written its rows; see `VstCache.commit`. Does not wait for the device."""
+        """Commits the rows that the step has written; see `VstCache.commit`. Does not wait for the
+        device."""
         self.cache.commit(self._ids, rows)
         self._lengths += rows
         self._reserved = max(0, self._reserved - rows)
@@ -455,8 +456,8 @@ class CacheBatch:
         """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them.
 
         Raises:
-            KeyError: a sequence has been freed, so its pages may be another's.
-            ValueError: a sequence has been truncated since `reserve`, or its pages replaced.
+            KeyError: a sequence has been freed, so its pages may belong to another.
+            ValueError: a sequence was truncated since `reserve`, or its pages were replaced.
         """
         if self._releases != self.cache._releases:
             self._refuse_released()
@@ -482,7 +483,7 @@ class CacheBatch:
         self._releases = releases
 
     def _refresh(self) -> None:
-        """Brings the two tensors up to date; uploads only what differs."""
+        """Brings the two tensors up to date. Uploads only what differs."""
         manager = self.cache._manager
         self._releases = self.cache._releases
         width = manager.most_pages(self._ids)

@@ -86,7 +86,7 @@ class StreamEncoder:
 
     # -- what a video will leave ------------------------------------------------------
 
-    def kept_tokens(self, plan: RatioPlan, tokens: int) -> int:
+    def cached_tokens(self, plan: RatioPlan, tokens: int) -> int:
         """VSTs that this many raw tokens will leave. Changes nothing."""
         if len(plan.allowed) == 1:
             full, rest = divmod(tokens, self.window)

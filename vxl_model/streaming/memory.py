@@ -76,7 +76,8 @@ class VideoMemory:
     def __repr__(self) -> str:
         return (
             f"VideoMemory({len(self)} video{'s' * (len(self) != 1)}, visual tokens "
-            f"{self.visual_tokens}, kept tokens {self.kept_tokens}, {self.bytes / 2**20:.1f} MiB)"
+            f"{self.visual_tokens}, cached tokens {self.cached_tokens}, "
+            f"{self.bytes / 2**20:.1f} MiB)"
         )
 
     def __copy__(self) -> VideoMemory:
@@ -96,9 +97,9 @@ class VideoMemory:
         return [state.visual_tokens for state in self.batch.states]
 
     @property
-    def kept_tokens(self) -> list[int]:
-        """Tokens of each video whose K and V are kept: prefix, VSTs, text read since."""
-        return [self._kept_tokens(state) for state in self.batch.states]
+    def cached_tokens(self) -> list[int]:
+        """Cached tokens of each video: prefix, VSTs, text read since."""
+        return [self._cached_tokens(state) for state in self.batch.states]
 
     @property
     def vst_counts(self) -> list[list[int]]:
@@ -109,11 +110,11 @@ class VideoMemory:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the kept K and V. What is shared counts for each."""
+        """Bytes of the cached K and V. Shared ones count for each holder."""
         total = 0
         for state in self.batch.states:
             cache = state.sequence.place[0]
-            total += cache.page_bytes // cache.page_size * self._kept_tokens(state)
+            total += cache.page_bytes // cache.page_size * self._cached_tokens(state)
         return total
 
     def keys_values(self, layer: int, index: int = 0) -> tuple[Tensor, Tensor]:
@@ -241,6 +242,6 @@ class VideoMemory:
         with self._flushing, torch.no_grad():  # one thread encodes a last window, the others wait
             return self.batch.flushed(self.model.encoder())
 
-    def _kept_tokens(self, state: VideoState) -> int:
+    def _cached_tokens(self, state: VideoState) -> int:
         counts = self.model.encoder().final_vst_counts(state)
         return state.sequence.length + sum(counts) - sum(state.vst_counts)
