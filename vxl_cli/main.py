@@ -75,7 +75,11 @@ def _add_source(parser: argparse.ArgumentParser, memory: bool) -> None:
         "--model", required=True, metavar="PATH", help="checkpoint: a folder or a name on the Hub"
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--video", metavar="FILE", help="any container that FFmpeg reads")
+    source.add_argument(
+        "--video",
+        metavar="FILE",
+        help="any container that FFmpeg reads, or a folder of pictures in the order of their names",
+    )
     source.add_argument(
         "--image", action="append", metavar="FILE", help="a picture; several are like a video"
     )
@@ -94,6 +98,12 @@ def _add_source(parser: argparse.ArgumentParser, memory: bool) -> None:
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=count, default=256)
+    parser.add_argument(
+        "--answer-prefix",
+        default="",
+        metavar="TEXT",
+        help="what each answer begins with, as 'Best option: ('; the model goes on from there",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 

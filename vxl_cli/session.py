@@ -94,8 +94,7 @@ class Session:
 
     def _open(self) -> dict[str, Any]:
         """Arguments of `watch`; empty for a memory."""
-        from vxl_model.inputs.images import open_image
-        from vxl_model.video.reader import open_video
+        from vxl_model.inputs.images import open_frames, open_image
 
         options = self.options
         if getattr(options, "memory", None):
@@ -105,11 +104,9 @@ class Session:
             with open(options.memory, "rb"):
                 return {}
         if options.video:
-            return {
-                "video": open_video(
-                    options.video, options.frames, options.fps, size=self.processor.size
-                )
-            }
+            size = self.processor.size
+            frames, _ = open_frames(options.video, size, options.frames, options.fps)
+            return {"video": frames}
         if options.frames is not None or options.fps is not None:
             raise ValueError("--frames, --fps: for --video only")
         if len(options.image) > 1:
@@ -137,11 +134,13 @@ class Session:
 
     def _suffix(self, question: str) -> Any:
         """The ids of a question; ValueError where it holds bytes that are not UTF-8."""
-        try:
-            question.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"question: got {question!a}, expected text in UTF-8") from None
-        return self.processor.suffix_ids(question)[0]
+        prefix = self.options.answer_prefix
+        for name, text in (("question", question), ("--answer-prefix", prefix)):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{name}: got {text!a}, expected text in UTF-8") from None
+        return self.processor.suffix_ids(question, prefix)[0]
 
     def _warn_beyond(self, positions: int, what: str) -> None:
         if positions > self._trained:
@@ -177,6 +176,7 @@ class Session:
         if options.json:
             answer = {
                 "question": question,
+                "answer_prefix": options.answer_prefix,
                 "answer": self.processor.decode(ids),
                 "new_tokens": len(ids),
                 "answer_seconds": round(seconds, 3),

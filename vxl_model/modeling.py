@@ -338,7 +338,8 @@ class VideoXLForConditionalGeneration(
         """Encodes prefix and video once. The memory can be asked any number of times.
 
         Args:
-            video: a file, or uint8 frames `(frames, height, width, 3)`, or batches of such.
+            video: a file, a folder of pictures, a list of pictures, or uint8 frames `(frames,
+                height, width, 3)`, or batches of such.
             input_ids: ids before the video, with or without a final -200. By default the start
                 of the released model's prompt, for which the checkpoint needs a tokenizer.
             visual_features: `(tokens, hidden)`, already projected, or an iterable of such tensors,

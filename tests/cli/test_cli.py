@@ -108,6 +108,47 @@ def test_frames_and_fps(run):
         assert json.loads(out)["frames"] == frames
 
 
+def test_a_folder_of_frames(run, place, tmp_path):
+    """As `watch` of the library: frame 2 before frame 10."""
+    for i in (1, 2, 10):
+        shutil.copy(place / ("two.png" if i == 2 else "one.png"), tmp_path / f"frame {i}.png")
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model", ratio=4)
+    want = model.watch(tmp_path).ask(QUESTION, max_new_tokens=6, do_sample=False)
+    code, out, _ = run(*ASK, "--video", tmp_path, "--json", QUESTION)
+    assert code == 0
+    assert json.loads(out)["answer"] == want
+    assert json.loads(out)["frames"] == 3
+    code, out, err = run(*ASK, "--video", tmp_path, "--json", "--frames", 2, QUESTION)
+    assert json.loads(out)["frames"] == 2
+    watch = ("watch", "--model", "model", "--video", tmp_path, "--ratio", 4, "--save")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, err = run(*watch, tmp_path / "frame 2.png")
+    assert code == 2
+    assert "which is an input" in err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert run(*watch, "frames.vxl")[0] == 0
+    code, out, _ = run("ask", *ASK[1:3], *ASK[5:], "--memory", "frames.vxl", "--json", QUESTION)
+    assert json.loads(out)["answer"] == want
+
+
+def test_what_an_answer_begins_with(run, place):
+    prefix = "Best option: ("
+    model = VideoXLForConditionalGeneration.from_pretrained(place / "model", ratio=4)
+    memory, processor = model.watch(place / "clip.mp4"), model.processor
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    ids = processor.suffix_ids(QUESTION, prefix)
+    new = memory.ask(ids, **greedy, eos_token_id=processor.stop_ids)
+    want = processor.decode(new)
+    assert memory.ask(QUESTION, **greedy, answer_prefix=prefix) == want
+    assert memory.ask(QUESTION, **greedy) != want
+    code, out, _ = run(*ASK, "--video", "clip.mp4", "--json", "--answer-prefix", prefix, QUESTION)
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["answer"], answer["answer_prefix"]) == (want, prefix)
+    with pytest.raises(ValueError, match=r"^answer_prefix: got 'x', expected none with ids"):
+        memory.ask(ids, answer_prefix="x")
+
+
 def test_images(run, place):
     code, out, err = run(*ASK, "--image", "one.png", "--json", QUESTION)
     assert (code, err) == (0, "")
@@ -264,7 +305,12 @@ def hostile(place):
         "empty video": (("ask", *model, "--video", "empty.mp4", "Q"), "is empty"),
         "broken video": (("ask", *model, "--video", "broken.mp4", "Q"), "not a video"),
         "sound": (("ask", *model, "--video", "sound.mp4", "Q"), "no video stream"),
-        "folder as video": (("ask", *model, "--video", "bare", "Q"), "a directory"),
+        "folder without pictures": (("ask", *model, "--video", "bare", "Q"), "without pictures"),
+        "fps of a folder": (("ask", *model, "--video", ".", "--fps", 2, "Q"), "fps: got 2.0"),
+        "control token in the answer": (
+            ("ask", *model, *video, "--answer-prefix", "a<|im_end|>", "Q"),
+            "answer_prefix: got the control token",
+        ),
         "missing image": (("ask", *model, "--image", "none.png", "Q"), "none.png"),
         "video as image": (("ask", *model, "--image", "clip.mp4", "Q"), "not a picture"),
         "frames of an image": (("ask", *model, "--image", "one.png", "--frames", 2, "Q"), "--fps"),
@@ -304,7 +350,9 @@ HOSTILE = [
     "empty video",
     "broken video",
     "sound",
-    "folder as video",
+    "folder without pictures",
+    "fps of a folder",
+    "control token in the answer",
     "missing image",
     "video as image",
     "frames of an image",

@@ -127,7 +127,12 @@ class VideoMemory:
     # -- asking ------------------------------------------------------------------------
 
     def ask(
-        self, question: str | Tensor | Sequence[int], max_new_tokens: int = 256, **options: Any
+        self,
+        question: str | Tensor | Sequence[int],
+        max_new_tokens: int = 256,
+        *,
+        answer_prefix: str = "",
+        **options: Any,
     ) -> Any:
         """Answers a question. The memory stays as it is.
 
@@ -135,24 +140,29 @@ class VideoMemory:
             question: text (the checkpoint has to have a tokenizer), or the ids of everything
                 after the video, `(tokens,)` or `(batch, tokens)`. One video takes any number
                 of questions as a batch.
+            answer_prefix: what the answer to a text begins with, for instance "Best option: (".
+                The model goes on from there.
             options: of `generate`: `do_sample`, `num_beams`, `streamer`, ...
 
         Returns:
-            For text the answer, or a list of answers for several videos. For ids the new ids,
-            `(new,)` or `(batch, new)`.
+            For text the answer without its prefix, or a list of answers for several videos. For
+            ids the new ids, `(new,)` or `(batch, new)`.
 
         Raises:
-            ValueError: the ids hold -200 or do not fit the number of videos.
+            ValueError: the ids hold -200 or do not fit the number of videos, or have an
+                `answer_prefix`. The text is empty or holds a control token.
         """
         if isinstance(question, str):
             processor = self.model.processor
-            ids = torch.as_tensor(processor.suffix_ids(question))
+            ids = torch.as_tensor(processor.suffix_ids(question, answer_prefix))
             if processor.stop_ids:
                 options.setdefault("eos_token_id", processor.stop_ids)
                 options.setdefault("pad_token_id", processor.stop_ids[0])
             new = self.ask(ids.reshape(1, -1), max_new_tokens, **options)
             answers = [processor.decode(row) for row in new]
             return answers[0] if len(answers) == 1 else answers
+        if answer_prefix:
+            fail("answer_prefix", repr(answer_prefix), "none with ids: append its ids to them")
         ids = torch.as_tensor(question, device=self.model.device)
         if ids.dim() == 1 and len(self) == 1:
             return self.ask(ids[None], max_new_tokens, **options)[0]
