@@ -23,6 +23,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import checks, gradients, linear, reference  # noqa: F401  gradients: by import
+from ._arguments import finite
 from ._backends import backends, chosen
 from .layout import ChunkLayout, layout_to_ints
 
@@ -118,7 +119,7 @@ def vst_attention(
         block_table: int32 `(batch, max_pages)`, page indices of each sequence.
         cache_seqlens: int32 `(batch,)`, tokens kept before this call.
         layout: what the rows are.
-        scale: of the scores before the softmax; default `head_dim ** -0.5`.
+        scale: of the scores before the softmax, any finite number; default `head_dim ** -0.5`.
         return_lse: also return the log-sum-exp of the scaled scores, natural logarithm.
 
     Returns:
@@ -128,8 +129,9 @@ def vst_attention(
         `torch.autograd.graph.allow_mutation_on_saved_tensors()`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; on a CPU also a block table entry
-            outside k_cache, too few pages, or a negative length. Nothing is computed then.
+        ValueError: shapes, dtypes or devices do not fit, or `scale` is no finite number; on a CPU
+            also a block table entry outside k_cache, too few pages, or a negative length. Nothing
+            is computed then.
         NotImplementedError: inside `torch.func.grad`, `vjp` or `jvp`, or forward-mode AD, which
             backend="reference" alone serves. `torch.vmap` runs one call after the other.
 
@@ -147,7 +149,7 @@ def vst_attention(
     checks.qkv_shapes(q, k, v, layout)
     needed = layout is not None and layout.chunks > 1  # later chunks see earlier VSTs there
     checks.cache_shapes(k, k_cache, v_cache, block_table, cache_seqlens, required=needed)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else finite("scale", scale)
     cache = (k_cache, v_cache, block_table, cache_seqlens)
     name = chosen(backend, "vst_attention", q)
     if _is_plain(name):

@@ -43,8 +43,8 @@ class ChunkLayout:
             as in the upstream code.
 
     Raises:
-        ValueError: an argument is not a positive integer, `ratio > window`, or `order` is
-            neither of the two.
+        ValueError: an argument is not a positive integer of 32 bits, `ratio > window`, or `order`
+            is neither of the two.
     """
 
     window: int
@@ -165,6 +165,7 @@ class ChunkLayout:
 
     def pairs(self, cache_len: int = 0) -> int:
         """How many (row, key) pairs attend: the number of True in `materialize`."""
+        cache_len = at_least("cache_len", cache_len, 0)
         per_chunk = self.rows_per_chunk
         before = sum(cache_len + c * self.vsts_per_chunk for c in range(self.chunks))
         return per_chunk * before + self.chunks * per_chunk * (per_chunk + 1) // 2
@@ -172,6 +173,7 @@ class ChunkLayout:
     def flops(self, heads: int, head_dim: int, cache_len: int = 0) -> int:
         """FLOPs of the attention of one sequence: two products of 2 FLOPs per pair, head and
         dimension. The softmax is not counted, as usual."""
+        heads, head_dim = at_least("heads", heads, 1), at_least("head_dim", head_dim, 1)
         return 4 * heads * head_dim * self.pairs(cache_len)
 
     # -- private -----------------------------------------------------------------------

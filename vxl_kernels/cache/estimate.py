@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._arguments import at_least
+from .._arguments import at_least, fail
 from ..layout import ChunkLayout
 
 __all__ = ["MemoryPlan", "plan_memory"]
@@ -77,6 +77,8 @@ def plan_memory(
     for least, group in ((0, counts), (1, sizes)):
         for name, value in group.items():
             at_least(name, value, least)
+    if not isinstance(dtype, torch.dtype):
+        fail("dtype", repr(dtype), "a torch.dtype")
     each = ChunkLayout(window, ratio).vsts_per_chunk
     visual = frames * tokens_per_frame
     vsts = visual // window * each + visual % window // ratio

@@ -126,8 +126,9 @@ def write(
         if not isinstance(name, str) or not isinstance(text, str):
             fail("metadata", f"{name!r}: {text!r}", "names and texts that are strings")
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or name in header.tensor_names():
-            fail("tensors", f"{name!r} of {tensor.dtype}", "another name, a dtype of the cache")
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        if kind not in _DTYPES or not isinstance(name, str) or name in header.tensor_names():
+            fail("tensors", f"{name!r} of {kind}", "another name, a dtype of the cache")
 
     def write_to(file: BinaryIO) -> None:
         blank = [_NO_CHECKSUM] * (2 * header.num_layers + len(tensors))

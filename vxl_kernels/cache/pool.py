@@ -27,12 +27,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import _ext
-from .._arguments import at_least, fail
+from .._arguments import at_least, fail, sequence_id
 from . import file_format
 from .estimate import plan_memory
 
@@ -47,10 +48,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_WIDTH = 8  # pages that a batch's block table has room for at first
 
 
-def _ids(seqs: Seqs) -> list[int] | np.ndarray:
-    if isinstance(seqs, np.ndarray):
+def _ids(seqs: Any) -> list[int] | np.ndarray:
+    """One id of a sequence, or several."""
+    if isinstance(seqs, np.ndarray) and seqs.dtype.kind == "i" and seqs.ndim == 1:
         return seqs
-    return list(seqs) if isinstance(seqs, Iterable) else [seqs]
+    several = isinstance(seqs, Iterable) and not isinstance(seqs, str | bytes)
+    if several and getattr(seqs, "ndim", 1) > 0:
+        return [sequence_id("seqs", seq) for seq in seqs]
+    return [sequence_id("seqs", seqs)]
 
 
 class VstCache:
@@ -101,7 +106,7 @@ class VstCache:
         self._manager = _ext.extension.PageManager(
             at_least("num_pages", num_pages, 1), at_least("page_size", page_size, 1)
         )
-        shape = (self.num_layers, num_pages, page_size, self.kv_heads, self.head_dim)
+        shape = (self.num_layers, self.num_pages, self.page_size, self.kv_heads, self.head_dim)
         with torch.inference_mode(False):  # tensors made in it could not be written outside
             self.k_cache, self.v_cache = (
                 torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
@@ -168,7 +173,7 @@ class VstCache:
         """
         with self._lock:
             self._make_copies()
-            return self._manager.fork(seq)
+            return self._manager.fork(sequence_id("seq", seq))
 
     def truncate(self, seq: int, length: int) -> None:
         """Keeps the first `length` rows. Later pages are released unless others hold them.
@@ -176,17 +181,17 @@ class VstCache:
         Raises:
             ValueError: the sequence is shorter than that.
         """
-        self._manager.truncate(seq, length)
+        self._manager.truncate(sequence_id("seq", seq), at_least("length", length, 0))
         self._releases += 1
 
     def free(self, seq: int) -> None:
         """Ends a sequence. Its pages are released unless others hold them."""
-        self._manager.free(seq)
+        self._manager.free(sequence_id("seq", seq))
         self._releases += 1
 
     def length(self, seq: int) -> int:
         """Committed rows."""
-        return self._manager.length(seq)
+        return self._manager.length(sequence_id("seq", seq))
 
     def reserve(self, seqs: Seqs, rows: int) -> None:
         """Makes room for `rows` rows after the committed ones, of one sequence or several.
@@ -197,9 +202,10 @@ class VstCache:
             PoolExhausted: too few free pages (`pages_needed`, `pages_free`); nothing changed.
             ValueError: a sequence is named twice, or `rows` is negative.
         """
+        ids, rows = _ids(seqs), at_least("rows", rows, 0)
         with self._lock:
             self._make_copies()
-            copies = self._manager.reserve_many(_ids(seqs), rows)
+            copies = self._manager.reserve_many(ids, rows)
             if len(copies):
                 self._copies.append(copies)
                 self._make_copies()
@@ -210,7 +216,7 @@ class VstCache:
         Raises:
             ValueError: fewer rows are reserved; nothing changed.
         """
-        self._manager.commit_many(_ids(seqs), rows)
+        self._manager.commit_many(_ids(seqs), at_least("rows", rows, 0))
 
     def batch(self, seqs: Seqs, max_tokens: int | None = None) -> CacheBatch:
         """Sequences that step together.
@@ -219,15 +225,14 @@ class VstCache:
             max_tokens: fixes the width of the block table for sequences of up to this many rows,
                 and with it all addresses, for capture in a CUDA graph. By default it grows.
         """
-        return CacheBatch(self, list(_ids(seqs)), max_tokens)
+        return CacheBatch(self, seqs, max_tokens)
 
     # -- contents --------------------------------------------------------------------
 
     def gather(self, seq: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Contiguous copies of a sequence's K and V in one layer, `(length, kv_heads,
         head_dim)` each."""
-        if not 0 <= layer < self.num_layers:
-            fail("layer", layer, f"0 to {self.num_layers - 1}")
+        layer = at_least("layer", layer, 0, self.num_layers - 1)
         with self._held(seq) as (table, length):
             k, v = (
                 torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
@@ -256,6 +261,9 @@ class VstCache:
             ValueError: `path` is a device, or `metadata` or `tensors` cannot be kept.
             OSError: the file cannot be written. An existing file is unchanged.
         """
+        for name, kept in (("metadata", metadata), ("tensors", tensors)):
+            if kept is not None and not isinstance(kept, Mapping):
+                fail(name, type(kept).__name__, "a mapping, or None")
         with self._held(seq) as (table, length):
             header = file_format.Header(
                 self.num_layers, self.kv_heads, self.head_dim, self.dtype, length
@@ -311,6 +319,8 @@ class VstCache:
             ValueError: `host` comes from a cache of another geometry or dtype.
             PoolExhausted: too few free pages; nothing changed.
         """
+        if not isinstance(host, HostSequence):
+            fail("host", type(host).__name__, "a HostSequence, as offload returns it")
         _, layers, length, *heads = host.data.shape
         got = (layers, *heads, host.data.dtype)
         want = (self.num_layers, self.kv_heads, self.head_dim, self.dtype)
@@ -413,19 +423,19 @@ class CacheBatch:
     Sequences may also be changed through the cache, as `reserve` reads them again.
     """
 
-    def __init__(self, cache: VstCache, seqs: list[int], max_tokens: int | None) -> None:
-        self.cache, self.seqs = cache, seqs
-        self._ids = np.array(seqs, dtype=np.int64)
+    def __init__(self, cache: VstCache, seqs: Seqs, max_tokens: int | None = None) -> None:
+        self.cache, self.seqs = cache, [int(seq) for seq in _ids(seqs)]
+        self._ids = np.array(self.seqs, dtype=np.int64)
         self._fixed = max_tokens is not None
         width = _MIN_WIDTH
         if max_tokens is not None:
             width = -(-at_least("max_tokens", max_tokens, 1) // cache.page_size)
         # The values of the two tensors, on the host.
-        self._lengths = np.zeros(len(seqs), dtype=np.int32)
-        self._table = np.zeros((len(seqs), width), dtype=np.int32)
+        self._lengths = np.zeros(len(self), dtype=np.int32)
+        self._table = np.zeros((len(self), width), dtype=np.int32)
         self._reserved, self._releases = 0, -1
         with torch.inference_mode(False):
-            self.cache_seqlens = torch.zeros(len(seqs), dtype=torch.int32, device=cache.device)
+            self.cache_seqlens = torch.zeros(len(self), dtype=torch.int32, device=cache.device)
             self.block_table = torch.zeros(
                 self._table.shape, dtype=torch.int32, device=cache.device
             )
@@ -437,6 +447,7 @@ class CacheBatch:
         Raises also:
             ValueError: `max_tokens` was given and does not cover them; nothing changed.
         """
+        rows = at_least("rows", rows, 0)
         if self._fixed and len(self.seqs):
             longest = max(self.cache.length(seq) for seq in self.seqs)
             self._refuse_beyond(longest + rows)
@@ -447,6 +458,7 @@ class CacheBatch:
     def commit(self, rows: int) -> None:
         """Commits the rows that the step has written; see `VstCache.commit`. Does not wait for the
         device."""
+        rows = at_least("rows", rows, 0)
         self.cache.commit(self._ids, rows)
         self._lengths += rows
         self._reserved = max(0, self._reserved - rows)
@@ -461,6 +473,7 @@ class CacheBatch:
         """
         if self._releases != self.cache._releases:
             self._refuse_released()
+        i = at_least("i", i, 0, self.cache.num_layers - 1)
         return self.cache.k_cache[i], self.cache.v_cache[i], self.block_table, self.cache_seqlens
 
     def __len__(self) -> int:
