@@ -3,8 +3,9 @@
 One layer of Qwen2-7B's attention, one call at a time: `chunk` (a window with its VSTs),
 `tail` (rows of the prompt's end) and `decode` (one row), each over a cache. The cases
 `rope_append`, `threads`, `chunks`, `pages` and `bf16` have a table of their own. On a GPU
-`chunk_c4` is four chunks in one call; peers make one call for each chunk. `--backward` times the
-gradients of a sequence of four chunks instead.
+`chunk_c4` is four chunks in one call; peers make one call for each chunk. `tail_128` and
+`tail_256` are more rows of a tail. `--backward` times the gradients of a sequence of four chunks
+instead.
 
 Every result is checked against float64 in the same run. A wrong result gets no time; if it is one
 of ours, the exit status is 1. All providers are repeated in turns, and the ceilings of the machine

@@ -22,7 +22,7 @@ __all__ = [
     "make_groups",
 ]
 
-MAIN_CASES = ("chunk", "chunk_c4", "tail", "decode", "backward")
+MAIN_CASES = ("chunk", "chunk_c4", "tail", "tail_128", "tail_256", "decode", "backward")
 MORE_CASES = ("rope_append", "threads", "chunks", "pages", "bf16")
 GPU_PAGE_SIZE = 128
 MANY_CHUNKS, MANY_CHUNKS_CACHE = 4, 2  # of chunk_c4: the third cache length
@@ -78,6 +78,10 @@ def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
         four = replace(layout, chunks=MANY_CHUNKS)
         cases.append(Case("chunk_c4", g, g.caches[MANY_CHUNKS_CACHE], 1, *common, layout=four))
     cases.append(Case("tail", g, longest, 1, *common, plain_rows=g.tail_rows))
+    for times in (2, 4):  # rows that fill a GPU only if their keys are split
+        name = f"tail_{64 * times}"
+        if options.device == "cuda" or name in (options.case or ()):
+            cases.append(Case(name, g, longest, 1, *common, plain_rows=times * g.tail_rows))
     for batch in g.decode_batches:
         cases.append(Case("decode", g, longest, batch, *common, plain_rows=1))
     if options.case is not None:  # its float64 answer takes 10 s, so it runs only when asked for

@@ -7,7 +7,7 @@
    From 0.15 comparisons and 0.75 selects per score on, a loop is masked. (A comparison of a key's
    number alone serves all rows of a thread, and some selects serve other ends: rounding to bf16
    on AMD, wrapping the buffers of a pipeline.) A kernel of fewer than 64 rows waits for memory:
-   if all its loops are masked, they are taken.
+   its masked loops are taken too, unless they do less than a tile.
 3. The remaining loops must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or 2 * m *
 n * k
    of a product; fewer is an error, and so is a missing full loop. Extra FLOPs are work that warps
@@ -182,7 +182,8 @@ def full_tile_loops(
         if "keys" in tile:
             scores = _flops(counts, warps) / _flops_per_score(tile) / (warps * warp)
             masked = compares >= 0.15 * scores and selects >= 0.75 * scores
-            if masked and element == 2 and ("products" in tile or tile["rows"] >= 64):
+            smaller = _flops(counts, warps) < tile_flops(tile)
+            if masked and element == 2 and ("products" in tile or tile["rows"] >= 64 or smaller):
                 continue
         tiles = _tiles(function.name, counts, tile, warps) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)

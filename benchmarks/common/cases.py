@@ -49,7 +49,8 @@ class Case:
 
     @property
     def kind(self) -> str:
-        return "chunk" if self.name.startswith("chunk_") else self.name
+        first = self.name.partition("_")[0]
+        return first if first in ("chunk", "tail") else self.name
 
     @property
     def dtype(self) -> torch.dtype:

@@ -69,7 +69,7 @@ def main() -> None:
     small = configs.AttentionConfig(32, 32, 16, 4, 2)
     configs.prefill_config = configs.decode_config = lambda *args: small
     configs.linear_config = lambda *args: configs.LinearConfig(32, 16, 16, 2, 4, 2)
-    configs.split_size = lambda packed_rows: 64 if packed_rows <= 32 else None
+    configs.split_size = lambda packed_rows, kv_heads: 64 if packed_rows <= 32 else None
     configs.backward_config = lambda *args: SMALL
     launch.torch = launch_backward.torch = GuardedTorch()
     if "broken" in sys.argv:

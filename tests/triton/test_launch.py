@@ -259,18 +259,20 @@ def test_capacities_behind_int32_are_refused(what):
 
 
 def test_split_size_depends_on_rows_alone():
-    sizes = {
-        (batch, pages): plan(rows=1, batch=batch, pages=pages)[0].constexprs["SPLIT_SIZE"]
-        for batch in (1, 64)
-        for pages in (1, 4096)
-    }
-    assert set(sizes.values()) == {256}
+    for rows in (1, 64, 74, 400):
+        sizes = {
+            plan(rows=rows, batch=batch, pages=pages)[0].constexprs["SPLIT_SIZE"]
+            for batch in (1, 64)
+            for pages in (1, 4096)
+        }
+        assert len(sizes) == 1
 
 
 @pytest.mark.parametrize(
     ("rows", "packed_rows", "split"),
-    [(1, 16, 256), (3, 32, 256), (9, 64, 256), (18, 128, 256), (20, 128, 512), (64, 128, 1024)],
-)
+    [(1, 16, 256), (3, 32, 256), (9, 64, 256), (18, 128, 256), (20, 128, 512), (64, 128, 1024),
+     (74, 128, 2048), (256, 128, 4096), (438, 128, 8192)],
+)  # fmt: skip
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_tiles_grow_with_the_rows(arch, rows, packed_rows, split):
     """7 heads a KV head. 8100 entries make as many programs of 128 packed rows for any rows."""
@@ -279,6 +281,46 @@ def test_tiles_grow_with_the_rows(arch, rows, packed_rows, split):
     tiles, splits = -(-rows * 7 // packed_rows), 1 + 64 * 128 // split
     assert first.grid == (tiles * 4 * splits, 1)
     assert first.constexprs["TMA"] == (arch in ("cuda:90", "cuda:100"))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4, 8])
+def test_no_number_of_rows_leaves_a_gpu_empty(kv_heads):
+    """Over a cache of 21,760 tokens, whether keys are split or not: a program each for 132 SMs."""
+    for rows in range(1, 513):
+        first = plan(rows=rows, heads=7 * kv_heads, kv_heads=kv_heads, pages=170)[0]
+        assert first.grid[0] >= 100, (rows, first.name, first.grid)
+
+
+@pytest.mark.parametrize("rows", [1, 18, 19, 73, 74, 146, 147, 292, 293, 438])
+def test_parts_take_half_of_a_layer_at_most(rows):
+    """Of the K and V that the table has room for, the new rows' part aside."""
+    pages = 512
+    partial = plan(rows=rows, pages=pages)[0].arguments["partial_ptr"]
+    kept = 2 * pages * 128 * 4 * 128 * 2
+    assert partial[:, 1:].nbytes <= kept / 2
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(73, 64), (1, 512), (438, 33)])
+def test_parts_of_a_batch_are_bounded(rows, batch):
+    """Groups of sequences follow one another in the same memory. Each sequence is in one."""
+    launches = plan(rows=rows, batch=batch, pages=170)
+    decodes, merges = launches[::2], launches[1::2]
+    assert {x.name for x in decodes} == {"decode"}
+    assert {x.name for x in merges} == {"merge"}
+    assert len(decodes) > 1
+    assert sum(x.grid[1] for x in decodes) == sum(x.grid[1] for x in merges) == batch
+    (partial,) = {
+        id(x.arguments["partial_ptr"]): x.arguments["partial_ptr"] for x in launches
+    }.values()
+    assert partial.nbytes <= 256 << 20
+    assert len(partial) == max(x.grid[1] for x in decodes)
+    for x in decodes:
+        assert len(x.arguments["q_ptr"]) == len(x.arguments["block_table_ptr"]) == x.grid[1]
+
+
+def test_a_sequence_too_large_for_the_bound_is_alone():
+    launches = plan(rows=438, batch=2, pages=1 << 14)
+    assert [x.grid[1] for x in launches] == [1, 1, 1, 1]
 
 
 # -- memory read -------------------------------------------------------------------------------

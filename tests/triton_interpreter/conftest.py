@@ -29,5 +29,5 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(configs, "prefill_config", lambda *args: small)
     monkeypatch.setattr(configs, "decode_config", lambda *args: small)
     monkeypatch.setattr(
-        configs, "split_size", lambda packed_rows: 64 if packed_rows <= 32 else None
+        configs, "split_size", lambda packed_rows, kv_heads: 64 if packed_rows <= 32 else None
     )

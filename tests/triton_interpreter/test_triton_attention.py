@@ -87,6 +87,7 @@ def test_the_copy_engine_brings_the_same(name, monkeypatch):
     [
         {"layout": ChunkLayout(150, 8), "cache_seqlens": (150,)},
         {"rows": 60, "cache_seqlens": (200,)},
+        {"rows": 100, "cache_seqlens": (200,)},
         {"rows": 9, "cache_seqlens": (330,)},
         {"rows": 1, "cache_seqlens": (600,)},
     ],
@@ -96,6 +97,22 @@ def test_shipped_tiles(shape, dtype):
     with poisoned_memory():
         out, lse = attend(inputs)
     check_attention(inputs, out, lse)
+
+
+@core
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_groups_of_a_batch_are_the_whole_batch(cache, monkeypatch):
+    """Where parts of all sequences are too much memory at once: the same bits."""
+    inputs = make_inputs((130, 0, 70, 64, 9), rows=3, heads=4, kv_heads=2, page_size=16)
+    whole = attend(inputs, cache)
+    parts = 4 * inputs.q[0].numel() * (1 + -(-inputs.block_table.shape[1] * 16 // 64) * cache)
+    for sequences in (1, 2):
+        monkeypatch.setattr(launch, "_PARTS_BYTES", sequences * parts)
+        with poisoned_memory():
+            out, lse = attend(inputs, cache)
+        assert torch.equal(out, whole[0])
+        assert torch.equal(lse, whole[1])
 
 
 @core

@@ -25,7 +25,7 @@ def played(monkeypatch):
         )
     )
     monkeypatch.setattr(tune, "_call", lambda *_: call | {"layout": [], "scale": 0.25})
-    monkeypatch.setattr(configs, "split_size", lambda packed_rows: None)
+    monkeypatch.setattr(configs, "split_size", lambda packed_rows, kv_heads: None)
 
     def of_tile(planned, **_):
         c = planned.constexprs

@@ -43,6 +43,7 @@ __all__ = [
     "family",
     "has_tma",
     "linear_config",
+    "merge_block",
     "prefill_config",
     "prefill_options",
     "read_tuned",
@@ -333,17 +334,28 @@ def prefill_config(
     return table[max(block_d, 64)]
 
 
-def split_size(packed_rows: int) -> int | None:
+_PROGRAMS = 96  # of 128 packed rows, that fill a GPU without splits
+
+
+def split_size(packed_rows: int, kv_heads: int) -> int | None:
     """Cache entries of a split, from `packed_rows` = rows x query heads of a KV head; None where
     rows fill the GPU by themselves. It depends on nothing else: not on batch or lengths.
 
     At 8100 cached tokens and 4 KV heads, 256 entries make 128 programs for the 132 SMs of an
     H100, each reading 128 KiB (bf16, head_dim 128). From 128 packed rows on there is a program for
-    each 128: a split grows with their number, as parts cost more to write and merge.
+    each 128: a split grows with their number, as parts cost more to write and merge. So the parts
+    of a sequence take at most half the bytes of its K and V (16-bit types), up to splits of 8192.
     """
-    if packed_rows <= 128:
-        return 256
-    return 512 if packed_rows <= 256 else 1024 if packed_rows <= 512 else None
+    if packed_rows * kv_heads > _PROGRAMS * 128:
+        return None
+    return min(max(256, 2 << (packed_rows - 1).bit_length()), 8192)
+
+
+def merge_block(split_size: int) -> int:
+    """Splits that the merge kernel reads at once. Few rows have many small splits and few programs:
+    wide blocks are fewer rounds then, one after the other. From the size of a split alone, as the
+    order of the sum is of it."""
+    return 64 if split_size == 256 else 16
 
 
 # Decode of 16-bit types by head_dim: more than 32 packed rows, more than 64. Half the rows with
@@ -391,7 +403,9 @@ def decode_config(arch: str, block_d: int, itemsize: int, packed_rows: int) -> A
         block_n = min(block_n, 32)
     elif wide and block_m == 32 and itemsize == 4:  # 4 warps spill
         return AttentionConfig(32, block_n, 16, 8, stages)
-    return AttentionConfig(block_m, block_n, block_n, 4, stages)
+    # Blocks of 64 keys in the masked loops too would take 189 registers instead of 118 on sm_90:
+    # two programs an SM instead of three.
+    return AttentionConfig(block_m, block_n, min(block_n, 32), 4, stages)
 
 
 def linear_config(arch: str, itemsize: int) -> LinearConfig:

@@ -64,7 +64,7 @@ def plan_attention(
     # The kernels' offsets are 32 bits wide within a block of keys.
     q, k, v = (dense_heads(x) for x in (q, k, v))
     cache = (k_cache, v_cache, block_table, cache_seqlens)
-    each = configs.split_size(rows * group) if not layout else None
+    each = configs.split_size(rows * group, k.shape[2]) if not layout else None
     if 0 in (batch, rows):
         return [], out, lse
     block_d, itemsize = power_of_two(head_dim), q.element_size()
@@ -137,7 +137,33 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
     ]
 
 
+# Parts of a decode that are in memory at once, in bytes, if more than one sequence has them.
+_PARTS_BYTES = 256 << 20
+
+
 def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[Launch]:
+    """Launches of groups of sequences, one after the other, with the same memory for parts."""
+    batch, rows, heads, head_dim = q.shape
+    has_cache = cache[0] is not None
+    capacity = cache[0].shape[1] * cache[2].shape[1] if has_cache else 0
+    splits = 1 + -(-capacity // each)
+    group = max(1, min(batch, _PARTS_BYTES // (4 * splits * rows * heads * head_dim)))
+    shape = (group, splits, rows, heads, head_dim)
+    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+    if group == batch:
+        parts = partial, partial_lse
+        return _decode_and_merge(q, k, v, cache, scale, out, lse, parts, arch, config, each)
+    launches = []
+    for first in range(0, batch, group):
+        tensors = [x[first : first + group] for x in (q, k, v, out, lse)]
+        pages = tuple(x[first : first + group] for x in cache[2:]) if has_cache else cache[2:]
+        call = (*tensors[:3], (*cache[:2], *pages), scale, *tensors[3:], (partial, partial_lse))
+        launches += _decode_and_merge(*call, arch, config, each)
+    return launches
+
+
+def _decode_and_merge(q, k, v, cache, scale, out, lse, parts, arch, config, each) -> list[Launch]:
     batch, rows, heads, head_dim = q.shape
     packed_rows = rows * (heads // k.shape[2])
     arguments, constexprs = _shared(q, k, cache, config, arch)
@@ -148,18 +174,8 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
     constexprs["SAME_STRIDES"] &= k.stride() == v.stride()
     views = descriptors(None, None, cache[0], cache[1], constexprs, arch)
     constexprs["TMA"] = views["k_cache_desc"] is not None
-    capacity = arguments["page_size"] * arguments["max_pages"]
-    splits = 1 + -(-capacity // each)
-    partial = torch.empty(
-        (batch, splits, rows, heads, head_dim), dtype=torch.float32, device=q.device
-    )
-    partial_lse = torch.empty((batch, splits, rows, heads), dtype=torch.float32, device=q.device)
-    shared = {
-        "partial_ptr": partial,
-        "partial_lse_ptr": partial_lse,
-        "rows": rows,
-        "splits": splits,
-    }
+    splits = parts[0].shape[1]
+    shared = {"partial_ptr": parts[0], "partial_lse_ptr": parts[1], "rows": rows, "splits": splits}
     merge = {name: arguments[name] for name in ("cache_seqlens_ptr", "page_size", "max_pages")}
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "scale": scale}
     arguments |= row_strides(q=q, k=k, v=v)
@@ -170,7 +186,7 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
         "BLOCK_D": constexprs["BLOCK_D"],
         "HAS_CACHE": constexprs["HAS_CACHE"],
         "SPLIT_SIZE": each,
-        "BLOCK_S": 16,
+        "BLOCK_S": configs.merge_block(each),
     }
     tiles = -(-packed_rows // config.block_m)
     return [
@@ -192,7 +208,7 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
             merge_constexprs,
             4,
             1,
-            {"splits": 16, "head_dim": constexprs["BLOCK_D"]},
+            {"splits": merge_constexprs["BLOCK_S"], "head_dim": constexprs["BLOCK_D"]},
         ),
     ]
 
