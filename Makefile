@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench gpu-check test test-oldest test-newest test-gpu-env lint format sanitize fuzz \
+.PHONY: help bench gpu-check test test-oldest test-newest test-clients test-gpu-env lint format sanitize fuzz \
   cuda-check info clean docs gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
 	@echo "make test-oldest the core tests with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest the core tests with the newest releases of everything"
+	@echo "make test-clients adapters, quantised weights and trainers of other packages"
 	@echo "make test-gpu-env  the versions that GPUs run, with nvcc and without a GPU"
 	@echo "make lint       ruff, mypy, formatting and the arrows of import"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
@@ -79,7 +80,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
 	  hypothesis import-linter matplotlib mypy ninja pybind11 pytest ruff \
-	  accelerate av pillow transformers
+	  accelerate av peft pillow transformers
 	@$(BIN)/python -c 'import torch; exit(not (torch.version.cuda or torch.version.hip))' || \
 	  $(BIN)/python -m pip install -q triton==$(TRITON)
 	@touch $@
@@ -184,6 +185,18 @@ test-newest:
 	$(call environment,newest,$(NEWEST_PYTHON),NEWEST_PYTHON,--upgrade --upgrade-strategy eager \
 	  pip torch)
 	cd build/newest-tree && ../newest-venv/bin/python -m pytest tests -m core $(ARGS)
+
+# What runs on top of the model, in a venv that sees the packages of the first: 300 MB more.
+CLIENTS := build/clients-venv
+$(CLIENTS)/.installed: constraints.txt $(VENV)/.installed
+	$(BIN)/python -m venv $(CLIENTS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(CLIENTS)/bin/python -m pip install -q -c constraints.txt bitsandbytes optimum-quanto torchao trl
+	@touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
 # Once before a release, on a machine with nvcc 13.0. Triton 3.6's interpreter cannot read the
 # arrays of numpy 2.4 and later.

@@ -6,16 +6,19 @@ safetensors, or `.bin` through torch's weights-only unpickler.
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.utils import logging
 
-from .decoder.attention import local
 from .decoder.layers import VideoXLModel
+from .decoder.placement import local
+from .decoder.projections import is_plain, linear_map
 from .errors import fail
 from .streaming.ratios import Ratio
 
@@ -139,10 +142,10 @@ def initialize_vst(decoder: VideoXLModel, missing: set[str] | None = None) -> se
     layers: Any = decoder.layers
     for i, layer in enumerate(layers):
         for name in ("q_proj", "k_proj", "v_proj"):
-            own, vst = (getattr(layer.self_attn, n) for n in (name, f"beacon_{name}"))
-            for kind in ("weight", "bias"):
-                if wanted(f"layers.{i}.self_attn.beacon_{name}.{kind}"):
-                    local(getattr(vst, kind)).copy_(local(getattr(own, kind)))
+            vst = f"beacon_{name}"
+            empty = [wanted(f"layers.{i}.self_attn.{vst}.{kind}") for kind in ("weight", "bias")]
+            if any(empty):
+                _start_as_copy(layer.self_attn, name, vst, decoder)
     if wanted("beacon_embed_tokens.weight"):
         config = decoder.config
         eos = config.eos_token_id
@@ -153,3 +156,19 @@ def initialize_vst(decoder: VideoXLModel, missing: set[str] | None = None) -> se
             fail("eos_token_id", None, "the id whose embedding a VST gets")
         decoder.beacon_embed_tokens.weight.copy_(decoder.embed_tokens.weight[[source]])
     return filled
+
+
+def _start_as_copy(attention: nn.Module, name: str, vst_name: str, decoder: VideoXLModel) -> None:
+    """Gives a VST projection what the model's own computes. If it cannot hold that, quantised as
+    it is, it becomes a copy of the module."""
+    own, vst = getattr(attention, name), getattr(attention, vst_name)
+    if not is_plain(vst):
+        setattr(attention, vst_name, copy.deepcopy(own))
+        return
+    if is_plain(own):
+        weight, bias = own.weight, own.bias
+    else:
+        row = decoder.embed_tokens.weight[:1].to(decoder.device)
+        weight, bias = linear_map(own, decoder.config.hidden_size, row)
+    local(vst.weight).copy_(local(weight))
+    local(vst.bias).copy_(local(bias))

@@ -158,7 +158,7 @@ def _run_group(
     add(suffix, None)
     idle = decoder.training and not any(s.layout is not None for s in segments)
     if idle:
-        parts[-1] = parts[-1] + 0 * decoder.beacon_embed_tokens.weight.sum()
+        parts[-1] = parts[-1] + 0 * decoder.vst_embedding().sum()
     inv_freq = decoder.inv_freq()
     context = TrainingContext(segments, len(rows), inv_freq, encoder.settings, keep, idle)
     hidden = decoder(torch.cat(parts, dim=1), context)
@@ -272,6 +272,7 @@ def check_labels(labels: Tensor, input_ids: Tensor, vocabulary: int) -> None:
 def refuse_tensor_parallel(model: nn.Module, first_layer: Any) -> None:
     """FSDP gathers each layer's weights around it, but nothing gathers those that tensor
     parallelism has cut in all layers."""
-    cut = isinstance(first_layer.self_attn.q_proj.weight, DTensor)
+    weight = getattr(first_layer.self_attn.q_proj, "weight", None)
+    cut = isinstance(weight, DTensor)
     if cut and not isinstance(model, FSDPModule):
         fail("training", "a tensor-parallel model", "inference, or the model in one piece")

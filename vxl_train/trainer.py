@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from vxl_model.decoder.attention import local
+from vxl_model.decoder.placement import local
 from vxl_model.modeling import VideoXLForConditionalGeneration
 
 from . import sharded

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from vxl_kernels import ChunkLayout, vst_linear
+from vxl_kernels import ChunkLayout
 
 from .configuration import VideoXLConfig
 from .context import AttentionContext, CacheContext
+from .projections import project_rows
 from .qwen2 import OUTPUT_BIAS, QKV_BIAS
 
-__all__ = ["VideoXLAttention", "local"]
-
-
-def local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter that tensor parallelism has cut."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+__all__ = ["VideoXLAttention"]
 
 
 class VideoXLAttention(nn.Module):
@@ -45,7 +40,8 @@ class VideoXLAttention(nn.Module):
         qkv = [self.project(x, layout, backend) for x, layout in context.segments(parts)]
         attended = context.attend(self.layer_idx, qkv)
         if context.idle_vsts:
-            attended = [x + self._idle_vsts() for x in attended]
+            idle = self._idle_vsts(parts[0])
+            attended = [x + idle for x in attended]
         return attended
 
     def append(self, x: Tensor, vsts: bool, context: CacheContext) -> None:
@@ -62,10 +58,11 @@ class VideoXLAttention(nn.Module):
         q, k, v = (self._linear(x, name, layout, backend) for name in ("q", "k", "v"))
         return q, k, v
 
-    def _idle_vsts(self) -> Tensor:
+    def _idle_vsts(self, like: Tensor) -> Tensor:
         """0, with a graph through the VSTs' projections."""
+        row = like.new_zeros(1, like.shape[-1])
         parts = (getattr(self, f"beacon_{name}_proj") for name in ("q", "k", "v"))
-        return 0 * torch.stack([w.sum() for p in parts for w in (p.weight, p.bias)]).sum()
+        return 0 * torch.stack([part(row).sum() for part in parts]).sum()
 
     def _linear(
         self,
@@ -77,8 +74,4 @@ class VideoXLAttention(nn.Module):
     ) -> Tensor:
         own = getattr(self, f"{prefix}{name}_proj")
         vst = getattr(self, f"beacon_{name}_proj")
-        weight, bias, vst_weight, vst_bias = (
-            local(w) for w in (own.weight, own.bias, vst.weight, vst.bias)
-        )
-        out = vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)
-        return out.unflatten(-1, (-1, self.head_dim))
+        return project_rows(x, own, vst, layout, backend).unflatten(-1, (-1, self.head_dim))

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
-from .attention import VideoXLAttention, local
+from .attention import VideoXLAttention
 from .configuration import VideoXLConfig
 from .context import AttentionContext, CacheContext
+from .placement import execution_device, local
 from .qwen2 import TextMLP, TextNorm, rotary_frequencies
 from .vision_tower import VisionTower
 
@@ -77,6 +79,11 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True  # of the vision tower only
     _supports_sdpa = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: with accelerate's offloading the weights are elsewhere."""
+        return execution_device(self.get_input_embeddings())
+
 
 class VideoXLModel(VideoXLPreTrainedModel):
     """Decoder, vision tower and projector under their published names."""
@@ -103,7 +110,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
     def inv_freq(self) -> Tensor:
         """Rotation per position, float32 whatever the model's dtype. It is not a buffer, because
         `model.half()` would round it."""
-        device = self.embed_tokens.weight.device
+        device = self.device
         if device not in self._inv_freq:
             self._inv_freq[device] = rotary_frequencies(self.config, device)
         return self._inv_freq[device]
@@ -112,7 +119,15 @@ class VideoXLModel(VideoXLPreTrainedModel):
     def kv_heads(self) -> int:
         """KV heads that this process holds."""
         first: Any = self.layers[0]
-        return len(local(first.self_attn.k_proj.weight)) // self.config.head_dim
+        config, weight = self.config, getattr(first.self_attn.k_proj, "weight", None)
+        if isinstance(weight, DTensor):
+            return len(local(weight)) // config.head_dim
+        # The shape of other weights may say nothing: two numbers of 4 bits are one byte.
+        return config.num_key_value_heads or config.num_attention_heads
+
+    def vst_embedding(self) -> Tensor:
+        """The input row of a VST, `(1, hidden)`. Differentiable."""
+        return self.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device))
 
     def forward(
         self, hidden: Tensor, context: AttentionContext, output_rows: int | None = None

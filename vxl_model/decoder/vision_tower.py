@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from .placement import execution_device, onloaded
+
 # Frames per pass: 16 frames of CLIP-L fill the matrix units of a GPU (9,232 rows) and take
 # 0.15 GB of activations in fp32.
 FRAME_BATCH = 16
@@ -97,13 +99,16 @@ class VisionTower(nn.Module):
     def _features(self, pixels: Tensor) -> Tensor:
         clip = self.vision_tower.vision_model
         embeddings = clip.embeddings
-        weight = embeddings.patch_embedding.weight
-        patches = embeddings.patch_embedding(pixels.to(weight.device, weight.dtype))
-        classes = embeddings.class_embedding.to(weight.dtype).expand(len(pixels), 1, -1)
-        hidden = torch.cat((classes, patches.flatten(2).transpose(1, 2)), dim=1)
+        patch = embeddings.patch_embedding
+        patches = patch(pixels.to(execution_device(patch), patch.weight.dtype))
+        with onloaded(embeddings):
+            classes = embeddings.class_embedding.to(patch.weight.dtype).expand(len(pixels), 1, -1)
+            hidden = torch.cat((classes, patches.flatten(2).transpose(1, 2)), dim=1)
         # The weight itself, not a lookup by CLIP's `position_ids`. No checkpoint holds that
         # buffer, so it has no values in a model that was loaded through the meta device.
-        hidden = clip.pre_layrnorm(hidden + embeddings.position_embedding.weight)
+        with onloaded(embeddings.position_embedding):
+            hidden = hidden + embeddings.position_embedding.weight
+        hidden = clip.pre_layrnorm(hidden)
         for layer in clip.encoder.layers[: self.layers_run]:
             hidden = layer(hidden, attention_mask=None)
         return hidden[:, 1:]

@@ -55,8 +55,7 @@ class StreamEncoder:
     def __init__(self, decoder: VideoXLModel, settings: ExecutionSettings) -> None:
         self.decoder, self.settings = decoder, settings
         self.window: int = decoder.config.beacon_window
-        weight = decoder.beacon_embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = decoder.device, decoder.beacon_embed_tokens.weight.dtype
 
     @property
     def chunks(self) -> int:
@@ -163,7 +162,7 @@ class StreamEncoder:
         """Input rows `(batch, rows, hidden)` of chunks: features `(batch, tokens, hidden)` and VST
         embeddings in the layout's order. Differentiable."""
         features = features.to(self.device, self.dtype)
-        vst = self.decoder.beacon_embed_tokens.weight
+        vst = self.decoder.vst_embedding().to(self.dtype)
         vsts = vst.expand(len(features), layout.chunks * layout.vsts_per_chunk, -1)
         rows = torch.cat([features, vsts], dim=1)
         if layout.order == "interleaved":

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vxl_kernels import VstCache
 
-from ..decoder.attention import local
 from ..decoder.layers import VideoXLModel
+from ..decoder.placement import local, onloaded
 from .cache_pool import SLACK_TOKENS
 from .encoder import StreamEncoder
 from .ratios import RatioPlan
@@ -106,13 +106,28 @@ def model_fingerprint(decoder: VideoXLModel) -> str:
     ]
     digest = hashlib.sha256(json.dumps(fields).encode())
     # One row of every parameter is enough: 9 MB for the 28 layers of Qwen2-7B.
-    for _, weight in [*decoder.layers.named_parameters(), *decoder.norm.named_parameters()]:
-        digest.update(first_row_bytes(local(weight)))
-    for embedding in (decoder.embed_tokens, decoder.beacon_embed_tokens):
-        digest.update(first_row_bytes(embedding.weight))
+    embeddings = decoder.embed_tokens, decoder.beacon_embed_tokens
+    for part in (decoder.layers, decoder.norm, *embeddings):
+        for module in part.modules():
+            if not module._parameters:
+                continue
+            with onloaded(module):
+                for weight in module.parameters(recurse=False):
+                    packed = not weight.dtype.is_floating_point
+                    digest.update((_first_codes if packed else first_row_bytes)(local(weight)))
     return digest.hexdigest()
 
 
 def first_row_bytes(weight: Tensor) -> bytes:
     """The first row as float32, to tell one set of weights from another."""
-    return weight.detach()[:1].float().cpu().contiguous().numpy().tobytes()
+    return weight.detach()[:1].dequantize().float().cpu().contiguous().numpy().tobytes()
+
+
+def _first_codes(weight: Tensor) -> bytes:
+    """How often each number of 4 bits occurs in the first 32 rows of a quantised weight. The first
+    call on a CPU makes bitsandbytes reorder them, 32 rows by 32 rows."""
+    state = getattr(weight, "quant_state", None)
+    width = weight.shape[-1] if state is None else state.shape[-1] // 2
+    codes = weight.detach().flatten()[: 32 * width].contiguous().view(torch.uint8)
+    counts = torch.bincount(torch.cat([codes & 15, codes >> 4]).int(), minlength=16)
+    return counts.cpu().numpy().tobytes()
