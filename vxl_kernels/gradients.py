@@ -12,7 +12,7 @@ import torch
 from . import ops  # noqa: F401  it defines the operators
 from ._backends import BACKENDS
 from .layout import layout_from_ints
-from .linear import split_rows, vst_linear
+from .linear import vst_linear
 from .reference import rotate
 
 __all__: list[str] = []
@@ -114,9 +114,7 @@ def _linear_backward(ctx, grad):
     layout = ctx.layout
     turned = weight.T, None, None if vst_weight is None else vst_weight.T, None
     of_sets = [None] * 4
-    parts = zip(
-        *((t,) if layout is None else split_rows(t, layout) for t in (grad, x)), strict=True
-    )
+    parts = zip(*((t,) if layout is None else layout.split_rows(t) for t in (grad, x)), strict=True)
     for i, (dy, rows) in enumerate(parts):
         of_sets[2 * i] = dy.flatten(0, 1).T @ rows.flatten(0, 1)
         if (bias, vst_bias)[i] is not None:

@@ -113,6 +113,24 @@ class ChunkLayout:
         twin = ChunkLayout(self.window, self.ratio, self.chunks, "interleaved")
         return torch.cat([twin.raw_rows(device), twin.vst_rows(device)])
 
+    def split_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The raw rows of x `(batch, rows, ...)`, and its VST rows."""
+        if self.order == "split":
+            raw, vst = x.split(
+                [self.chunks * self.window, self.chunks * self.vsts_per_chunk], dim=1
+            )
+            return raw, vst
+        rows = self.raw_rows(x.device), self.vst_rows(x.device)
+        return x.index_select(1, rows[0]), x.index_select(1, rows[1])
+
+    def join_rows(self, raw: torch.Tensor, vst: torch.Tensor) -> torch.Tensor:
+        """What `split_rows` has split, in the order of the layout."""
+        if self.order == "split":
+            return torch.cat([raw, vst], dim=1)
+        out = raw.new_empty(raw.shape[0], self.rows, *raw.shape[2:])
+        out = out.index_copy(1, self.raw_rows(raw.device), raw)
+        return out.index_copy(1, self.vst_rows(raw.device), vst)
+
     # -- the mask -----------------------------------------------------------------
 
     def materialize(

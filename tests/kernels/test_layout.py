@@ -70,6 +70,15 @@ def test_orders_are_permutations_of_each_other(layout):
     assert torch.equal(twin.chunk_index()[index], split.chunk_index())
 
 
+@given(layouts())
+def test_rows_are_split_and_joined(layout):
+    x = torch.randn(2, layout.rows, 3)
+    raw, vst = layout.split_rows(x)
+    assert torch.equal(raw, x[:, ~layout.is_vst()])
+    assert torch.equal(vst, x[:, layout.is_vst()])
+    assert torch.equal(layout.join_rows(raw, vst), x)
+
+
 def test_released_geometry():
     layout = ChunkLayout(1440, 8)
     assert (layout.vsts_per_chunk, layout.rows_per_chunk, layout.rows) == (180, 1620, 1620)

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 
 from vxl_kernels import ChunkLayout, vst_linear
-from vxl_kernels.linear import join_rows, split_rows
 
 from .placement import local
 
@@ -58,8 +57,8 @@ def project_rows(
         return vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)
     if layout is None:
         return own(x)
-    raw, summaries = split_rows(x, layout)
-    return join_rows(own(raw), vst(summaries), layout)
+    raw, summaries = layout.split_rows(x)
+    return layout.join_rows(own(raw), vst(summaries))
 
 
 def _weights(module: nn.Module) -> list[Any]:
