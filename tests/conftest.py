@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="no GPU")
     for item in items:
-        if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
+        if item.get_closest_marker("gpu"):  # keywords include the names of folders
             item.add_marker(skip)

@@ -27,7 +27,7 @@ def small_cache(num_pages: int = 32, page_size: int = 4, **kwargs) -> VstCache:
 
 
 def write(cache: VstCache, seq: int, tokens: list[int]) -> None:
-    """Appends rows that hold their token's number, K and layers told apart by sign and scale."""
+    """Appends rows that hold their token's number. Sign and scale tell K and layers apart."""
     batch = cache.batch(seq)
     batch.reserve(len(tokens))
     start = int(batch.cache_seqlens[0])
@@ -41,7 +41,7 @@ def write(cache: VstCache, seq: int, tokens: list[int]) -> None:
 
 
 def read(cache: VstCache, seq: int) -> list[int]:
-    """The tokens of a sequence; every layer, head and dimension has to agree."""
+    """The tokens of a sequence. Every layer, head and dimension must agree."""
     tokens: list[int] = []
     for i in range(cache.num_layers):
         k, v = cache.gather(seq, i)
@@ -59,7 +59,7 @@ def free_of(cache: VstCache, seqs: list[int]) -> tuple:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Random steps of several sequences; contents are unique numbers."""
+    """Random steps of several sequences. Every content is a unique number."""
 
     seqs = Bundle("seqs")
 
@@ -75,7 +75,8 @@ class CacheMachine(RuleBasedStateMachine):
         return list(range(self.token - n, self.token))
 
     def unless_exhausted(self, call):
-        """The call's result; None if the pool was too small, which must have changed nothing."""
+        """The result of the call. None if the pool was too small, and then nothing may have
+        changed."""
         before = free_of(self.cache, list(self.model))
         try:
             return call()
@@ -211,7 +212,7 @@ def test_a_batch_notices_what_happens_through_the_cache():
 
 
 def test_a_batch_of_a_freed_sequence_writes_nowhere():
-    """Its pages may belong to another sequence by then."""
+    """Its pages may belong to another sequence."""
     cache = small_cache()
     kept, freed = cache.new(), cache.new()
     for seq in (kept, freed):
@@ -230,7 +231,8 @@ def test_a_batch_of_a_freed_sequence_writes_nowhere():
 
 @pytest.mark.parametrize("length", [3, 1])
 def test_a_batch_of_a_truncated_sequence_writes_nowhere(length):
-    """Not even where only its reserved pages went back; another sequence's end changes nothing."""
+    """Not even where only its reserved pages were released. Another sequence's end changes
+    nothing."""
     cache = small_cache()
     other, seq = cache.new(), cache.new()
     write(cache, seq, [1, 2, 3])
@@ -277,7 +279,7 @@ HEADS = 4
 
 
 def step(cache, batch, layout, seed, backend=None):
-    """One step of a model without weights: K, V of a layer from a seed."""
+    """One step of a model without weights. K and V of a layer come from a seed."""
     rows = VIDEO.rows if layout else 5
     kept = VIDEO.vsts_per_chunk if layout else rows
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +314,7 @@ def test_32_questions_over_one_video_share_it_and_give_the_bits_of_32_runs():
     forks = [cache.fork(video) for _ in range(questions)]
     assert cache.num_pages - cache.free_pages == video_pages, "a fork took a page"
     shared = [step(cache, cache.batch(f), None, seed=100 + i) for i, f in enumerate(forks)]
-    # 18 rows of video: the last page holds two, so each question copies it and adds one page.
+    # 18 rows of video: the last page holds two rows. Each question copies it and adds a page.
     assert cache.length(video) == 18
     assert cache.num_pages - cache.free_pages == video_pages + 2 * questions
     for i, expected in enumerate(shared):
@@ -367,7 +369,7 @@ def test_memory_for_is_what_a_run_takes(prefix, frames, suffix, questions):
 
 
 def test_reading_while_other_threads_fork_and_append():
-    """Documented as safe: committed rows stay what they are whatever others do."""
+    """Committed rows do not change, whatever other threads do."""
     cache = small_cache(num_pages=400, page_size=4)
     video = cache.new()
     write(cache, video, list(range(30)))
@@ -405,7 +407,7 @@ def test_reading_while_other_threads_fork_and_append():
 
 
 def test_reading_a_sequence_that_grows():
-    """Its shared last page is copied when it grows: nobody may see the copy half made."""
+    """Its shared last page is copied when it grows. Nobody may see half a copy."""
     cache = small_cache(num_pages=64, page_size=4)
     failures: list[BaseException] = []
     sequences: dict[int, list[int]] = {}
@@ -428,7 +430,7 @@ def test_reading_a_sequence_that_grows():
         reader.start()
     for _ in range(60):
         for seq in sequences:
-            other = cache.fork(seq)  # shares the page; the sequence itself moves to a copy
+            other = cache.fork(seq)  # shares the page, so the sequence moves to a copy
             cache.reserve(seq, 1)
             cache.free(other)
             cache.truncate(seq, 6)
@@ -457,7 +459,7 @@ GOOD = {"num_layers": 1, "kv_heads": 1, "head_dim": 16, "num_pages": 4}
         ({"dtype": torch.float64}, "dtype: got torch.float64"),
     ],
 )
-def test_a_cache_of_no_sense_is_refused(changes, message):
+def test_a_cache_of_impossible_sizes_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         VstCache(**{**GOOD, **changes})
 
@@ -482,7 +484,7 @@ def test_a_cache_of_no_sense_is_refused(changes, message):
         (lambda c, s: c.save("/nonexistent/x", s), FileNotFoundError, "nonexistent"),
     ],
 )
-def test_a_call_that_makes_no_sense_changes_nothing(call, error, message):
+def test_a_wrong_call_changes_nothing(call, error, message):
     cache = small_cache()
     seq = cache.new()
     write(cache, seq, list(range(10)))

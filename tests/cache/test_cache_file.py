@@ -1,4 +1,5 @@
-"""Saved sequences: round trips, damage of every kind, a process killed while writing."""
+"""Saved sequences: round trips, damage of every kind, and a process that is killed while
+writing."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_round_trip_into_other_pages(tmp_path, dtype, length, page_size):
 
 
 def test_round_trip_in_many_pieces(tmp_path, monkeypatch):
-    """Pieces of seven rows; written and read in other sizes."""
+    """Pieces of seven rows, written and read in other sizes."""
     cache, seq = filled(50)
     row_bytes = 2 * 16 * 4
     monkeypatch.setattr(file_format, "_PIECE_BYTES", 7 * row_bytes)
@@ -156,7 +157,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
 
 
 def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path):
-    """Both the header's checksum and the tensors are right, but they do not fit each other."""
+    """The header's checksum and the tensors are right, but do not fit each other."""
     path = tmp_path / "video"
     cache, seq = filled(6)
     cache.save(path, seq)
@@ -171,7 +172,7 @@ def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path):
     refuse(path, "tensor key.0 does not match its metadata")
 
 
-def test_metadata_of_no_strings_is_refused_before_anything_is_written(tmp_path):
+def test_metadata_that_is_not_strings_is_refused_before_anything_is_written(tmp_path):
     cache, seq = filled(6)
     with pytest.raises(ValueError, match="metadata: got 'frames': 128, expected"):
         cache.save(tmp_path / "video", seq, {"frames": 128})
@@ -300,7 +301,7 @@ KILLS = """
 
 
 def test_200_kills_of_a_save_lose_nothing_and_leave_nothing(tmp_path):
-    """kill -9 at random moments: the name holds the old file or a complete new one."""
+    """After kill -9 at random moments, the name holds the old file or a complete new one."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLS), str(tmp_path / "video")],
         capture_output=True,
@@ -309,6 +310,6 @@ def test_200_kills_of_a_save_lose_nothing_and_leave_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     leftovers, seen = map(int, done.stdout.split())
-    # Otherwise no kill hit a save, or no save was complete: the test has shown nothing.
+    # Otherwise no kill hit a save, or no save was complete, and the test has shown nothing.
     assert leftovers >= 20
     assert seen >= 20

@@ -29,8 +29,8 @@ def assert_holds(cache, seq, contents):
 
 
 def test_restore_soon_after_offload_reads_nothing_on_the_host():
-    """The copies to host memory are queued and not done: whatever the host read now would be
-    stale. The stream waits for them and the host does not."""
+    """The copies to host memory are queued, so the host would read stale values. The stream waits
+    for them, and the host does not."""
     cache, seq, contents = filled()
     with LateStream().playing(cache) as stream:
         host = cache.offload(seq)

@@ -1,5 +1,5 @@
-"""The page manager case by case: who shares a page and who copies it, what is refused and in
-which words, arrays, sizes and threads. test_page_manager_model.py plays it against a model."""
+"""The page manager case by case: which sequences share a page and which copies it, refusals and
+their messages, arrays, sizes and threads. test_page_manager_model.py tests it against a model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_fork_leaves_the_reservation_with_the_parent(reserved):
     b = m.fork(a)
     assert (m.length(b), m.reserved(b), m.capacity(b)) == (2, 0, 4)
     assert (m.length(a), m.reserved(a)) == (2, reserved)
-    # a may have written row 2 into the shared page already: a must not move.
+    # a may have written row 2 into the shared page already, so a must not move.
     page = m.block_table(a)[0]
     assert len(m.reserve(a, 6)) == 0
     assert m.block_table(a)[0] == page
@@ -250,7 +250,7 @@ def test_10000_sequences():
 
 
 def test_readers_beside_a_thread_that_forks_grows_and_frees():
-    """What a reader sees is always a state between two calls, never half of one."""
+    """A reader always sees a state between two calls."""
     m = PageManager(512, 4)
     base = sequence_of(m, 203)
     table = m.block_table(base).tolist()

@@ -1,8 +1,8 @@
 """The page manager against a plain model that holds real contents.
 
-Every token written is a new number, so a page that is copied too late, not at all or with too
-few rows, or one that is handed out twice, shows as a wrong number in some sequence. Pages that
-nobody holds are overwritten after each step.
+Every token written is a new number. So a page that is copied too late, not at all or with too few
+rows, or that is given to two sequences, shows as a wrong number in a sequence. Pages that nobody
+holds are overwritten after each step.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PageManagerMachine(RuleBasedStateMachine):
 
     @rule(seq=seqs, rows=st.integers(1, 5))
     def append(self, seq, rows):
-        """reserve and commit of a whole step: which leaves partly filled pages."""
+        """reserve and commit of a whole step, which leaves partly filled pages."""
         if self.check_reserve([seq], rows, True, lambda: self.manager.reserve(seq, rows)):
             rows = self.model.sequences[seq].reserved
             self.manager.commit(seq, rows)
@@ -100,7 +100,8 @@ class PageManagerMachine(RuleBasedStateMachine):
         self.check_reserve(seqs, rows, write, lambda: self.manager.reserve_many(seqs, rows))
 
     def check_reserve(self, seqs, rows, write, call) -> bool:
-        """Reserves if the pages are there, else checks the refusal; True if reserved."""
+        """Reserves if there are enough pages, else checks the refusal. Returns whether it
+        reserved."""
         needed, after = self.model.reserve(seqs, rows)
         free = self.model.free_pages()
         if needed > free:
@@ -117,7 +118,8 @@ class PageManagerMachine(RuleBasedStateMachine):
         return True
 
     def perform(self, copies, seqs, after):
-        """The copies, in any order, are those of the sequences whose last page was shared."""
+        """Makes the copies in any order. They are those of the sequences whose last page was
+        shared."""
         page_size = self.model.page_size
         moved = [s for s in seqs if after[s].pages[: len(self.pages_of(s))] != self.pages_of(s)]
         assert copies.dtype == np.int32
@@ -212,7 +214,7 @@ class PageManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def sharing_is_exact(self):
-        """The model's pages and the pool's pages are the same but for their names."""
+        """The pages of the model and of the pool are the same except for their numbers."""
         in_pool: dict[Page, int] = {}
         for seq, s in self.model.sequences.items():
             for page, number in zip(s.pages, self.manager.block_table(seq).tolist(), strict=True):
@@ -234,7 +236,7 @@ class PageManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def one_writer(self):
-        """A row that somebody may write is in nobody else's sight, and a page has one writer."""
+        """A row that a sequence may write is not visible to another, and a page has one writer."""
         page_size = self.model.page_size
         readers: Counter[tuple[Page, int]] = Counter()
         writable: Counter[tuple[Page, int]] = Counter()
@@ -259,7 +261,7 @@ class PageManagerMachine(RuleBasedStateMachine):
         assert stats["page_copies"] == self.model.copies
 
     def teardown(self):
-        """Nothing leaks: with every sequence gone, every page can be had again."""
+        """Nothing leaks: once every sequence is freed, every page is free."""
         if not hasattr(self, "manager"):
             return
         for seq in self.model.sequences:

@@ -1,4 +1,5 @@
-"""copy_pages_, gather_rows, scatter_rows_: against plain loops, in the extension and without."""
+"""copy_pages_, gather_rows and scatter_rows_ against plain loops, with and without the
+extension."""
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def pool(layers=2, pages=8, page_size=4, kv_heads=2, head_dim=6, dtype=torch.flo
 
 
 def strided(cache, layer_gap, page_gap):
-    """The same values, with room between layers and between pages, holding 77."""
+    """The same values with room between layers and between pages, which holds 77."""
     layers, pages, *page = cache.shape
     big = torch.full((layers + layer_gap, pages + page_gap, *page), 77, dtype=cache.dtype)
     view = big[:layers, page_gap:]
@@ -91,7 +92,7 @@ def test_rows_against_a_loop(ops, caches, data):
         assert torch.equal(rows[:, i], cache[:, table[at // page_size], at % page_size])
     assert torch.equal(big, before)
 
-    # Back, changed: there and nowhere else. Rows may be a strided tensor.
+    # Changed rows go back to their places and nowhere else. Rows may be a strided tensor.
     OPS[ops].scatter_rows_(cache, table, first, (rows + 1).transpose(0, 1).clone().transpose(0, 1))
     assert torch.equal(OPS[ops].gather_rows(cache, table, first, n), rows + 1)
     OPS[ops].scatter_rows_(cache, table, first, rows)
@@ -99,7 +100,7 @@ def test_rows_against_a_loop(ops, caches, data):
 
 
 def test_large_copies_use_all_threads():
-    """Beyond a megabyte the work is cut in parts: every part arrives."""
+    """Beyond a megabyte the work is cut in parts. Every part must arrive."""
     k = torch.randn(3, 40, 64, 2, 64)
     v, table = k + 1, torch.randperm(40).int()
     rows = torch.ops.vxl.gather_rows(k, table, 17, 2400)

@@ -1,5 +1,6 @@
-"""The CUDA operators: on a GPU against the CPU's, captured in a graph, without waiting for it.
-Without a GPU: what the build says of itself. Kernel bodies run in tests/cpp on any machine."""
+"""The CUDA operators. On a GPU, they are tested against the CPU's, captured in a graph and without
+waiting for the GPU. Without one, only the record of the build is tested. tests/cpp runs the bodies
+of the kernels on any machine."""
 
 import dataclasses
 
@@ -24,7 +25,7 @@ def on_gpu(inputs):
 
 
 def ulp_close(x, truth):
-    """Within the last bit of the type, and of its float32 arithmetic."""
+    """Equal within the last bit of the type, and of its float32 arithmetic."""
     eps = torch.finfo(truth.dtype).eps
     scale = float(truth.nan_to_num().abs().max()) if truth.numel() else 0.0
     torch.testing.assert_close(x.cpu(), truth, rtol=eps, atol=1e-6 * (1 + scale), equal_nan=True)
@@ -92,7 +93,7 @@ def test_pages_against_the_cpu():
 @pytest.mark.gpu
 @needs_cuda
 def test_a_step_in_a_graph():
-    """Captured once; lengths, pages and copies that change afterwards are followed."""
+    """A step is captured once, and then follows changes of lengths, pages and copies."""
     layout, inv_freq = ChunkLayout(32, 4), inverse_frequencies(64)
     inputs = make_inputs((37, 5), layout, head_dim=64, page_size=16, dtype=torch.float16)
     gpu, frequencies = on_gpu(inputs), inv_freq.cuda()
@@ -156,7 +157,7 @@ def test_tensors_of_another_device_are_refused(name):
 
 
 def test_the_report_tells_what_is_loaded(monkeypatch):
-    """has_cuda comes from the compiled module itself, and the dispatcher agrees with it."""
+    """has_cuda comes from the compiled module, and the dispatcher agrees with it."""
     if _ext.extension is None:
         pytest.skip("no extension")
     for op in ("rope_append", "rope_append_", "copy_pages_", "gather_rows", "scatter_rows_"):

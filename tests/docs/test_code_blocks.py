@@ -1,9 +1,9 @@
 """Every code block of the documents runs, page by page.
 
-A page's Python blocks run in order, in one namespace, in a folder that holds stand-ins: the small
+The Python blocks of a page run in order, in one namespace. Their folder holds stand-ins: the small
 checkpoint of the goldens as `sy1998/Video_XL`, a clip as `video.mp4`, pictures as `a.jpg`, `b.jpg`.
-The checkpoint's head is changed so that an answer ends with its first token.
-The one change to a block is `device_map="cuda"`, which is the CPU's where there is no GPU.
+The checkpoint's head is changed so that an answer ends with its first token. The only change to a
+block is `device_map="cuda"`, which becomes the CPU on a machine without a GPU.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def pages_with(*languages):
 
 
 def test_every_block_has_a_known_language():
-    """So that none is left out by its name."""
+    """So that no block is left out because of its name."""
     unknown = {
         f"{page}:{block.line}: {block.language!r}"
         for page in PAGES
@@ -44,7 +44,8 @@ def test_every_block_has_a_known_language():
 
 
 def end_at_once(path):
-    """Gives the two stop tokens opposite rows in the head: one of them has the largest logit."""
+    """Gives the two stop tokens opposite rows in the head, so that one of them has the largest
+    logit."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(path)
@@ -55,7 +56,7 @@ def end_at_once(path):
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """What the blocks name: a checkpoint, a video, pictures."""
+    """Files that the blocks name: a checkpoint, a video, pictures."""
     pytest.importorskip("transformers")
     pytest.importorskip("av")
     image = pytest.importorskip("PIL.Image")
@@ -154,7 +155,7 @@ def check_options(command, arguments):
 
 
 def vxl(arguments):
-    """Runs a command of `vxl` here and now; returns what it prints."""
+    """Runs a command of `vxl` in this process. Returns what it prints."""
     from vxl_cli.main import main
 
     printed, complaints = io.StringIO(), io.StringIO()
@@ -203,7 +204,7 @@ def check_pip(words):
 
 
 def check(words):
-    """One command; AssertionError if it could not be run as it is written."""
+    """Checks one command. AssertionError if it cannot be run as it is written."""
     name, *rest = words
     if name == "make":
         check_make(rest)
@@ -249,7 +250,8 @@ def transcripts(page):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if transcripts(p)], ids=str)
 def test_transcripts(page, place):
-    """A block that begins with `$ vxl ...` shows what the command prints; `...` stands for any."""
+    """A block that begins with `$ vxl ...` shows what the command prints. `...` matches any
+    text."""
     for block in transcripts(page):
         command, wanted = block.text.split("\n", 1)
         (words,) = commands(command.removeprefix("$ "))

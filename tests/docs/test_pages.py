@@ -66,7 +66,7 @@ def test_readme_shows_the_example():
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_behind_is_a_place(page):
-    """The word stood for "after" and "past"; a document has no place for it."""
+    """Documents say "after" or "past" instead."""
     assert not re.search(r"\bbehind\b", (ROOT / page).read_text(), re.I)
 
 

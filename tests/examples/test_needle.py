@@ -1,4 +1,4 @@
-"""The shipped needle model on a corner of the map, its controls, and that its training learns."""
+"""The shipped needle model on a part of the map, its controls, and its training."""
 
 import pytest
 import torch
@@ -44,16 +44,16 @@ def test_needles_are_found(model, frames, ratio, least):
 
 
 def test_the_text_gives_nothing_away(model):
-    """The controls of the map: over 960 answers a guesser stays within 3 points of one in ten in
-    all but one run in 500."""
+    """Controls of the map. Over 960 answers, a guesser stays within 3 points of 10 % in all but one
+    run in 500."""
     hits = train.found(model, 32, 16, videos=120, seed=7)
     for name in ("no VSTs", "other video"):
         assert abs(float(hits[name].float().mean()) - 1 / len(ANIMALS)) < 0.03, name
 
 
 def test_the_answer_is_in_the_window_of_the_needle(model):
-    """Another animal in that window is another answer; without the window at most half of ten
-    guesses are right, which a guesser exceeds in one run of 7,000."""
+    """Another animal in that window changes the answer. Without the window, at most half of ten
+    answers are right, which a guesser exceeds in one run of 7,000."""
     g = generator(3)
     window = WINDOW_FRAMES * FRAME_TOKENS
     found = 0
@@ -121,7 +121,7 @@ def test_draws():
 
 
 @pytest.mark.parametrize("frames", [8, 16, 20, 32, 256])
-def test_needles_of_a_map_stand_in_windows_of_their_own(frames):
+def test_needles_of_a_map_are_in_different_windows(frames):
     stride = train.apart(frames)
     places = [round(i * (frames - 1) / (train.DEPTHS - 1)) for i in range(train.DEPTHS)]
     for first in range(stride):

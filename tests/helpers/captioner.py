@@ -74,7 +74,7 @@ def save_llava(folder, template=TEMPLATE):
         image_token_id=vocabulary["<image>"],
     )
     model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # so that pictures matter, as they would not with small random weights
+    with torch.no_grad():  # so that pictures matter, which they do not with small random weights
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.normal_(std=0.5)
     model.generation_config.eos_token_id = vocabulary["<eos>"]
@@ -83,7 +83,8 @@ def save_llava(folder, template=TEMPLATE):
 
 
 class Reader:
-    """Says which numbers the pictures of `clips.write_clip` show. `seen`: those of every call."""
+    """A captioner that gives the numbers in the pictures of `clips.write_clip`. `seen`: those of
+    every call."""
 
     name = "reader"
 

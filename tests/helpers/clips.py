@@ -1,5 +1,5 @@
-"""Small video files made on the spot. Every frame shows its own number, so that a test sees
-which frame it was given."""
+"""Writes small video files. Every frame shows its number, so that a test sees which frame it
+got."""
 
 from fractions import Fraction
 
@@ -76,7 +76,7 @@ def write_clip(
 
 
 def write_long(path, seconds, size=(640, 360), fps=8):
-    """One encoded second, written `seconds` times: an hour without the encoder's hour."""
+    """Writes one encoded second `seconds` times. So an hour of video is quick to write."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=fps, options={"bf": "0", "preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
@@ -142,7 +142,7 @@ def changed(packet, data):
 
 
 class Bits:
-    """A NAL unit's payload, put together bit by bit."""
+    """The payload of a NAL unit, bit by bit."""
 
     def __init__(self):
         self.text = ""
@@ -162,7 +162,7 @@ class Bits:
         return self
 
     def unit(self, kind):
-        """The NAL unit after a start code, with bytes against false start codes."""
+        """A start code and the NAL unit, with bytes that prevent false start codes."""
         self.put(1).align()
         data = bytearray()
         for byte in int("1" + self.text, 2).to_bytes(len(self.text) // 8 + 1, "big")[1:]:

@@ -1,9 +1,9 @@
-"""A GPU that is played by the CPU: `play()` makes torch take every "cuda" for the CPU, and
-events for the host's clock. With TRITON_INTERPRET=1 the project's kernels run under it. It shows
-that code written for a GPU runs to its end, and that its numbers are right; neither speed nor what
-real hardware does otherwise. As a plugin of pytest it serves the tests that need no memory, graphs
-or compiler of a GPU, in float32 (dtype0; the interpreter's products of bf16 are wrong). These 24
-take 4 minutes:
+"""A fake GPU: `play()` makes torch take every "cuda" for the CPU, and events for the host's clock.
+
+With TRITON_INTERPRET=1 the project's kernels run on it. It shows that code written for a GPU runs
+to its end and gives the right numbers. It shows neither speed nor behaviour of real hardware. It is
+also a plugin of pytest, for tests that do not need a GPU's memory, graphs or compiler, in float32
+(dtype0; the interpreter's products of bf16 are wrong). These 24 tests take 4 minutes:
 
     PYTHONPATH=tests:. TRITON_INTERPRET=1 python -m pytest -p helpers.fake_cuda -m gpu \\
         tests/triton/test_gpu.py -k "head_dims and dtype0"
@@ -31,7 +31,7 @@ class _Played(TorchFunctionMode):
 
 
 class Event:
-    """Done as soon as it is recorded; `query` says that the queue is still busy."""
+    """Complete as soon as it is recorded. `query` says that the queue is still busy."""
 
     def __init__(self, enable_timing=False):
         self.at = 0.0
@@ -60,7 +60,7 @@ _PROPERTIES = SimpleNamespace(total_memory=80 << 30, multi_processor_count=132, 
 
 
 def play() -> None:
-    """From here on. Not at import: collecting doctests imports this file."""
+    """Starts it. Importing does not, since collecting doctests imports this file."""
     for name, fake in {
         "is_available": lambda: True,
         "get_device_name": lambda *args: "played GPU",

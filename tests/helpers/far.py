@@ -1,4 +1,4 @@
-"""Rows far out in a sequence: up to the last position that int32 holds."""
+"""Rows far out in a sequence, up to the last position of int32."""
 
 import torch
 
@@ -10,7 +10,7 @@ PAGE_SIZE = 4096
 
 
 def far_inputs(position: int) -> Inputs:
-    """One row at `position`. All that the table has before its page is one other page."""
+    """One row at `position`. All earlier entries of the table are one other page."""
     table = torch.zeros(1, position // PAGE_SIZE + 1, dtype=torch.int32)
     table[0, -1] = 1
     q, k, v = (torch.zeros(1, 1, 1, 128) for _ in range(3))
@@ -22,7 +22,8 @@ def far_inputs(position: int) -> Inputs:
 
 
 def check_angles(position: int, backend: str) -> None:
-    """Rotated rows and the cache's entry against cosines of the exactly rounded float32 angle."""
+    """Checks rotated rows and the cache's entry against cosines of the exactly rounded float32
+    angle."""
     inputs = far_inputs(position)
     q, k = rope_append(*inputs.args(), inverse_frequencies(128), backend=backend)
     angle = (torch.tensor(float(position)) * inverse_frequencies(128)).double()

@@ -1,7 +1,7 @@
-"""What each process of tests/train/test_fsdp.py does: the command line, under FSDP on a CPU.
+"""What each process of tests/train/test_fsdp.py runs: the command line, under FSDP on a CPU.
 
-accelerate shards only where the processes have accelerators. Here its state is told that they
-have, after which everything is what a GPU would see, but for gloo.
+accelerate shards only if the processes have accelerators. Here its state is told that they do. All
+else is as on GPUs, except that gloo communicates.
 """
 
 import sys

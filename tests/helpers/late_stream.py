@@ -1,6 +1,5 @@
-"""A GPU's stream that is late: what the host asks for without waiting happens only when the host
-waits. It shows host reads of memory that a device has not written yet. The work itself is the
-CPU's."""
+"""A late stream of a fake GPU: copies that the host does not wait for are made only when it waits.
+It shows host reads of memory that a device has not written yet. The CPU does the work."""
 
 from __future__ import annotations
 
@@ -17,15 +16,15 @@ __all__ = ["LateStream"]
 
 
 class _Device:
-    """What code that asks for the type of a device takes for a GPU."""
+    """A device of type "cuda", for code that asks for the type."""
 
     type = "cuda"
     index = 0
 
 
 class LateStream:
-    """Copies with `non_blocking=True` from and to `device`, in their order, when the host waits or
-    when the device's own work, which comes after them, is looked at."""
+    """Makes copies with `non_blocking=True` from and to `device`, in their order, when the host
+    waits or when the device's own work, which comes after them, is read."""
 
     def __init__(self) -> None:
         self.device = _Device()
@@ -43,7 +42,7 @@ class LateStream:
 
     @contextmanager
     def playing(self, *caches: VstCache):
-        """`caches`, which are on the CPU, are on the device meanwhile."""
+        """`caches`, which are on the CPU, count as on the device until the end."""
         copy_, to, empty = torch.Tensor.copy_, torch.Tensor.to, torch.empty
 
         def late_copy(x, source, non_blocking=False):
@@ -58,7 +57,7 @@ class LateStream:
                 return to(x, *args, **kwargs)
             if not kwargs.get("non_blocking"):
                 return x.clone()
-            # On the device only: it reads the host's memory after all that was queued before.
+            # Only the device waits: it reads the host's memory after all that was queued before.
             self.finish()
             return x.clone()
 

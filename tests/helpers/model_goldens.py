@@ -1,4 +1,4 @@
-"""The published implementation's models and numbers, for the tests of `vxl_model`."""
+"""Models and numbers of the upstream implementation, for the tests of `vxl_model`."""
 
 import json
 
@@ -17,7 +17,7 @@ IMAGE = torch.tensor([-200])
 
 
 def relative(x, truth):
-    """Largest difference over the largest number; where all are 0 the difference itself."""
+    """Largest difference divided by the largest number. If all are 0, the difference itself."""
     scale = float(truth.detach().abs().max())
     return float((x - truth).detach().abs().max()) / (scale or 1.0)
 
@@ -51,8 +51,8 @@ def input_ids(tensors):
 
 
 def kept_of_golden(case, tensors, layer, name):
-    """K or V that the published code keeps of a whole sequence `(tokens, kv_heads, head_dim)`.
-    It holds K unrotated; here K is rotated to its final position."""
+    """K or V that the upstream code caches for a whole sequence, `(tokens, kv_heads, head_dim)`. It
+    keeps K unrotated. Here K is rotated to its final position."""
     parts = [tensors[f"{kind}_{name}.{layer}"] for kind in ("sink", "vst", "raw")]
     kept = torch.cat(parts, dim=1).transpose(0, 1)
     if name == "key":

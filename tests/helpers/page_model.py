@@ -1,5 +1,5 @@
-"""A plain model of the page manager: which sequence holds which page, by the rules in
-page_manager.h; and what can be seen of a manager from outside."""
+"""A plain model of the page manager, by the rules in page_manager.h, and the state of a manager as
+seen from outside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vxl_kernels._C import PageManager
 
 
 def snapshot(manager: PageManager, seqs: list[int]) -> tuple:
-    """All that can be seen of a manager from outside."""
+    """The state of a manager as seen from outside."""
     sequences = [
         (manager.length(s), manager.reserved(s), manager.block_table(s).tolist()) for s in seqs
     ]
@@ -19,7 +19,7 @@ def snapshot(manager: PageManager, seqs: list[int]) -> tuple:
 
 
 class Page:
-    """A page as the model knows it; which page of the pool it is, the manager chooses."""
+    """A page of the model. The manager chooses which page of the pool it is."""
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class Model:
         return self.num_pages - len(self.holders())
 
     def reserve(self, seqs: list[int], rows: int) -> tuple[int, dict[int, Sequence]]:
-        """Pages that it takes, and the sequences as they are afterwards."""
+        """How many pages it takes, and the sequences after it."""
         holders, taken, after = self.holders(), 0, {}
         for seq in seqs:
             s = self.sequences[seq]

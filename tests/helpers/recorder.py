@@ -1,4 +1,4 @@
-"""Which operators of this project a call reaches."""
+"""Records which operators of this project a call reaches."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 

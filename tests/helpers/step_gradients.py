@@ -9,7 +9,7 @@ from vxl_kernels.testing import Inputs
 def step_gradients(
     inputs: Inputs, inv_freq: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, ...]:
-    """Of q, k, v and both caches, for a loss that reads the result and the caches."""
+    """Gradients of q, k, v and both caches, for a loss of the result and the caches."""
     leaves = [t.nan_to_num().requires_grad_() for t in inputs.args()[:5]]
     caches = [leaf.clone() for leaf in leaves[3:]]
     rest = *caches, inputs.block_table, inputs.cache_seqlens, inputs.layout

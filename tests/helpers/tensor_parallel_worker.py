@@ -1,4 +1,4 @@
-"""What each process of tests/model/test_parallel.py does: `torchrun tensor_parallel_worker.py
+"""What each process of tests/model/test_parallel.py runs: `torchrun tensor_parallel_worker.py
 checkpoint expected out`."""
 
 import sys

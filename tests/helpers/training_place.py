@@ -1,4 +1,5 @@
-"""A folder to train in: the tiny checkpoint with a tokenizer of bytes, a clip, pictures, data."""
+"""A folder to train in, with the tiny checkpoint, a tokenizer of bytes, a clip, pictures and
+data."""
 
 import json
 import os
@@ -32,7 +33,7 @@ def talk(*turns):
 
 
 def samples():
-    """Three of each kind."""
+    """Three samples of each kind."""
     found = []
     for i in range(3):
         video = talk("<video>\nWhat?", f"number {i}")

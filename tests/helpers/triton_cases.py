@@ -31,7 +31,7 @@ CASES = {
     "no whole group": {"cache_seqlens": (64,), "layout": ChunkLayout(71, 71), "heads": 6},
     "tiny": {"cache_seqlens": (0, 1), "layout": ChunkLayout(1, 1), "heads": 2, "kv_heads": 2},
     "text": {"cache_seqlens": (40, 0), "rows": 70, "page_size": 16, "dtype": HALF},
-    # Maxima that move by less than the pivot's slack of 8 and by more; sharp in float32.
+    # Maxima move by less and by more than the rescale threshold of 8; sharp in float32.
     "sharp": {"cache_seqlens": (90, 0), "layout": SPLIT, "spread": 12.0, "dtype": HALF},
     "sharp, float32": {"cache_seqlens": (90, 0), "layout": INTERLEAVED, "spread": 6.0},
     "one page a sequence": {"cache_seqlens": (90,), "rows": 50, "page_size": 200},

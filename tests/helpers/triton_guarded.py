@@ -1,7 +1,6 @@
-"""Runs calls whose every tensor lies against a page that may not be touched: reading or writing
-one element outside ends the process. `python -m helpers.triton_guarded
-end|start [broken]`; "broken" looks one
-page too far ahead in the block table, to prove that the guard bites.
+"""Runs calls in which every tensor borders on a protected page of memory. Reading or writing one
+element outside ends the process. `python -m helpers.triton_guarded end|start [broken]`: "broken"
+reads one page too far in the block table, to prove that the guard works.
 """
 
 import ctypes
@@ -29,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def empty(shape, dtype, device="cpu"):
-    """As torch.empty, NaN inside, a forbidden page before and behind; touching the one."""
+    """As torch.empty, filled with NaN, between two protected pages. It borders on one of them."""
     x = torch.empty(0, dtype=dtype)
     count = torch.Size(shape).numel()
     size = count * x.element_size()
@@ -52,7 +51,7 @@ def guard(x):
 
 
 class GuardedTorch:
-    """What the launcher takes for torch: the memory it asks for is guarded, too."""
+    """Takes torch's place in the launcher, so that the memory it allocates is guarded too."""
 
     empty = staticmethod(empty)
 
@@ -77,7 +76,7 @@ def main() -> None:
     names = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
     for name in CASES:
         x = call(name)
-        # Entries of the table behind the length are as free as its memory: nothing valid.
+        # Table entries past the length are invalid too.
         x = dataclasses.replace(x, **{n: guard(getattr(x, n)) for n in names})
         check_attention(x, *attend(x))
     for name in WITHOUT_CACHE:

@@ -1,7 +1,7 @@
 """The smallest Video-XL decoder on this package's operators, for the goldens.
 
-Weights carry the published names. `Decoder.run` encodes prompt, windows and tail as the
-published code does and keeps what it would keep.
+Weights have upstream's names. `Decoder.run` encodes prefix, windows and suffix as the upstream code
+does, and caches what it would cache.
 """
 
 import torch
@@ -31,7 +31,7 @@ class Decoder:
         return out.unflatten(-1, (-1, self.case["head_dim"]))
 
     def run(self, hidden, layout=None):
-        """hidden (1, rows, hidden) through all layers; keeps what the layout keeps."""
+        """hidden (1, rows, hidden) through all layers. Caches what the layout caches."""
         for i in range(self.case["layers"]):
             layer = f"model.layers.{i}"
             attn = f"{layer}.self_attn"
@@ -54,7 +54,7 @@ class Decoder:
         return self.weights["model.embed_tokens.weight"][ids][None]
 
     def watch(self, features, ratios, chunks, order):
-        """All windows; equal neighbours go `chunks` at a time."""
+        """Encodes all windows. Equal neighbours go `chunks` at a time."""
         vst = self.weights["model.beacon_embed_tokens.weight"][0]
         window = self.case["window"]
         pieces = list(features.split(window))

@@ -40,7 +40,7 @@ def test_against_the_truth(inputs):
 
 
 def dense_softmax(inputs):
-    """Attention of sequence 0 straight from the mask, without the package's reference."""
+    """Attention of sequence 0 directly from the mask, without the package's reference."""
     x = inputs.to(torch.float64)
     rows, heads, head_dim = x.q.shape[1:]
     group = heads // x.k.shape[2]
@@ -122,7 +122,7 @@ def test_a_sequence_does_not_see_its_neighbours(shape):
         alone_out, alone_lse = attend(sequence(inputs, b))
         assert torch.equal(out[b : b + 1], alone_out)
         assert torch.equal(lse[b : b + 1], alone_lse)
-    # Not even a NaN crosses over.
+    # Not even a NaN crosses.
     inputs.q[1].fill_(torch.nan)
     inputs.k[1].fill_(torch.nan)
     inputs.v[1].fill_(torch.nan)
@@ -221,7 +221,7 @@ def test_scale_is_of_the_scores():
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1])
 @pytest.mark.parametrize("shape", BATCHES)
 def test_every_nan_stays_a_nan(bits, shape):
-    """Also one with other bits set, such as memory full of ones."""
+    """Also a NaN with other bits set, as in memory full of ones."""
     inputs = make_inputs((60,), heads=4, kv_heads=2, head_dim=32, **shape)
     nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     inputs.k[0, 0] = nan.expand(2, 32)

@@ -1,4 +1,4 @@
-"""The table of backends: what a row gives, and that a named backend serves or says why not."""
+"""The table of backends: what an entry gives, and that a named backend runs or says why not."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def call(layout=LAYOUT, **options):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """A backend that somebody adds: attention alone, told by a result that is its own."""
+    """A backend that somebody adds. It has attention alone, and its result is recognisable."""
     ran = []
 
     def attend(*args):
@@ -100,7 +100,8 @@ def test_a_name_that_is_not_in_the_table(name):
 
 
 def test_an_operator_takes_the_name_too():
-    """The compiled kernel of the device leaves such a call, with what it returns and writes."""
+    """The compiled kernel of the device leaves such a call, with all it returns and writes, to the
+    named backend."""
     ints, inv_freq = ops.layout_to_ints(LAYOUT), inverse_frequencies(16)
     ours, theirs = call(), call()
     out = torch.ops.vxl.vst_attention(*ours.args()[:-1], ints, 0.25, "reference")

@@ -29,7 +29,7 @@ def gradients(inputs, seed=0, lse_weight=1.0):
 @given(calls())
 @example(make_inputs((0,), ChunkLayout(1, 1)))
 @example(make_inputs((700, 0), ChunkLayout(130, 3, 2), heads=7, kv_heads=1, head_dim=256))
-@example(make_inputs((0,), ChunkLayout(40, 8, 40), heads=4, kv_heads=2))  # several a segment
+@example(make_inputs((0,), ChunkLayout(40, 8, 40), heads=4, kv_heads=2))  # several per segment
 @example(make_inputs((1000,), rows=1, heads=28, kv_heads=4, head_dim=128, page_size=64))
 @example(make_inputs((300,), rows=200, heads=12, kv_heads=1, head_dim=64))  # several parts
 def test_against_the_truth(inputs):
@@ -134,7 +134,7 @@ def test_gradients_of_a_wrong_call_are_noticed(name, dtype):
     *_, wrong = gradients(dataclasses.replace(inputs, **WRONG[name](inputs)))
     with pytest.raises(AssertionError, match="gradient of"):
         check_gradients(inputs, grad_out, grad_lse, wrong)
-    for i in range(5 if dtype == torch.float32 else 0):  # there even each of them alone
+    for i in range(5 if dtype == torch.float32 else 0):  # here even each one alone
         mixed = [*grads[:i], wrong[i], *grads[i + 1 :]]
         with pytest.raises(AssertionError, match="gradient of"):
             check_gradients(inputs, grad_out, grad_lse, mixed)
@@ -156,7 +156,7 @@ def test_the_gradient_of_the_lse_counts():
     [((5,), None), ((4,), ChunkLayout(6, 2, 2)), ((3, 21), ChunkLayout(7, 3, 3, "interleaved"))],
 )
 def test_a_step_with_both_operators(lens, layout):
-    """Rotation, append and attention: the gradients of the kernels against the reference's."""
+    """The kernels' gradients through rotation, append and attention against the reference's."""
     inputs = make_inputs(lens, layout, rows=6, head_dim=32, page_size=4)
     inv_freq = inverse_frequencies(32)
     found = step_gradients(inputs, inv_freq, "cpu")

@@ -1,4 +1,4 @@
-"""Every refusal: one ValueError with argument, got and expected, and nothing written."""
+"""Every refusal is one ValueError with argument, got and expected, and nothing is written."""
 
 import dataclasses
 import re

@@ -1,7 +1,7 @@
-"""The published implementation's own numbers, through this package's operators.
+"""The upstream implementation's numbers, by this package's operators.
 
-tests/goldens/*.safetensors hold weights, inputs, logits and kept K/V of the published code
-on small random models (metadata key `case`: the geometry).
+tests/goldens/*.safetensors hold weights, inputs, logits and cached K/V of the upstream code on
+small random models. The metadata key `case` is the geometry.
 """
 
 import json
@@ -26,7 +26,7 @@ def load(path):
 
 
 def window_ratios(case):
-    """Ratio of each window: the fixed one, or the published draw from a list."""
+    """Ratio of each window: the fixed one, or upstream's draw from a list."""
     full, rest = divmod(case["num_image_tokens"], case["window"])
     windows = [case["window"]] * full + [rest] * (rest > 0)
     if isinstance(case["ratio"], int):
@@ -71,7 +71,7 @@ def test_golden(path, chunks, order, backend):
     kept = torch.arange(int(model.cache_seqlens))
     for layer in range(case["layers"]):
         for name, cache in (("key", model.k_cache), ("value", model.v_cache)):
-            # The published cache keeps K unrotated; ours holds it at its final position.
+            # Upstream's cache keeps K unrotated. Ours keeps it rotated to its final position.
             parts = [tensors[f"{kind}_{name}.{layer}"] for kind in ("sink", "vst", "raw")]
             golden = torch.cat(parts, dim=1).transpose(0, 1)
             if name == "key":

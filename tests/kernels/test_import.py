@@ -1,4 +1,4 @@
-"""What importing needs, costs, and says."""
+"""What importing needs, costs and reports."""
 
 import importlib
 import os
@@ -50,7 +50,7 @@ assert "vxl_model" not in sys.modules
 
 
 def test_import_adds_little_to_torch():
-    """Bar: 0.3 s beyond torch. Counted as modules too, since a clock is noisy."""
+    """At most 0.3 s more than torch. Modules are counted too, as times are noisy."""
     code = """
 import sys, time, torch
 before, start = set(sys.modules), time.perf_counter()
@@ -65,7 +65,7 @@ print(*sorted(m for m in set(sys.modules) - before if not m.startswith("vxl_kern
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_every_instruction_set_passes(isa):
-    """The attention and RoPE tests again, on the kernels of lesser machines."""
+    """The attention and RoPE tests again, with the kernels of lesser instruction sets."""
     ask = "import vxl_kernels._ext as e; print(e.extension.cpu_isa())"
     if run(ask).stdout.strip() == "baseline":
         pytest.skip("this machine has one instruction set")

@@ -1,4 +1,4 @@
-"""ChunkLayout against a plain walk over the tokens."""
+"""ChunkLayout against a plain loop over the tokens."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""vst_linear: each row through its own weights."""
+"""vst_linear multiplies each row by its own weights."""
 
 import pytest
 import torch

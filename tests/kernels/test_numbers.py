@@ -1,5 +1,5 @@
-"""Every argument of every public function, given a number of the wrong kind: one ValueError that
-names the argument, and nothing changes."""
+"""Every argument of every public function gets numbers of the wrong kind. One ValueError names the
+argument, and nothing changes."""
 
 import inspect
 import re

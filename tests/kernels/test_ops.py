@@ -20,7 +20,7 @@ def call(layout, **options):
 
 
 def test_schemas_are_pinned():
-    """Other stacks call these by name: a change here is a breaking change."""
+    """Other stacks call these by name, so a change here is a breaking change."""
     assert str(torch.ops.vxl.vst_attention.default._schema) == (
         "vxl::vst_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
         "Tensor? block_table, Tensor? cache_seqlens, int[] layout, float scale, "
@@ -118,7 +118,7 @@ def test_gradients_of_the_reference(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_the_kernel(layout):
-    """q, k, v and both caches, against the reference's."""
+    """Those of q, k, v and both caches against the reference's."""
     inputs = call(layout)
     grads = {}
     for backend in serving():

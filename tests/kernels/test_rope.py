@@ -1,4 +1,4 @@
-"""rope_append: positions, what is written where, and what is left alone."""
+"""rope_append: positions, what it writes, and what it leaves unchanged."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_against_the_reference(inputs):
     for x, truth in ((q, q_ref), (k, k_ref)):
         torch.testing.assert_close(x, truth, rtol=0, atol=allowed(x, truth))
     for x, truth in ((ours.k_cache, theirs.k_cache), (ours.v_cache, theirs.v_cache)):
-        # equal_nan: what was not written is still poison, everywhere.
+        # equal_nan: everything that was not written is still NaN.
         torch.testing.assert_close(x, truth, rtol=0, atol=allowed(k, k_ref), equal_nan=True)
     for name in ("q", "k", "v"):
         assert torch.equal(getattr(ours, name), getattr(inputs, name))
@@ -56,7 +56,7 @@ def test_inplace_is_the_same(inputs):
 @pytest.mark.parametrize("backend", serving())
 @pytest.mark.parametrize("layout", [None, ChunkLayout(7, 2), ChunkLayout(7, 2, 2, "interleaved")])
 def test_positions_by_hand(layout, backend):
-    """A rotation in the plane by the position, in radians: read the position back."""
+    """A plane is rotated by the position in radians, so the position can be read back."""
     rows = 5 if layout is None else layout.rows
     inputs = make_inputs((3,), layout, rows=rows, heads=1, kv_heads=1, head_dim=16, page_size=4)
     inv_freq = torch.zeros(8)
@@ -90,7 +90,7 @@ def test_angles_far_out(position, backend):
 
 
 def test_gradients_far_out():
-    """They rotate the other way."""
+    """Gradients are rotated the other way."""
     grads = []
     for backend in ("cpu", "reference"):
         inputs = far_inputs(FAR_OUT[-1])
@@ -103,7 +103,7 @@ def test_gradients_far_out():
 
 
 def test_rotating_once_equals_rotating_everything():
-    """The published code keeps K unrotated and rotates the whole cache at every step."""
+    """The upstream code keeps K unrotated and rotates the whole cache at every step."""
     layout, theta = ChunkLayout(40, 4), inverse_frequencies(32)
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, layout.rows, n, 32) for n in (4, 2, 2))

@@ -1,7 +1,7 @@
-"""The tests themselves: a wrong mask, position, ratio or page must exceed the tolerance.
+"""Tests the tests: a wrong mask, position, ratio or page must exceed the tolerance.
 
-Each case feeds the kernel a call that is wrong in one thing and asks the checker, which
-knows the right call, to notice.
+Each case gives the kernel a call that is wrong in one thing. The checker, which knows the right
+call, must notice.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ def right(dtype):
 
 
 def wrong_page(x):
-    """Two full pages may trade places, attention has no order; so one seen, one not."""
+    """A page that is seen takes the place of one that is not. Two full pages that are both seen
+    could be swapped, as attention has no order."""
     table = x.block_table.clone()
     table[0, [1, -1]] = table[0, [-1, 1]]
     return table
@@ -55,14 +56,14 @@ def test_wrong_calls_are_noticed(name, dtype):
     out, lse = vst_attention(*wrong.args(), return_lse=True)
     with pytest.raises(AssertionError, match="output error"):
         check_attention(inputs, out)
-    if name not in ("rows shifted by one", "swapped KV heads"):  # lse sees other keys, too
+    if name not in ("rows shifted by one", "swapped KV heads"):  # the LSE is over other keys too
         with pytest.raises(AssertionError, match="error"):
             check_attention(inputs, out, lse)
 
 
 @pytest.mark.parametrize("row", [0, 95, 96, 110])
 def test_one_mask_bit_is_noticed(row):
-    """One key more for a single row: hide the others' difference, keep that row's."""
+    """A single row sees one key more. The difference of the other rows is hidden."""
     inputs = right(torch.float32)
     out = vst_attention(*inputs.args())
     more = dataclasses.replace(inputs, cache_seqlens=inputs.cache_seqlens + 1)
@@ -72,7 +73,7 @@ def test_one_mask_bit_is_noticed(row):
 
 
 def test_a_position_off_by_one_is_noticed():
-    """Scores depend on position differences alone: the memory must move against the rows."""
+    """Scores depend only on differences of positions, so the cache must move against the rows."""
     inputs, inv_freq = right(torch.float32), inverse_frequencies(64)
     shifted = dataclasses.replace(inputs.clone(), cache_seqlens=inputs.cache_seqlens + 1)
     q, k = rope_append(*inputs.clone().args(), inv_freq)

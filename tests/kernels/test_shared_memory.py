@@ -1,4 +1,5 @@
-"""What `rope_append` writes must be nobody else's: refused, or right."""
+"""Memory that `rope_append` writes must not be shared. Such a call is refused, or its result is
+right."""
 
 import dataclasses
 import re
@@ -14,19 +15,20 @@ INV_FREQ = inverse_frequencies(16)
 
 
 def inputs(**changes):
-    """Two sequences of 5 and 9 tokens in pages of 4, three rows each, heads as many as KV heads."""
+    """Two sequences of 5 and 9 tokens in pages of 4, three rows each, one query head per KV
+    head."""
     base = make_inputs((5, 9), rows=3, heads=2, kv_heads=2, head_dim=16, page_size=4)
     return dataclasses.replace(base, **{name: f(base) for name, f in changes.items()})
 
 
 def spread(shape, strides, offset=0):
-    """Elements of a new buffer at these strides."""
+    """A new buffer of elements with these strides."""
     size = offset + 1 + sum(s * (n - 1) for s, n in zip(strides, shape, strict=True))
     return torch.randn(size).as_strided(shape, strides, offset)
 
 
 def shifted(name, by):
-    """Rows as those of an argument, in the same memory but for a shift."""
+    """Rows with the shape of an argument's, in the same memory with a shift."""
 
     def of(x):
         x = getattr(x, name)
@@ -46,7 +48,9 @@ SHARED = [
     ({"q": lambda x: x.q[:1].expand_as(x.q)}, True, "q: got elements that share memory"),
     ({"k": lambda x: x.k[:, :1].expand_as(x.k)}, True, "k: got elements that share memory"),
     (
-        {"q": lambda x: spread(x.q.shape, (96, 16, 16, 1))},  # a row's head 1: the next row's 0
+        {
+            "q": lambda x: spread(x.q.shape, (96, 16, 16, 1))
+        },  # head 1 of a row is head 0 of the next
         True,
         "q: got elements that share memory",
     ),
@@ -106,7 +110,7 @@ def fused(x):
 
 
 @pytest.mark.parametrize("backend", serving())
-def test_views_beside_each_other_are_served(backend):
+def test_views_side_by_side_are_accepted(backend):
     for call in fused(inputs()):
         apart = call.clone()
         expected = rope_append(*apart.args(), INV_FREQ, backend=backend)
@@ -133,7 +137,7 @@ def test_a_tensor_given_twice_is_refused_in_a_compiled_graph(name):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_overlap_is_told_exactly(seed):
+def test_overlap_is_found_exactly(seed):
     """Against a list of the elements, for any strides in one buffer."""
     generator = torch.Generator().manual_seed(seed)
     buffer, found = torch.zeros(200), set()
@@ -159,7 +163,10 @@ def table(entries):
 PAGES = [
     # Sequence 0 appends tokens 5 to 7 in its second page, sequence 1 tokens 9 to 11 in its third.
     ([[0, 1, 0], [2, 3, 1]], "page 1 at sequences 0 and 1"),
-    ([[0, 1, 0], [1, 3, 4]], "page 1 at sequences 0 and 1"),  # written, and read as another's
+    (
+        [[0, 1, 0], [1, 3, 4]],
+        "page 1 at sequences 0 and 1",
+    ),  # written, and read as another sequence's
     ([[0, 4, 0], [2, 3, 4]], "page 4 at sequences 0 and 1"),
     ([[0, 0, 0], [2, 3, 4]], "page 0 twice at sequence 0"),
     ([[0, 1, 0], [2, 4, 4]], "page 4 twice at sequence 1"),

@@ -1,4 +1,4 @@
-"""What is switched on around a call: torch.autocast, inference mode, other defaults."""
+"""Modes around a call: torch.autocast, inference mode, other defaults."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def call(layout, dtype=torch.float32, cache_dtype=None):
 
 
 def step(args, backend, inplace=False):
-    """Rotation and attention, and what is left in the caches."""
+    """Rotation and attention. Returns the results and the caches."""
     args = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
     q, k = rope_append(*args, INV_FREQ, inplace=inplace, backend=backend)
     out, lse = vst_attention(q, k, *args[2:], return_lse=True, backend=backend)
@@ -46,7 +46,7 @@ def test_autocast_is_a_cast_of_the_rows(layout, backend, inplace):
 
 @pytest.mark.parametrize("backend", serving())
 def test_autocast_keeps_the_precision_of_a_cache(backend):
-    """A float32 cache under bf16 autocast: computed in float32, and only the result is cast."""
+    """With a float32 cache under bf16 autocast, only the result is cast."""
     args = call(LAYOUTS[1])
     with torch.autocast("cpu", BF16):
         out, lse, *caches = step(args, backend)
@@ -82,7 +82,7 @@ def test_autocast_of_the_projection(layout, backend):
     with torch.autocast("cpu", BF16):
         for given in (x, x.to(BF16)):
             out = vst_linear(given, *sets, layout, backend=backend)
-            assert out.dtype == BF16  # PyTorch's products round other strides in other ways
+            assert out.dtype == BF16  # PyTorch's products round differently with other strides
             torch.testing.assert_close(out, expected, rtol=0, atol=2**-7 * float(out.abs().max()))
 
 
@@ -119,7 +119,7 @@ def test_autocast_in_a_compiled_graph():
 
 
 def everything():
-    """A result of each kind, to the bit; from inputs that were made before."""
+    """A result of each kind, compared bit by bit. The inputs were made before."""
     found = []
     for backend in (None, "reference"):
         for layout, args in zip(LAYOUTS, ARGUMENTS, strict=True):
@@ -139,7 +139,7 @@ X, WEIGHTS = torch.randn(2, LAYOUTS[1].rows, 6), torch.randn(2, 5, 6)
 
 
 def use(cache, video):
-    """Steps of one window each, until the block table has grown; then into a file and back."""
+    """Steps of one window each until the block table has grown, then a file and back."""
     layout = ChunkLayout(4, 2)
     for _ in range(20):
         video.reserve(layout.vsts_per_chunk)
@@ -176,7 +176,7 @@ def test_surroundings_change_nothing_within_and_leave_nothing(name, tmp_path):
             assert (other.dtype, other.device) == (x.dtype, x.device)
             assert torch.equal(other, x)
     assert all(torch.equal(x, y) for x, y in zip(first, loaded, strict=True))
-    again = use(cache, video)  # made within, used outside
+    again = use(cache, video)  # made inside, used outside
     assert all(torch.equal(x, y[: len(x)]) for x, y in zip(first, again, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What the make targets install: one Triton, the one that fits the torch that pip chose."""
+"""The make targets install one Triton, the one that fits the torch that pip chose."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from helpers.paths import ROOT
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 @pytest.mark.parametrize("cuda", [False, True])
 def test_a_torch_with_cuda_keeps_its_own_triton(tmp_path, cuda):
-    """Its requirement is exact, so another version beside it cannot be resolved. The environment's
-    Python is played by a script that notes what it is told."""
+    """Its requirement is exact, so pip cannot install another version. A script takes the place of
+    the environment's Python and records its arguments."""
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     log = tmp_path / "log"

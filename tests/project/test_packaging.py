@@ -1,4 +1,4 @@
-"""What a wheel and an sdist hold. The compiler is played: what is compiled is not looked at."""
+"""What a wheel and an sdist hold. A fake compiler makes empty files, which nobody reads."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import zipfile
 import pytest
 from helpers.paths import ROOT
 
-# Makes every file that it is asked for; what it is asked otherwise is the real compiler's to say.
+# Makes every file that it is asked for. The real compiler answers all other questions.
 COMPILER = """#!/bin/sh
 asked="$*"
 while [ $# -gt 0 ]; do
@@ -26,7 +26,7 @@ MADE_HERE = shutil.ignore_patterns(
 
 
 def built(kind, folder, **env):
-    """The one file that the build backend writes for a tree in which something else was built."""
+    """The file that the build backend writes for a tree in which something else was built."""
     tree, made = folder / "tree", folder / "made"
     made.mkdir()
     shutil.copytree(ROOT, tree, ignore=MADE_HERE)

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation without a GPU: no spills, and matrix instructions for every product.
 
-A sample of the catalog, a few of each kernel, for each architecture; `make gpu-static` reads
-all of it.
+A sample of the catalog, a few configurations of each kernel, for each architecture.
+`make gpu-static` reads all of it.
 """
 
 import os
@@ -90,7 +90,7 @@ def test_machine_code(arch, tmp_path):
             if TRITON >= (3, 9) or e.dtype != "fp32":
                 assert not opcodes, f"{name}: {opcodes}"
         if "dot" in done.asm["ttir"]:
-            # Few rows leave the wide instructions of sm_90 and sm_100 empty: HMMA serves there.
+            # Few rows would leave the wide instructions of sm_90 and sm_100 empty: HMMA instead.
             pattern = MATRIX["cuda:80" if e.kernel == "decode" and "cuda" in arch else arch]
             if e.kernel == "prefill" and e.dtype == "fp32" and "cuda" in arch:
                 pattern = f"{pattern}|{MATRIX['cuda:80']}"
@@ -99,7 +99,7 @@ def test_machine_code(arch, tmp_path):
 
 # -- the table of GPUs with 100 KiB of shared memory, of which a block may take 99 ---------------
 
-SMALL = {  # compute capability: what is compiled for it
+SMALL = {  # compute capability: architecture that its code is compiled for
     86: (
         "prefill bf16 d128",
         "decode bf16 d128",
@@ -129,5 +129,5 @@ def test_small_gpus(capability, name, tmp_path):
     assert int(stack) == 0, said
     code = sass(done.asm["cubin"], path)
     assert re.search(MATRIX["cuda:80"], code)
-    # A vector of indices that the compiler knows too little of is loaded number by number.
+    # The compiler loads a vector number by number if it knows too little of its indices.
     assert not re.search(r"LDG[.\w]*\.[US]16\b", code)

@@ -1,4 +1,4 @@
-"""The same contract on a real GPU, bf16 included; with CUDA graphs and torch.compile."""
+"""The same contract on a real GPU, with bf16, CUDA graphs and torch.compile."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(_OLD, reason="the GPU is older than sm_80"),
 ]
-# On sm_90 and newer the copy engine brings pages of 128, and threads those of 64.
+# On sm_90 and newer, TMA loads pages of 128, and threads load those of 64.
 page_sizes = pytest.mark.parametrize("page_size", [64, 128])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens")
@@ -69,7 +69,7 @@ def test_head_dims(rows, head_dim, dtype, page_size):
 @page_sizes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_orders_agree_and_chunks_are_equal_to_the_bit(dtype, page_size):
-    """The two orders take keys in different order: they agree to rounding."""
+    """The two orders take keys in different order, so they agree up to rounding."""
     layout = ChunkLayout(720, 8, 2)
     split = on_gpu(make_inputs((700,), layout, **QWEN, page_size=page_size, dtype=dtype))
     out, lse = attend(split)
@@ -108,7 +108,7 @@ def test_repeats_and_neighbours_change_no_bit(rows, page_size):
 
 
 def far_away(inputs, pages):
-    """The first sequence `pages` pages later. All of those are a page that nobody uses or reads."""
+    """The first sequence moved by `pages` pages. They share a page that nobody uses or reads."""
     table, page_size = inputs.block_table, inputs.k_cache.shape[1]
     spare = min(set(range(len(inputs.k_cache))) - set(table.flatten().tolist()))
     pad = table.new_full((len(table), pages), spare)
@@ -120,7 +120,7 @@ def far_away(inputs, pages):
 
 
 def launched(*args):
-    """The Triton kernel even where the extension has its own kernel for the operator."""
+    """Calls the Triton kernel, also where the extension has a kernel for the operator."""
     *tensors, layout, inv_freq = args
     return _triton.kernel("rope_append")(*tensors, ops.layout_to_ints(layout), inv_freq)
 
@@ -207,7 +207,7 @@ STEP_ERROR = {"rtol": 2**-6, "atol": 2**-6}
 @page_sizes
 @STEP_LAYOUTS
 def test_a_captured_step_follows_the_lengths(layout, page_size):
-    """Nothing synchronises, and the lengths are read when the graph runs."""
+    """Nothing synchronises. Lengths are read when the graph runs."""
     args = step_arguments(layout, 600, page_size)
     lens = args[7]
     with torch.no_grad():

@@ -27,7 +27,7 @@ ONLY = {"model": ["-k", "triton"]}
 
 @pytest.fixture(scope="module")
 def shares(request):
-    """All shares at once, each pytest with one thread and the marks asked for."""
+    """Runs all shares at once, each a pytest with one thread and the given marks."""
     running = {
         name: subprocess.Popen(
             [

@@ -1,4 +1,4 @@
-"""What is launched, told from shapes alone: on the meta device, so on any machine."""
+"""Launches are planned from shapes alone. The meta device shows it on any machine."""
 
 import ast
 import dataclasses
@@ -42,7 +42,7 @@ def test_plans_from_shapes_alone():
     assert [x.name for x in plan(rows=1)] == ["decode", "merge"]
 
 
-# Conversions to a number of Python on the way from a call to a launch: none is of a tensor.
+# Conversions to a Python number between call and launch. None is of a tensor.
 CONVERSIONS = {
     "float(scale)",  # an argument, a number already
     "int(n)",  # of a version
@@ -103,7 +103,7 @@ def test_a_step_backwards_on_a_fake_gpu(layout):
 
 
 def test_a_projection_with_gradients_is_two_products(monkeypatch):
-    """The one launch has no gradient. On a GPU, played by the CPU."""
+    """The one launch has no gradient. The CPU takes the place of a GPU."""
     launches = []
     row = dataclasses.replace(
         BACKENDS["triton"],
@@ -158,7 +158,7 @@ def test_a_step_on_a_fake_gpu(layout):
 
 
 def test_all_memory_is_known_from_shapes():
-    """As a captured CUDA graph needs: other lengths, same launch."""
+    """Other lengths give the same launch, as a captured CUDA graph needs."""
     first, second = plan(rows=3), plan(rows=3)
     assert [x.grid for x in first] == [x.grid for x in second]
     assert first[0].arguments["partial_ptr"].shape == (1, 1 + 256 * 128 // 256, 3, 28, 128)
@@ -212,8 +212,8 @@ def launches_of(rows, batch, heads, kv_heads, head_dim, page_size=128, pages=16)
     [(28, 4, 128, 1), (7, 1, 72, 2), (2, 1, 100, 3), (6, 3, 100, 3), (8, 2, 75, 3)],
 )
 def test_odd_heads_compile_a_few_times(heads, kv_heads, head_dim, most):
-    """Where heads x head_dim is no multiple of 16, rows say what divides a sequence's stride. One
-    sequence has no such stride."""
+    """Where heads x head_dim is not a multiple of 16, the number of rows decides what divides a
+    sequence's stride. One sequence has no such stride."""
     for batch, bound in ((1, 1), (2, most), (3, most)):
         found = {}
         for rows in range(1600, 1632):
@@ -226,14 +226,15 @@ def test_odd_heads_compile_a_few_times(heads, kv_heads, head_dim, most):
 
 
 def test_a_table_of_one_page_is_another_compilation():
-    """Pages that no block of keys fits: one alone is never left by a block, two are. Once."""
+    """Blocks of keys fit no page here. A block never leaves a single page, so one page compiles
+    another kernel than several."""
     one, *more = (compiled(launches_of(1600, 1, 28, 4, 128, 48, n)[:1]) for n in (1, 2, 3, 64))
     assert all(m == more[0] for m in more)
     assert one != more[0]
 
 
 @pytest.mark.parametrize("what", ["attention", "backward", "append"])
-def test_capacities_behind_int32_are_refused(what):
+def test_capacities_beyond_int32_are_refused(what):
     rows, most = 5, 2**31 - 1 - 2048
 
     def plan_with(pages, page_size):
@@ -275,7 +276,8 @@ def test_split_size_depends_on_rows_alone():
 )  # fmt: skip
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_tiles_grow_with_the_rows(arch, rows, packed_rows, split):
-    """7 heads a KV head. 8100 entries make as many programs of 128 packed rows for any rows."""
+    """7 query heads per KV head. 8100 entries make the same number of programs of 128 packed rows
+    for any number of rows."""
     first = plan(rows=rows, arch=arch, pages=64)[0]
     assert (first.tile["rows"], first.constexprs["SPLIT_SIZE"]) == (packed_rows, split)
     tiles, splits = -(-rows * 7 // packed_rows), 1 + 64 * 128 // split
@@ -327,22 +329,22 @@ def test_a_sequence_too_large_for_the_bound_is_alone():
 
 
 def keys_read(planned, rows):
-    """K and V rows that a launch fetches for each key and output row: its programs that walk
-    the keys (tiles x KV heads, for decode of one split), over rows."""
+    """K and V rows that a launch fetches per key and output row: the programs that walk the keys
+    (tiles x KV heads, in decode those of one split), divided by rows."""
     first = planned[0]
     return first.grid[0] / first.arguments.get("splits", 1) / rows
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_packed_heads_read_keys_once(rows):
-    """28 query over 4 KV heads: a seventh of what tiles of one query head read."""
+    """28 query heads over 4 KV heads read a seventh of what tiles of one query head read."""
     packed = keys_read(plan(rows=rows), rows)
     per_head = keys_read(plan(rows=rows, kv_heads=28), rows)
     assert per_head == 7 * packed
 
 
-def test_packing_wastes_no_lane():
-    """128 packed rows are not 18 positions of 7 heads (126) but 18 and two sevenths."""
+def test_packing_wastes_no_row():
+    """128 packed rows hold 18 positions of 7 heads (126 rows) and two sevenths of the next."""
     layout = ChunkLayout(1440, 8)
     first = plan(layout)[0]
     packed_rows = layout.rows * 28

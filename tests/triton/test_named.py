@@ -1,5 +1,5 @@
-"""backend="triton" runs Triton on a GPU, also where the extension has CUDA kernels of its own:
-told by the operators that are called, on fake CUDA tensors, and by what they are bound to."""
+"""backend="triton" runs Triton on a GPU, also where the extension has CUDA kernels of its own. On
+fake CUDA tensors, this shows in the operators that are called and in what they are bound to."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ LAYOUTS = [None, ChunkLayout(90, 8, 2)]
 
 
 def fake_call(layout):
-    """Arguments of `rope_append`, on a GPU as FakeTensorMode plays it."""
+    """Arguments of `rope_append`, on the GPU of FakeTensorMode."""
     rows = 5 if layout is None else layout.rows
     options = {"dtype": torch.bfloat16, "device": "cuda"}
     q = torch.empty(2, rows, 4, 16, **options)
@@ -50,7 +50,7 @@ def test_a_named_triton_reaches_the_operator(layout, inplace, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Launches that would have started, where the launchers are given fake tensors."""
+    """Launches that would have started, from launchers with fake tensors."""
     started = []
     monkeypatch.setattr(launch.Launch, "__call__", lambda self: started.append(self.name))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -61,14 +61,14 @@ def launched(monkeypatch):
 
 
 def on_cuda_key(name, *args):
-    """The implementation on a GPU itself, not the fake."""
+    """The implementation for a GPU, not the fake."""
     op = getattr(torch.ops.vxl, name).default
     return op.redispatch(DispatchKeySet(DispatchKey.CUDA), *args)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_implementations_under_the_cuda_key_read_no_value(layout, launched):
-    """A value that came to the host raises under FakeTensorMode; the launches are Triton's."""
+    """FakeTensorMode raises if a value is read on the host. The launches are Triton's."""
     ints, backward = ops.layout_to_ints(layout), ["delta", "backward_q", "backward_new"]
     with FakeTensorMode(), torch.no_grad():
         *tensors, _, inv_freq = fake_call(layout)
@@ -90,7 +90,7 @@ def test_implementations_under_the_cuda_key_read_no_value(layout, launched):
 
 
 def test_an_append_tells_autograd_what_it_wrote(launched):
-    """Who saved a cache for backward notices that it was written."""
+    """Autograd notices that a cache, saved for backward, was written."""
     for name, written in (("rope_append", (3, 4)), ("rope_append_", (0, 1, 3, 4))):
         with FakeTensorMode(), torch.no_grad():
             *tensors, _, inv_freq = fake_call(None)
@@ -103,7 +103,7 @@ def test_an_append_tells_autograd_what_it_wrote(launched):
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(9, 2, 2)])
 def test_gradients_go_back_by_the_named_backend(layout, monkeypatch):
-    """There and back by the name; on the CPU, whose kernel is Triton's here."""
+    """Forward and backward run by the name. On the CPU, whose kernel is Triton's here."""
     called = []
 
     def kernel(op):

@@ -1,4 +1,4 @@
-"""Why Triton cannot serve, said in words before it fails."""
+"""Reasons why Triton cannot run are given before it fails."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Arithmetic written by hand: what its PTX does to a warp, read here line by line, and what becomes
-of it in machine code. Above all, jumping over the rescaling of an accumulator."""
+"""Arithmetic written in PTX: what it does to a warp, executed here line by line, and what machine
+code it becomes. The main part is the jump over the rescaling of an accumulator."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _floats(x: np.ndarray) -> np.ndarray:
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Rounded once: products of float32 are exact in float64, and the sums here nearly so."""
+    """Rounds once. Products of float32 are exact in float64, and the sums here nearly so."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def execute(text: str, registers: dict[str, np.ndarray]) -> bool:
-    """Runs the PTX on the registers, [32] each, of a warp, line by line: whether it jumped."""
+    """Runs the PTX line by line on a warp's registers, [32] each. Returns whether it jumped."""
     lines = iter(text.splitlines())
     jumped = False
     for line in lines:
@@ -78,8 +78,9 @@ def execute(text: str, registers: dict[str, np.ndarray]) -> bool:
 
 
 def run_warp(text: str, *operands: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Runs the PTX for operands of n numbers, [n, 32] each, as `inline_asm_elementwise` hands them
-    over: n outputs, then the numbers of each operand. The outputs, and whether it jumped."""
+    """Runs the PTX for operands of n numbers, [n, 32] each, as `inline_asm_elementwise` passes
+    them: n outputs, then the numbers of each operand. Returns the outputs, and whether it
+    jumped."""
     n = len(operands[0])
     numbers = [x.view(np.uint32) for operand in operands for x in operand]
     registers = {f"${n + i}": x for i, x in enumerate(numbers)}
@@ -88,7 +89,7 @@ def run_warp(text: str, *operands: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def test_pairs_are_computed_each_by_itself():
-    """As NumPy does number by number, extremes included; outputs come in the order of inputs."""
+    """As NumPy computes them one by one, extremes included. Outputs are in the order of inputs."""
     rng = np.random.default_rng(0)
     drawn = rng.standard_normal((3, 200, 2, LANES))
     drawn = (drawn * 10.0 ** rng.integers(-18, 18, drawn.shape)).astype(np.float32)
@@ -105,7 +106,7 @@ def test_pairs_are_computed_each_by_itself():
 
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_no_factor_is_overlooked(n):
-    """Whatever lane and place holds the one factor below 1, also the largest below it."""
+    """In any lane and place, one factor below 1 is found, also the largest such number."""
     text = _skipping_multiply.fn(n) if hasattr(_skipping_multiply, "fn") else _skipping_multiply(n)
     rng = np.random.default_rng(0)
     acc = rng.standard_normal((n, LANES)).astype(np.float32)
@@ -127,8 +128,8 @@ def test_no_factor_is_overlooked(n):
 
 @pytest.mark.parametrize("arch", ["cuda:80", "cuda:90", "cuda:100"])
 def test_asking_costs_a_few_instructions(arch):
-    """A warp asks about every factor; the registers behind them are few, and the compiler sees
-    it: all of the question is a vote and a few logic instructions."""
+    """A warp tests every factor. They are in few registers, which the compiler sees: the test is
+    one vote and a few logic instructions."""
     kernel = next(
         e for e in catalog.shipped(arch) if f"{e.kernel} {e.config}".startswith("prefill")
     )
@@ -136,7 +137,7 @@ def test_asking_costs_a_few_instructions(arch):
     row = measure(kernel, arch, compile_kernel(kernel, arch))
     assert row.spill_bytes == 0
     assert row.share_of_peak > row.share_rescaling + 0.01, "no branch around the multiplications"
-    assert row.counts["fma"] + row.counts["alu"] < 320  # with a question for each: 60 more
+    assert row.counts["fma"] + row.counts["alu"] < 320  # a test for each factor would be 60 more
 
 
 def loops_of(arch: str) -> tuple[catalog.Compilation, list[Counter[str]]]:
@@ -167,7 +168,7 @@ def test_sm_100_takes_two_numbers_an_instruction():
 
 
 def test_gfx942_rounds_without_asking():
-    """The compiler's own way to bfloat16 asks of each number whether it is one."""
+    """The compiler's own conversion to bfloat16 tests each number for NaN."""
     _, loops = loops_of("hip:gfx942")
     assert loops
     for found in loops:

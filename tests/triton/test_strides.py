@@ -1,5 +1,5 @@
-"""Where strides lie outside of what a kernel's short offsets or the copy engine reach, the launcher
-goes the long way: told from plans on the meta device, with strides no memory would hold."""
+"""Where strides are out of reach of a kernel's short offsets or of TMA, the launcher takes 64-bit
+offsets. Plans on the meta device show it, with strides that no memory would hold."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def meta(*shape, strides=None, dtype=BF16):
 
 
 def plan(layout=None, q=None, k=None, v=None, k_cache=None, v_cache=None, arch=None):
-    """Attention's and, behind it, dQ's launch."""
+    """Attention's launch, then dQ's."""
     rows = 1 if layout is None else layout.rows
     q = meta(1, rows, HEADS, HEAD_DIM) if q is None else q
     k = meta(1, rows, KV_HEADS, HEAD_DIM) if k is None else k
@@ -43,7 +43,7 @@ def plan(layout=None, q=None, k=None, v=None, k_cache=None, v_cache=None, arch=N
 # -- pages: 32 bits that count eighths, from a base address that they start at -----------------
 
 WIDTH = KV_HEADS * HEAD_DIM
-FAR = (8 * MAX_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the page stride that just reaches
+FAR = (8 * MAX_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the largest page stride in reach
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ FAR = (8 * MAX_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the page stride tha
         (128 * WIDTH + 8, WIDTH, True),
         (128 * WIDTH + 4, WIDTH, False),  # pages start between multiples of 8
         (128 * WIDTH, WIDTH + 4, False),
-        (WIDTH, MAX_STRIDE, True),  # pages beside one another: a slot of all, then the next
+        (WIDTH, MAX_STRIDE, True),  # pages side by side: a slot of all pages, then the next slot
         (WIDTH, MAX_STRIDE + 8, False),
         (FAR, WIDTH, True),
         (FAR + 8, WIDTH, False),
@@ -63,7 +63,7 @@ FAR = (8 * MAX_INT32 + 7 - 128 * WIDTH) // PAGES // 8 * 8  # the page stride tha
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("page_size", [128, 16])
 def test_caches_out_of_reach_go_by_64_bits(page, slot, near, which, kind, page_size):
-    """Either cache: the other lies as usual."""
+    """One of the caches is out of reach, and the other has its usual strides."""
     caches = dict.fromkeys(("k_cache", "v_cache"), meta(PAGES, page_size, KV_HEADS, HEAD_DIM))
     page += (128 - page_size) * slot // PAGES // 8 * 8 if page >= FAR else 0  # as far in all
     shape = (PAGES, page_size, KV_HEADS, HEAD_DIM)
@@ -109,7 +109,7 @@ def test_rows_far_apart_are_copied(name, kind):
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("odd", ["k", "v", "k_cache", "v_cache"])
 def test_one_set_of_offsets_only_for_equal_strides(odd, kind):
-    """As where k is a part of a fused product and v is not: V would be read in K's steps."""
+    """Here k is a part of a fused product and v is not. V must not be read with K's strides."""
     layout = LAYOUTS[kind]
     for each in plan(layout):
         assert each.constexprs["SAME_STRIDES"]
@@ -121,11 +121,11 @@ def test_one_set_of_offsets_only_for_equal_strides(odd, kind):
         assert not each.constexprs["SAME_STRIDES"], each.name
 
 
-# -- the copy engine ---------------------------------------------------------------------------
+# -- TMA ---------------------------------------------------------------------------------------
 
 
 def real(*shape, offset=0, strides=None):
-    """On the CPU, where addresses are numbers; `offset` in elements from an aligned one."""
+    """A tensor on the CPU, which has addresses, `offset` elements from an aligned one."""
     dense = torch.empty(shape, device="meta").stride()
     strides = dense if strides is None else strides
     size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -154,16 +154,16 @@ def test_descriptors_describe_the_tensor():
         {"strides": (40 * 128, 0, 64, 1)},
     ],
 )
-def test_what_the_copy_engine_cannot_reach(x):
+def test_what_tma_cannot_reach(x):
     x = real(3, 40, 2, 64, **x)
     assert launch_common.descriptor(x, 32) is None
 
 
-def test_the_copy_engine_has_nothing_to_do_with_no_pages():
+def test_tma_is_not_used_without_pages():
     assert launch_common.descriptor(torch.empty(0, 128, 2, 64), 32) is None
 
 
-def test_the_copy_engine_brings_all_or_none():
+def test_tma_loads_all_or_none():
     layout = ChunkLayout(30, 4)
     pages, narrow = real(9, 128, 1, 64), real(2, layout.rows, 1, 40)
     own = {"k": real(2, layout.rows, 1, 64), "v": real(2, layout.rows, 1, 64)}

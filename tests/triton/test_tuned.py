@@ -1,4 +1,4 @@
-"""The file of tuned tiles: who reads it, what is refused, and what the tuner writes."""
+"""The file of tuned tiles: where it applies, what is refused, and what the tuner writes."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def rows_of_a_tile(device, **options):
 
 
 def test_tiles_hold_for_the_gpu_they_were_timed_on(two_gpus, monkeypatch):
-    """Each of two GPUs of a process has its own; a CPU, the interpreter and whoever asks for an
-    architecture by name (compiling ahead of time) have none."""
+    """Each of two GPUs of a process has its own tiles. A CPU, the interpreter and compiling ahead
+    of time have none."""
     two_gpus.write_text(json.dumps({key(0): {NAME: TILE}}))
     monkeypatch.setattr(launch, "architecture", lambda device: "cuda:80")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -100,7 +100,7 @@ def test_tiles_that_would_be_wrong_are_refused(entry, two_gpus):
         (None, "got FileNotFoundError: "),
     ],
 )
-def test_files_that_are_no_such_file_are_refused(text, got, two_gpus):
+def test_other_files_are_refused(text, got, two_gpus):
     if text is not None:
         two_gpus.write_bytes(text if isinstance(text, bytes) else text.encode())
     for _ in range(2):  # as often as it is asked
@@ -109,7 +109,7 @@ def test_files_that_are_no_such_file_are_refused(text, got, two_gpus):
         assert got in str(e.value)
 
 
-def test_what_is_shipped_and_tried_would_be_taken():
+def test_shipped_and_tried_tiles_are_accepted():
     tables = (configs._PREFILL_16, configs._PREFILL_32)
     shipped = [tile for table in tables for of_arch in table.values() for tile in of_arch.values()]
     tried = [
@@ -124,7 +124,7 @@ def test_what_is_shipped_and_tried_would_be_taken():
 
 @pytest.fixture
 def a_gpu(two_gpus, monkeypatch):
-    """The tuner believes in cuda:0 and finds TILE best; what it was asked to time."""
+    """The tuner finds a cuda:0, and TILE is the fastest. Returns what it was asked to time."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -134,7 +134,7 @@ def a_gpu(two_gpus, monkeypatch):
 
 
 def test_a_written_file_is_read(a_gpu, two_gpus):
-    """Also for head_dims between powers of two, which the tiles of the next one serve."""
+    """Also for head_dims between powers of two, which take the tiles of the next power."""
     two_gpus.write_text(json.dumps({"GPU C": {NAME: TILE}}))
     assert tune.main([str(two_gpus), "--head-dim", "32", "80"]) == 0
     assert a_gpu == [32, 32, 80, 80]

@@ -1,12 +1,12 @@
 """The Triton kernels on a CPU, under Triton's interpreter.
 
-TRITON_INTERPRET=1 has to be set before triton is imported and turns every kernel of the process
-into Python, so these tests run in a process of their own: `tests/triton/test_interpreter.py`
-starts it, or by hand
+TRITON_INTERPRET=1 must be set before triton is imported, and turns every kernel of the process into
+Python. So these tests run in processes of their own. `tests/triton/test_interpreter.py` starts
+them. By hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter
 
-Only float32 and float16: the interpreter computes products of bfloat16 wrongly.
+Only float32 and float16, as the interpreter computes products of bfloat16 wrongly.
 """
 
 import os
@@ -17,12 +17,12 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*.py"]
 else:
-    torch.set_num_threads(1)  # the interpreter is one thread of Python; leave it the cores
+    torch.set_num_threads(1)  # the interpreter is one thread of Python
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so small that short calls have full, masked and partial ones of every kind."""
+    """Tiles so small that short calls have full, masked and partial tiles."""
     from vxl_kernels._triton import configs
 
     small = configs.AttentionConfig(32, 32, 16, 4, 2)

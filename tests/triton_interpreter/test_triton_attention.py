@@ -40,7 +40,7 @@ def test_without_a_cache(name):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_the_cases_take_every_branch():
-    """A branch that no case takes would be compiled for users and never run here."""
+    """Without a case, a branch would be compiled for users and never run here."""
     taken: dict[str, set] = {}
     for name in (*CASES, *WITHOUT_CACHE):
         x = call(name)
@@ -64,7 +64,7 @@ def test_the_cases_take_every_branch():
              "decode, whole pages", "decode, two tiles"]
 )  # fmt: skip
 @pytest.mark.usefixtures("small_tiles")
-def test_the_copy_engine_brings_the_same(name, monkeypatch):
+def test_tma_loads_the_same(name, monkeypatch):
     """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
     cache = name in CASES
     inputs = make_inputs(**CASES[name] | {"page_size": 64}) if name == "text" else call(name)
@@ -124,8 +124,8 @@ def test_groups_of_a_batch_are_the_whole_batch(cache, monkeypatch):
 @pytest.mark.parametrize("name", ["sharp", "sharp, decode"])
 @pytest.mark.usefixtures("small_tiles")
 def test_the_softmax_of_each_architecture(arch, width, slack, parts, name, monkeypatch):
-    """The interpreter plans for sm_80; others keep pivots and sums in other ways. Decode in tiles
-    of 64 packed rows; fewer share their rows, and sums, among all warps."""
+    """The interpreter plans for sm_80. Other architectures keep references and sums in other ways.
+    Decode runs in tiles of 64 packed rows. With fewer, all warps share rows and sums."""
     constants, used = configs.softmax_constants, []
 
     def of_arch(_arch, config, _width, itemsize):
@@ -204,9 +204,9 @@ def test_a_sequence_does_not_see_its_neighbours(shape):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_spare_capacity_changes_no_bit():
-    """More pages in the table are more programs, which find nothing to do."""
+    """More pages in the table make more programs, which find nothing to do."""
     inputs = make_inputs((130,), rows=1, heads=7, kv_heads=1)
-    wider = torch.full((1, 40), 10**6, dtype=torch.int32)  # entries behind the length: garbage
+    wider = torch.full((1, 40), 10**6, dtype=torch.int32)  # entries past the length: garbage
     wider[:, : inputs.block_table.shape[1]] = inputs.block_table
     out, lse = attend(inputs)
     wide_out, wide_lse = attend(dataclasses.replace(inputs, block_table=wider))
@@ -220,7 +220,7 @@ def test_strides_are_free(shape):
     inputs = make_inputs((70, 9), heads=4, kv_heads=2, **shape)
 
     def restride(x, order):
-        """The same values behind other strides and an offset, poison between them."""
+        """The same values with other strides and an offset, and poison between them."""
         poison = torch.nan if x.is_floating_point() else 10**6
         wide = torch.full([n + 1 for n in x.permute(order).shape], poison, dtype=x.dtype)
         back = torch.tensor(order).argsort().tolist()

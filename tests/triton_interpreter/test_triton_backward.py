@@ -64,7 +64,7 @@ def plans(name):
 
 
 def test_the_cases_take_every_branch():
-    """A branch that no case takes would be compiled for users and never run here."""
+    """Without a case, a branch would be compiled for users and never run here."""
     taken = {}
     for name in (*CASES, *WITHOUT_CACHE):
         for each in plans(name):
@@ -84,7 +84,7 @@ def test_the_cases_take_every_branch():
 
 @core
 @pytest.mark.parametrize("name", ["split, one page"])
-def test_the_copy_engine_brings_the_same(name, monkeypatch):
+def test_tma_loads_the_same(name, monkeypatch):
     """Blocks by descriptor, as on sm_90, and by pointers: the same bits."""
     inputs = call(name)
     keys = configs.DkvConfig(32, 32, 32, 4, 2)
@@ -112,7 +112,7 @@ def test_shipped_tiles(dtype):
 
 
 def test_neighbours_change_no_bit():
-    """Twice the same, alone the same, in another order the same."""
+    """Gradients are the same a second time, alone, and in another order."""
     inputs = make_inputs((10, 0, 17), ChunkLayout(12, 3, 2), heads=2, kv_heads=1)
     grad_out, grad_lse, grads = backward(inputs)
     assert equal(grads, backward(inputs)[2])
@@ -140,7 +140,7 @@ def test_nan_stays_in_its_sequence():
 
 
 def test_sequences_that_share_pages_add_up():
-    """Two forks of one prefix, and a page that stands twice in a table."""
+    """Two forks of one prefix, and a page that a table names twice."""
     inputs = make_inputs((64, 50), rows=9, page_size=16, heads=4, kv_heads=2)
     table = inputs.block_table.clone()
     table[1, :3] = table[0, :3]
@@ -153,7 +153,7 @@ def test_sequences_that_share_pages_add_up():
 
 
 def test_what_pads_a_table_costs_no_scan(monkeypatch):
-    """A padded table names page 0 in every unused entry; its program may not scan for each."""
+    """A padded table names page 0 in every unused entry. Its program must not scan for each."""
     inputs = make_inputs((20,), ChunkLayout(12, 3, 2), heads=2, kv_heads=1, page_size=16)
     padded = torch.zeros(1, 60, dtype=torch.int32)
     used = inputs.block_table.shape[1]
@@ -166,13 +166,13 @@ def test_what_pads_a_table_costs_no_scan(monkeypatch):
 
     monkeypatch.setattr(kernels, "_find_page", counted)
     grad_out, grad_lse, grads = backward(dataclasses.replace(inputs, block_table=padded))
-    # One scan by each program, one more behind each entry that rows see.
+    # One scan by each program, and one more after each entry that rows see.
     assert 0 < len(scans) <= pages + used
     check_gradients(inputs, grad_out, grad_lse, grads)
 
 
 def test_a_wider_table_changes_no_bit_of_many_chunks():
-    """Chunks are cut into as many parts, whatever the batch's widest sequence takes."""
+    """The number of parts does not depend on the widest sequence of the batch."""
     inputs = make_inputs((1,), ChunkLayout(6, 3, 14), heads=1, kv_heads=1, page_size=40)
     wide = torch.zeros(1, 9, dtype=torch.int32)
     wide[:, : inputs.block_table.shape[1]] = inputs.block_table
@@ -182,7 +182,7 @@ def test_a_wider_table_changes_no_bit_of_many_chunks():
 
 
 def test_spare_capacity_and_strides_change_no_bit():
-    """Table entries behind the length are garbage; tensors may lie anyhow."""
+    """Table entries past the length are garbage, and tensors have any strides."""
     inputs = x = make_inputs((20, 9), ChunkLayout(12, 3, 2), heads=4, kv_heads=2)
     grad_out, grad_lse, grads = backward(inputs)
 
@@ -212,7 +212,7 @@ def test_extreme_logits_stay_finite(spread):
 
 
 def test_large_float16_gradients_stay_finite():
-    """scale * dS lies in float16's range where dS does not."""
+    """scale * dS is in float16's range where dS is not."""
     inputs = make_inputs((30,), ChunkLayout(20, 3, 2), heads=2, kv_heads=1, dtype=HALF)
     inputs = dataclasses.replace(inputs, q=inputs.q / 16)
     grad_out, grad_lse, _ = backward(inputs)
@@ -327,7 +327,7 @@ def test_the_gradient_of_the_lse_counts():
     [((5,), None), ((4,), ChunkLayout(6, 2, 2)), ((3, 21), ChunkLayout(7, 3, 3, "interleaved"))],
 )
 def test_a_step_backwards(lens, layout):
-    """Rotation, append and attention, and back through them, against the reference's gradients."""
+    """Gradients through rotation, append and attention against the reference's."""
     inputs = make_inputs(lens, layout, rows=6, head_dim=32, page_size=4)
     inv_freq = inverse_frequencies(32)
     found = step_gradients(inputs, inv_freq, "triton")

@@ -1,5 +1,5 @@
-"""Pages and heads further than 32 bits reach: the same bits as near ones. The memory between them
-is never touched."""
+"""Pages and heads beyond the reach of 32 bits give the same bits as near ones. The memory between
+them is never touched."""
 
 import dataclasses
 
@@ -10,11 +10,11 @@ from helpers.triton_cases import attend
 from vxl_kernels import rope_append
 from vxl_kernels.testing import make_inputs
 
-FAR = 2**28 + 2**27  # elements between pages or heads: six reach behind 2^31
+FAR = 2**28 + 2**27  # elements between pages or heads: six are more than 2^31
 
 
 def far_pages(cache: torch.Tensor) -> torch.Tensor:
-    """The cache's values with FAR elements from a page to the next."""
+    """The values of the cache with FAR elements from page to page."""
     memory = torch.empty(cache.shape[0] * FAR, dtype=cache.dtype)
     return memory.as_strided(cache.shape, (FAR, *cache.stride()[1:])).copy_(cache)
 

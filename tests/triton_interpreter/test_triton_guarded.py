@@ -1,4 +1,4 @@
-"""No kernel touches memory outside its tensors, not even to throw away what it reads."""
+"""No kernel touches memory outside its tensors, not even to discard what it reads."""
 
 import os
 import signal
@@ -28,5 +28,5 @@ def test_against_forbidden_pages(side):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect as on Linux")
-def test_the_guard_bites():
+def test_the_guard_works():
     assert run("end", "broken").returncode == -signal.SIGSEGV

@@ -1,4 +1,4 @@
-"""vst_linear in one launch: each row through its own weights."""
+"""vst_linear in one launch multiplies each row by its own weights."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ LAYOUTS = [None, ChunkLayout(50, 4, 2), ChunkLayout(9, 2, 3, "interleaved"), Chu
 @core
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("features", [64, 40])  # whole blocks of features, and a part of one
+@pytest.mark.parametrize("features", [64, 40])  # whole blocks of features, and a partial one
 @pytest.mark.parametrize("tiles", ["shipped", "small"])
 def test_against_the_reference(layout, dtype, features, tiles, monkeypatch):
     if tiles == "small":

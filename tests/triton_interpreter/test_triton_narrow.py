@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 without an instruction for it, bit by bit."""
+"""Rounding to bfloat16 where no instruction does it, bit by bit."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,8 @@ def narrowed(bits, isa):
 
 
 def patterns():
-    """Numbers: every upper half, with lower halves around a half of the last place; random ones."""
+    """Numbers with every upper half and lower halves near half a unit in the last place, and random
+    numbers."""
     upper = np.arange(0, 0x7F80, dtype=np.uint32) << np.uint32(16)
     lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     positive = (upper[:, None] | lower).ravel()
@@ -39,14 +40,14 @@ def patterns():
 
 
 def magnitude(bits):
-    """Exact. Infinity stands where the next number would be, 2^128."""
+    """The exact value. Infinity counts as the next number, 2^128."""
     unsigned = bits & np.uint32(0x7FFFFFFF)
     finite = unsigned.view(np.float32).astype(np.float64)
     return np.where(unsigned == 0x7F800000, 2.0**128, finite)
 
 
 def nearest(bits):
-    """Of the two neighbours in bfloat16 the nearer, of equally near ones that away from zero."""
+    """The nearer of the two neighbours in bfloat16. Ties go away from zero."""
     below = bits & np.uint32(0xFFFF0000)
     above = below + np.uint32(0x10000)
     up = magnitude(above) - magnitude(bits) <= magnitude(bits) - magnitude(below)
@@ -69,7 +70,7 @@ def test_largest_numbers_infinities_and_nan():
 
 
 def test_only_ties_differ_from_the_instruction():
-    """As PyTorch rounds: ties to even."""
+    """PyTorch rounds ties to even."""
     bits = patterns()
     theirs = torch.from_numpy(bits.view(np.float32)).bfloat16().view(torch.int16).numpy()
     theirs = theirs.view(np.uint16).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""rope_append's Triton kernel: positions, what is written where, and what is left alone."""
+"""rope_append's Triton kernel: positions, what it writes, and what it leaves unchanged."""
 
 import dataclasses
 
@@ -68,7 +68,7 @@ def test_angles_far_out(position):
     check_angles(position, "triton")
 
 
-def test_what_32_bits_do_not_count_is_refused():
+def test_more_than_32_bits_count_is_refused():
     with pytest.raises(
         ValueError, match=r"^block_table: got 524288 pages of 4096 tokens, expected at most "
     ):
@@ -77,7 +77,7 @@ def test_what_32_bits_do_not_count_is_refused():
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(12, 3)])
 def test_a_full_table_is_not_overrun(layout):
-    """On a GPU lengths are not checked: what has no room must not land in a neighbour's page."""
+    """Lengths are not checked on a GPU. Rows without room must not land in another's page."""
     inputs = make_inputs((9, 9), layout, rows=4, page_size=4)
     inputs.cache_seqlens[0] = 4 * inputs.block_table.shape[1] - 1
     before = inputs.clone()
@@ -102,7 +102,7 @@ def test_negative_lengths_stay_inside():
 
 @pytest.mark.parametrize("layout", [None, ChunkLayout(12, 3)])
 def test_a_table_without_pages(layout):
-    """Rows are rotated all the same, and there is nowhere to write (`guarded.py`: nor to read)."""
+    """Rows are rotated, and nothing is written to the cache or read from it (see `guarded.py`)."""
     inputs = make_inputs((9, 4), layout, rows=4, page_size=4)
     before = inputs.clone()
     q, k = append(inputs.clone())
@@ -115,7 +115,7 @@ def test_a_table_without_pages(layout):
 
 
 def test_lengths_near_the_end_of_int32_stay_inside():
-    """A slot that wraps is negative, and no slot."""
+    """A slot that wraps is negative, which is not a slot."""
     inputs = make_inputs((9,), rows=4, page_size=4)
     inputs.cache_seqlens[0] = 2**31 - 2
     before = inputs.clone()

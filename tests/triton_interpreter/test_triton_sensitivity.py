@@ -1,4 +1,4 @@
-"""Mistakes in the kernels that the tests must see: each alone exceeds the tolerance."""
+"""Mistakes in the kernels that tests must see. Each of them exceeds the tolerance."""
 
 import pytest
 import triton

@@ -1,4 +1,4 @@
-"""float32 by three tf32 products, emulated: within the tolerance of float32."""
+"""float32 by three emulated tf32 products is within the tolerance of float32."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,14 @@ from vxl_kernels.testing import check_attention, check_gradients
 
 
 def _tf32(x):
-    """What a tensor core reads of float32: the last 13 bits of the mantissa count as zero."""
+    """What a tensor core reads of float32. The last 13 bits of the mantissa count as zero."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _emulate(monkeypatch, products):
-    """`products` of 3: 1 is plain tf32. Triton makes the two small ones first, too; it rounds the
-    high parts, where a cut leaves a bit less for the low ones."""
+    """Emulates a product by 1 (plain tf32) or 3 tf32 products. As in Triton, the two small ones
+    come first. Triton rounds the high parts, where cutting them leaves a bit less for the low
+    parts."""
     dots = []
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):

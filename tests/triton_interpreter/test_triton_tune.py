@@ -1,4 +1,4 @@
-"""What the tuner makes of tiles: wrong ones and those that do not compile are left out."""
+"""The tuner leaves out tiles that are wrong or do not compile."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TIMES = {GOOD: 3.0, BETTER: 2.0, WRONG: 1.0, BROKEN: 0.5}
 
 @pytest.fixture
 def played(monkeypatch):
-    """A small call, and times by table."""
+    """A small call, with times from a table."""
     x = make_inputs((40,), rows=20, heads=2, kv_heads=1, page_size=64)
     call = dict(
         zip(
@@ -48,7 +48,7 @@ def test_the_fastest_right_tile_wins(tiles, played, capsys):
     assert "left out, InterpreterError" in broken
 
 
-def test_no_tile_at_all_is_said(played):
+def test_no_tile_at_all_is_reported(played):
     played(WRONG, BROKEN)
     with pytest.raises(RuntimeError, match=r"no tile serves torch\.float32 at head_dim 16"):
         tune.tune(torch.float32, 16)
