@@ -1,5 +1,5 @@
-"""attn.py as it is on a GPU, played by the CPU: its groups, its clock, and peers that only run
-there, played by what they are documented to compute."""
+"""attn.py as on a GPU, with the CPU in its place: groups, clock, and the peers that run only there,
+replaced by what they are documented to compute."""
 
 import dataclasses
 import json
@@ -17,7 +17,8 @@ from helpers.paths import ROOT, TESTS
 
 
 def causal(q, k, v):
-    """Lower right, one sequence a batch entry; (batch, rows, heads, head_dim)."""
+    """Causal, aligned to the lower right, one sequence per batch entry; (batch, rows, heads,
+    head_dim)."""
     seen = k.shape[1] - q.shape[1]
     mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(seen)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -113,7 +114,7 @@ def test_groups_of_a_gpu():
 
 
 class PlayedGpu:
-    """A queue with a clock of its own: work starts when it is queued, or when what is before it
+    """A queue with its own clock. Work starts when it is queued, or when the work before it
     ends."""
 
     def __init__(self):
@@ -142,7 +143,7 @@ def gpu(monkeypatch):
     return played
 
 
-def test_the_hosts_time_is_in_nobodys_number(gpu):
+def test_no_number_includes_the_hosts_time(gpu):
     """A call of 5 ms in Python and 1 ms on the GPU takes 1 ms."""
     from benchmarks.common.timing import Clock
 
@@ -207,8 +208,9 @@ def test_only_our_wrong_results_are_failures(monkeypatch, tmp_path, name, status
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("where", ["kernel", "judge"])
-def test_an_error_that_comes_late_is_the_providers(monkeypatch, where, ours):
-    """A GPU's kernel fails after the call has returned; a result of another shape in the check."""
+def test_a_late_error_is_the_providers(monkeypatch, where, ours):
+    """A GPU's kernel fails after the call has returned. A result of another shape fails in the
+    check."""
     from benchmarks import attn
     from benchmarks.common.report import Result
     from benchmarks.common.run import Run
@@ -231,7 +233,7 @@ def test_an_error_that_comes_late_is_the_providers(monkeypatch, where, ours):
 
 
 def test_attn_to_its_end(tmp_path):
-    """The interpreter in the place of compiled kernels, an event's clock that is the host's."""
+    """The interpreter replaces compiled kernels, and the host's clock that of events."""
     pytest.importorskip("triton")
     path = tmp_path / "a.json"
     code = (

@@ -1,4 +1,4 @@
-"""The static analysis of GPU code: parser, counts, loops, model, bars; no GPU needed."""
+"""The static analysis of GPU code: parser, counts, loops, model and bars. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_backward_tile_has_three_or_four_products() -> None:
     assert program_rows({**TILE, "products": 3}) == 64
     (loop,) = full_tile_loops(read_sass(KERNEL), keys, warp=32, warps=4)
     assert loop.useful_flops == tile_flops(keys)
-    # 4-byte copies of the LSE are no keys
+    # 4-byte copies of the LSE are not keys
     text = sass(".L_a:", "LDGSTS.E [R1], [R2.64]", *QK_AND_PV, "@P0 BRA `(.L_a)", "EXIT")
     (loop,) = full_tile_loops(read_sass(text), keys, warp=32, warps=4)
     assert (loop.tiles, loop.repeated) == (1, 1.0)
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_an_error(text: str, tile: dict[str, int], messag
         full_tile_loops(read_sass(text), tile, warp=32, warps=4)
 
 
-def test_text_that_is_no_machine_code_is_an_error() -> None:
+def test_other_text_is_an_error() -> None:
     with pytest.raises(ParseError, match="no instruction"):
         read_sass("hello")
     with pytest.raises(ParseError, match="no instruction"):
@@ -247,7 +247,7 @@ def test_cycles_of_a_tile_by_hand() -> None:
     assert time.bound == "matrix"
     # twice the tiles in an iteration: half the cycles each
     assert cycles(counts, LIMITS["cuda:90"], warps=8, tiles=2).mufu == time.mufu / 2
-    # half the FMA units: now they decide
+    # half the FMA units: now they are the limit
     assert (
         cycles(
             counts,
@@ -346,7 +346,7 @@ def a_row(**changes: object) -> Measured:
         ({"compile_seconds": 61.0}, "compiling takes 61 s"),
     ],
 )
-def test_every_bar_bites(changes: dict[str, object], message: str) -> None:
+def test_every_bar_can_fail(changes: dict[str, object], message: str) -> None:
     assert violations([a_row()]) == ([], [])
     faults, goals = violations([a_row(**changes)])
     (found,) = faults + goals

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @triton.jit
 def _greedy(x_ptr, out_ptr, N: tl.constexpr):  # noqa: N803
-    """Keeps N numbers per block alive across a reduction: too many for the registers."""
+    """Keeps N numbers per block alive across a reduction, too many for the registers."""
     offs = tl.arange(0, N)
     x = tl.load(x_ptr + offs)
     y = tl.load(x_ptr + N + offs)
@@ -69,7 +69,7 @@ def test_the_plain_kernel_is_read_on_every_target(arch: str, kind: str, load: st
     assert row.mma_flops == 4 * 128 * 64 * 128
     assert row.repeated == 1.0
     assert row.counts[load] > 0
-    # one exponential a score, one a row; rows are repeated by the threads that share them
+    # one exponential per score and one per row, repeated by the threads that share a row
     assert row.counts["mufu"] * kernel.num_warps * target_of(arch).warp_size >= 128 * 65
     assert 0.2 < (row.share_of_peak or 0.0) < (row.share_overlapped or 0.0) <= 1.0
 
@@ -100,7 +100,7 @@ for rows, dim, dtype, tma in [(96, 32, torch.float32, False), (77, 16, torch.flo
 
 
 def test_the_plain_kernel_is_right() -> None:
-    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    """Runs in a process of its own, as the interpreter is chosen when Triton is imported."""
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", INTERPRET, str(ROOT)],
         check=True,

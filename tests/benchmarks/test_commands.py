@@ -1,4 +1,4 @@
-"""The benchmarks on a tiny geometry: they run, check, and write what they say."""
+"""The benchmarks on a tiny geometry: they run, check results and write files."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def test_small_run(tmp_path, options):
         (["--json", "no/where.json"], "--json: got no/where.json"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_anything_runs(options, words):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(options, words):
     done = bench(*options)
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr

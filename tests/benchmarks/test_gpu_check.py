@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py without a GPU, and with one that is played: what is run, kept, said."""
+"""benchmarks/gpu_check.py without a GPU and with a fake one: what it runs, keeps and reports."""
 
 import json
 import os
@@ -32,7 +32,8 @@ def gpu_check(monkeypatch):
 
 @pytest.fixture
 def parts(gpu_check, monkeypatch, tmp_path):
-    """Parts that only write their name; the tests fail, the gradients too, with another status."""
+    """Parts that only write their names. The tests and the gradients fail, with different
+    statuses."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     script = tmp_path / "writes.py"
     script.write_text(WRITES)

@@ -1,5 +1,5 @@
-"""The benchmarks' judge: the same verdict on every BLAS and number of threads, and no mistake
-passes it."""
+"""The oracle of the benchmarks gives the same verdict on every BLAS and number of threads, and
+finds every mistake."""
 
 import dataclasses
 
@@ -35,8 +35,8 @@ def test_one_key_too_many_or_too_few_is_wrong():
         assert not answer.judge(wrong).ok
 
 
-def test_a_lucky_plain_evaluation_condemns_nobody():
-    """Where the plain evaluation happens to be exact, another order of summation still passes."""
+def test_an_exact_plain_evaluation_fails_nobody():
+    """If the plain evaluation happens to be exact, another order of summation still passes."""
     x = inputs(cache_len=20_000)
     answer = attention_answer(x, with_rope=False)
     lucky = dataclasses.replace(answer, plain=answer.exact)
@@ -44,7 +44,7 @@ def test_a_lucky_plain_evaluation_condemns_nobody():
     keys = torch.cat([x.k_seen, x.k_rotated], 1).double().repeat_interleave(2, dim=2)
     p = torch.softmax((x.q_rotated.double() * keys).sum(-1) / 8, dim=1)
     one_by_one = torch.zeros(1, 4, 64)
-    for part in (p[..., None] * values).float().split(1, dim=1):  # the worst order there is
+    for part in (p[..., None] * values).float().split(1, dim=1):  # the worst order
         one_by_one = one_by_one + part[:, 0]
     assert lucky.judge(one_by_one[:, None]).ok
     without = dataclasses.replace(lucky, sums=None)

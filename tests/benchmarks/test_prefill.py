@@ -1,5 +1,5 @@
-"""benchmarks/prefill.py on a tiny geometry: it runs, compares, and writes what it says. Its
-measurement of peak memory is a property worth holding, too."""
+"""benchmarks/prefill.py on a tiny geometry: it runs, compares and writes files. Peak memory does
+not grow with the video."""
 
 import json
 import os
@@ -64,5 +64,5 @@ def test_peak_memory_does_not_grow_with_the_video(tmp_path):
     assert done.returncode == 0, done.stderr
     short, long = json.loads((tmp_path / "a.json").read_text())["memory"]["rows"]
     assert long["kept_mib"] > 5 * short["kept_mib"]
-    # Tiny models: a MiB of the allocator's whim is much here.
+    # With tiny models, a MiB more or less from the allocator is much.
     assert long["peak_mib"] < 1.1 * (short["peak_mib"] + long["kept_mib"]) + 4

@@ -1,4 +1,4 @@
-"""A folder with a checkpoint, a clip and pictures, and a way to run commands there."""
+"""A folder with a checkpoint, a clip and pictures, and a fixture that runs commands in it."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def run(place, capsys, monkeypatch):
-    """Runs a command in that folder: exit code, stdout, stderr."""
+    """Runs a command in that folder. Returns exit code, stdout and stderr."""
     from vxl_cli.main import main
 
     monkeypatch.chdir(place)

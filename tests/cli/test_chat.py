@@ -30,7 +30,7 @@ def environment():
 
 
 class Terminal:
-    """A process at a pseudo-terminal: type, and read until a pattern appears."""
+    """A process at a pseudo-terminal. Types, and reads until a pattern appears."""
 
     def __init__(self, folder, *options):
         self.host, device = pty.openpty()
@@ -89,7 +89,7 @@ def test_at_a_terminal(place):
 
 
 def test_an_interrupted_answer_leaves_the_session_as_it_was(run, place, monkeypatch, capsys):
-    """Ctrl-C in the middle of an answer at a terminal: the next question gets its own answer."""
+    """After Ctrl-C in the middle of an answer, the next question gets its own answer."""
     transformers = pytest.importorskip("transformers")
     typed = iter(["What?", "What?"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
@@ -121,7 +121,7 @@ def test_history(place):
     chat.until(r"> $")
     chat.type("\x10")  # Ctrl-P, the line before
     chat.until("abcd")
-    chat.type("\x15\x04")  # the line is wiped; the input ends
+    chat.type("\x15\x04")  # the line is erased; the input ends
     assert chat.leave() == 0
 
 

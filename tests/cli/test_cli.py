@@ -1,4 +1,4 @@
-"""The command line: answers, files, one-line errors, and what the plan says against what is."""
+"""The command line: answers, files and one-line errors."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_ask(run, place):
 
 
 def test_in_one_line_of_python(run, place):
-    """What the command does, by the names of the library, prompt and stops by default."""
+    """The library does the same in one line, with its default prompt and stop tokens."""
     model = VideoXLForConditionalGeneration.from_pretrained(place / "model", ratio=4)
     answer = model.watch(place / "clip.mp4").ask(QUESTION, max_new_tokens=6, do_sample=False)
     code, out, _ = run(*ASK, "--video", "clip.mp4", "--json", QUESTION)
@@ -109,7 +109,7 @@ def test_frames_and_fps(run):
 
 
 def test_a_folder_of_frames(run, place, tmp_path):
-    """As `watch` of the library: frame 2 before frame 10."""
+    """Frame 2 comes before frame 10, as in `watch` of the library."""
     for i in (1, 2, 10):
         shutil.copy(place / ("two.png" if i == 2 else "one.png"), tmp_path / f"frame {i}.png")
     model = VideoXLForConditionalGeneration.from_pretrained(place / "model", ratio=4)
@@ -281,7 +281,7 @@ def test_more_positions_than_the_model_was_trained_for(run, place, tmp_path):
 
 
 def hostile(place):
-    """Arguments, and a word of what is said about them."""
+    """Arguments, and a word of the error message."""
     (place / "broken.mp4").write_bytes(b"no video" * 100)
     (place / "empty.mp4").write_bytes(b"")
     (place / "text.vxl").write_text("no memory")
@@ -426,7 +426,7 @@ def test_damage_is_a_warning(run, place):
 
 
 def test_as_a_process(place):
-    """The module runs, streams to stdout, and says nothing else there or on stderr."""
+    """The module runs, streams to stdout, and prints nothing else there or on stderr."""
     command = [sys.executable, "-m", "vxl_model", *ASK, "--video", "clip.mp4", QUESTION]
     done = subprocess.run(
         command, cwd=place, env=environment(), capture_output=True, text=True, timeout=120

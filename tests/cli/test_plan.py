@@ -1,4 +1,4 @@
-"""What `vxl plan` says against what a model takes."""
+"""Estimates of `vxl plan` against the needs of a real model."""
 
 import json
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(_ext.extension is None, reason="no compiled exte
 
 @pytest.mark.parametrize(("ratio", "share"), [(2, 70), (4, 54), (8, 37), (16, 23)])
 def test_plan_of_the_released_model(ratio, share):
-    """Attention's share of the language model's arithmetic over 2,048 frames, and the cache's
-    bytes, as published measurements of the geometry have them."""
+    """Attention's share of the language model's arithmetic over 2,048 frames, and the bytes of the
+    cache, agree with published measurements of the geometry."""
     plan = estimate_video(released_config(), 2048, ratio)
     attention = plan.attention_flops / (plan.attention_flops + plan.dense_flops)
     assert round(100 * attention) == share
@@ -31,8 +31,8 @@ def test_plan_of_the_released_model(ratio, share):
 
 
 def test_plan_is_what_watch_takes():
-    """Counted against a model that ran: parameters, tokens, the pool's bytes and its arithmetic
-    as torch counts it."""
+    """Parameters, tokens, the pool's bytes and FLOPs are those of a model that ran, FLOPs as
+    counted by torch."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,8 +43,8 @@ def test_plan_is_what_watch_takes():
     assert plan.parameters == count_parameters(model.config)
     pixels = torch.zeros(frames, 3, 336, 336)
     prefix = torch.zeros(14, dtype=torch.long)
-    # The counter knows plain products; so CLIP's attention is made of such, and this package's
-    # own is left out on both sides.
+    # The counter knows plain products only. So CLIP's attention is computed by plain products, and
+    # this package's attention is left out on both sides.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         memory = model.watch(pixel_values=pixels, input_ids=prefix, ratio=ratio)
     assert memory.visual_tokens == [plan.visual_tokens]

@@ -1,4 +1,4 @@
-"""The bar of a long command on terminals, narrow ones too, and in a log file."""
+"""The progress bar of a long command, on terminals, also narrow ones, and in a log file."""
 
 import io
 import os
@@ -31,11 +31,11 @@ def test_on_a_terminal(monkeypatch, columns):
     drawn = [x for x in re.split(r"[\r\n]", stream.getvalue()) if x.strip()]
     assert any("128/128" in x for x in drawn)
     assert all(len(x) <= columns for x in drawn)
-    assert stream.getvalue().endswith("\r")  # wiped away
+    assert stream.getvalue().endswith("\r")  # erased
 
 
 def test_in_a_log_file(monkeypatch):
-    """Nothing for a short command, else whole lines."""
+    """A short command prints nothing, a long one whole lines."""
     stream = io.StringIO()
     bar = Progress("watching", stream=stream)
     bar(3, 4)

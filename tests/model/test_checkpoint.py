@@ -1,4 +1,5 @@
-"""Checkpoints: the published layout in and out, shards, `.bin`, a plain Qwen2, Auto classes."""
+"""Checkpoints: reading and writing the released layout, shards, `.bin`, a plain Qwen2, Auto
+classes."""
 
 import json
 import shutil
@@ -72,7 +73,7 @@ def test_shards_and_dtype(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     expected = tiny_expected()
     logits = model(input_ids(expected), pixel_values=expected["pixel_values"]).logits
-    # bf16 weights and activations through two layers; the angles stay float32
+    # bf16 weights and activations through two layers; angles stay float32
     assert relative(logits[0].float(), expected["video_logits"]) < 0.05
     assert model.model.inv_freq().dtype == torch.float32
 

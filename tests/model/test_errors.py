@@ -1,4 +1,4 @@
-"""Bad inputs: one ValueError that names the argument, and a memory that is as it was."""
+"""Bad inputs give one ValueError that names the argument, and leave a memory unchanged."""
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def test_generate_refuses(model, memory):
 
 
 def test_the_cache_is_one_object(model, memory):
-    """Under either of HF's names, or the same under both."""
+    """The cache may come under either of HF's names, or under both."""
     out = model(IDS, visual_features=X)
     other = model(IDS, visual_features=X)
     for kwargs, words in (

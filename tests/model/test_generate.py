@@ -28,7 +28,7 @@ def videos(model):
 
 
 def ids_of(*tails, prompt=(5, 6, 7)):
-    """Rows of equal prompts and left-padded tails, with their mask."""
+    """Rows with equal prefixes and left-padded suffixes, and their mask."""
     rows = [[*prompt, -200, *tail] for tail in tails]
     width = max(map(len, rows))
     ids = torch.tensor([[1] * (width - len(r)) + r for r in rows])
@@ -89,7 +89,7 @@ def test_one_product_for_the_batch_is_close(model, videos):
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_both_names_of_the_cache(model, videos, name):
-    """HF renamed a model's cache on the way; a loop written with either name works."""
+    """HF renamed a model's cache. A loop with either name works."""
     ids, _ = ids_of([9, 10])
     out = model(ids, visual_features=videos[:1])
     for got in (getattr(out, name), out[name], out.get(name)):
@@ -129,7 +129,8 @@ def test_padding_is_never_seen(model, videos):
 
 
 def test_beams_match_a_search_over_everything(model, videos):
-    """Two steps, as many beams as continuations matter: found by scoring each pair alone."""
+    """Two steps, with enough beams for every continuation that matters. The expected result scores
+    each pair alone."""
     ids, _ = ids_of([9, 10])
     features = videos[:1]
     beams = model.generate(
@@ -205,7 +206,7 @@ def test_sampling_is_seeded(model, videos):
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_processors_do_not_trip_over_the_placeholder(model, videos):
+def test_processors_ignore_the_placeholder(model, videos):
     ids, _ = ids_of([9, 10])
     out = model.generate(
         ids,
@@ -315,7 +316,7 @@ def test_ratios(model, videos):
         model.ratio = None
 
 
-def test_published_draw():
+def test_upstream_draw():
     case, tensors, model = load_golden("mixed_steprandom_w48")
     out = model(input_ids(tensors), visual_features=tensors["image_features"][None])
     assert out.memory.vst_counts == [case["beacon_sizes"]]

@@ -1,4 +1,4 @@
-"""Videos watched once: asked, forked, streamed into, saved, in a pool that grows."""
+"""Videos that are watched once: ask, fork, append, save, in a pool that grows."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_a_batch_of_questions_to_one_video(model, features):
         assert memory.ask(question, max_new_tokens=5).tolist() == answer.tolist()
 
 
-def test_questions_cost_one_video_and_their_tails(model, features):
+def test_questions_cost_one_video_and_their_suffixes(model, features):
     memory = watch(model, features.repeat(8, 1))
     cache = memory.batch.states[0].sequence.cache.pages
     used = cache.num_pages - cache.free_pages
@@ -90,7 +90,7 @@ def test_forward_goes_on_from_a_memory(model, features):
 @pytest.mark.parametrize("pieces", [[205], [1] * 205, [48, 48, 109], [100, 0, 105], [47, 2, 156]])
 @pytest.mark.parametrize("ratio", [4, [2, 4, 8], WindowRatios([2, 4, 8, 3, 5])])
 def test_streaming_equals_watching_at_once(model, features, pieces, ratio):
-    if isinstance(ratio, list):  # what is drawn has to divide the last window
+    if isinstance(ratio, list):  # a drawn ratio has to divide the last window
         features = features[:204]
         pieces = [*pieces[:-1], pieces[-1] - 1]
     at_once = watch(model, features, ratio=ratio)
@@ -140,7 +140,7 @@ def test_a_pool_grows_and_keeps_what_is_shared(model, features, monkeypatch):
         assert grown.num_pages > small
         used = grown.num_pages - grown.free_pages
         longest = stream.cached_tokens[0]
-        # Every fork is a prefix: what they hold beyond the longest is a page or two each.
+        # Every fork is a prefix. Beyond the longest, each of them holds a page or two.
         assert used <= -(-longest // 4) + 3 * len(forks)
         del forks
         same_memory(stream, watch(model, features.repeat(15, 1)))
@@ -163,7 +163,7 @@ def test_save_and_load(model, features, tokens, tmp_path):
 
 
 def test_the_unfinished_window_is_a_tensor_of_the_file(model, features, tmp_path):
-    """safetensors readers refuse a header of 100 MB, which a window in the header can reach."""
+    """safetensors readers refuse a header of 100 MB, which a window in the header could exceed."""
     memory = watch(model, features[: WINDOW - 1])
     memory.save(tmp_path / "video.vxl")
     with safe_open(tmp_path / "video.vxl", framework="pt") as file:
@@ -173,7 +173,7 @@ def test_the_unfinished_window_is_a_tensor_of_the_file(model, features, tmp_path
 
 
 def test_a_memory_in_the_first_format_is_read(model, features):
-    """The file holds 60 features of the fixture; its unfinished window is in its header."""
+    """The file holds 60 features of the fixture. Its unfinished window is in its header."""
     memory = model.load_memory(Path(__file__).parents[1] / "goldens" / "memory_1.vxl")
     want = watch(model, features[:60])
     same_memory(memory, want, exactly=False)
@@ -245,7 +245,7 @@ def test_pixels_frame_by_frame():
     same_memory(stream, at_once, exactly=False)
 
 
-def test_batch_memories_take_apart(model, features):
+def test_batch_memories_can_be_split(model, features):
     ids = torch.tensor([[*PROMPT, -200, 9, 10]] * 2)
     out = model(ids, visual_features=[features, features[:61]])
     assert len(out.memory) == 2

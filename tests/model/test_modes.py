@@ -1,4 +1,4 @@
-"""What outlives a call does not depend on the mode in which the call was made."""
+"""What remains after a call does not depend on the mode in which the call was made."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def loss_and_gradients(model, features):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_first_call_in_a_mode_changes_no_later_one(model, features, mode):
-    """Of the same model outside: loss and gradients, logits, a memory and its answer."""
+    """Later calls of the same model: loss and gradients, logits, a memory and its answer."""
     fresh = load_golden("tiny_r4_w48")[2]
     with MODES[mode]():
         model.watch(input_ids=IDS[0, :3], visual_features=features)
@@ -63,7 +63,7 @@ def test_a_first_call_in_a_mode_changes_no_later_one(model, features, mode):
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "autocast"])
 @pytest.mark.parametrize("asked_within", [False, True])
 def test_a_memory_made_in_a_mode_is_asked_outside_and_inside(model, features, mode, asked_within):
-    """Watched, asked, appended to, forked, saved: the bits of no mode at all."""
+    """A memory that is watched, asked, appended to, forked and saved has the bits of no mode."""
     plain = model.watch(input_ids=[5, 6, 7], visual_features=features[:100])
     with MODES[mode]():
         memory = model.watch(input_ids=[5, 6, 7], visual_features=features[:100])
@@ -94,8 +94,8 @@ def test_frames_do_not_depend_on_the_default_dtype():
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_autocast(model, features, checkpoint):
-    """Watching, asking, generating and both kinds of loss in autocast: near the plain numbers,
-    and a memory made inside may be asked outside and the other way round."""
+    """In autocast, watching, asking, generating and both kinds of loss are near the plain numbers.
+    A memory that is made inside may be asked outside, and the other way round."""
     source = {"visual_features": features}
     if checkpoint:
         model, source = tiny_model(ratio=4), {"pixel_values": tiny_expected()["pixel_values"]}
@@ -145,7 +145,7 @@ def test_a_trainer_evaluates_in_bf16(model, features, tmp_path):
 
 @pytest.mark.parametrize("how", ["append", "watch"])
 def test_a_buffer_may_be_filled_again(model, features, how):
-    """As a camera's loop does, while a window is not full or a step is not."""
+    """A camera's loop does this while a window or a step is not full."""
     pieces = features.split(12)
     wanted = model.watch(input_ids=[5, 6, 7], visual_features=[x.clone() for x in pieces])
     buffer = torch.empty_like(pieces[0])

@@ -1,5 +1,5 @@
-"""The published implementation's own numbers through the whole model: logits, kept K and V,
-generated ids, VSTs per window, loss and gradients."""
+"""The upstream implementation's numbers from the whole model: logits, cached K and V, generated
+ids, VSTs per window, loss and gradients."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def check_golden(golden, chunks, order, backend):
 
 @pytest.mark.parametrize("order", ["split", "interleaved"])
 def test_golden_triton(order):
-    """Under Triton's interpreter where there is no GPU; the smallest case."""
+    """The smallest case. Without a GPU it runs in Triton's interpreter."""
     check_golden(load_golden("tiny_r4_w48"), 2, order, backend_or_skip("triton"))
 
 
@@ -111,7 +111,7 @@ def test_loss_and_gradients(name, order, backend):
 @pytest.mark.parametrize("order", ["split", "interleaved"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 class TestTinyCheckpoint:
-    """From pixels to the answer, as `save_pretrained` of the published code left it."""
+    """From pixels to the answer, on a checkpoint that upstream's `save_pretrained` wrote."""
 
     @pytest.fixture
     def model(self, chunks, order, backend):

@@ -1,4 +1,4 @@
-"""Frames, pictures and words to tensors, against the published code's own results."""
+"""Frames, pictures and words to tensors, against results of the upstream code."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def processor():
 
 
 def test_video_frame(processor, golden):
-    """Row 0 of the published pixels, which PIL resampled: one level apart in few places."""
+    """Row 0 of upstream's pixels, which PIL resampled. Few values differ, by one level."""
     pixels = processor.frames_to_pixels(golden["first_frame"][None])
     apart = (pixels[0] - golden["pixel_values"][0].float()).abs()
     assert pixels.shape == (1, 3, 336, 336)
@@ -40,7 +40,7 @@ def test_video_frame(processor, golden):
 
 
 def test_image_tiles(processor, golden):
-    """anyres: resized, padded and cut as published. Its pixels are stored in half precision."""
+    """anyres: resized, padded and cut as upstream does. Its pixels are stored in half precision."""
     pixels = processor.image_to_pixels(golden["image"])
     truth = golden["image_pixel_values"].float()
     assert pixels.shape == truth.shape == (3, 3, 336, 336)
@@ -63,7 +63,7 @@ def test_as_transformers_does_it(processor, golden):
         assert apart.mean() < 0.1 * LEVEL
 
 
-def test_a_frame_that_is_cut_already_is_only_normalised(processor):
+def test_a_frame_of_the_right_size_is_only_normalised(processor):
     frames = np.random.default_rng(0).integers(0, 256, (2, 336, 336, 3), dtype=np.uint8)
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).double() / 255
     want = (x - torch.tensor(processor.mean)[:, None, None].double()) / torch.tensor(processor.std)[
@@ -82,7 +82,7 @@ def test_a_frame_that_is_cut_already_is_only_normalised(processor):
         ((1000, 1000), (672, 672)),
         ((4000, 400), (1008, 336)),
         ((400, 4000), (336, 1008)),
-        ((10, 10), (336, 672)),  # nothing is lost anywhere: the least waste, the first of equals
+        ((10, 10), (336, 672)),  # none loses pixels: the least waste, the first of equals
     ],
 )
 def test_best_resolution(processor, image_size, best):
@@ -98,7 +98,7 @@ def test_extreme_shapes(processor, shape):
     assert tiles.isfinite().all()
 
 
-def test_several_images_are_one_a_frame(processor, golden):
+def test_several_images_are_frames(processor, golden):
     image = golden["image"].numpy()
     pixels = processor.images_to_pixels([image, Image.fromarray(image[::-1].copy())])
     assert pixels.shape == (2, 3, 336, 336)

@@ -1,4 +1,4 @@
-"""Any number of threads on one model and on one memory: the bits of one thread, and no errors."""
+"""Any number of threads on one model and one memory give the bits of one thread, and no errors."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ def small_pages(model, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def switching():
-    """Threads take turns a thousand times as often as by default."""
+    """Threads switch a thousand times as often as by default."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)
     yield
@@ -43,7 +43,7 @@ def switching():
 
 
 def ask(memory, question):
-    """The new ids and the logits of each step."""
+    """Returns the new ids and the logits of each step."""
     options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
     out = memory.model.generate(question[None], memory=memory, max_new_tokens=6, **options)
     return out.sequences, torch.stack(out.logits)
@@ -54,7 +54,7 @@ def same(answer, wanted):
 
 
 def in_threads(work, count):
-    """work(i) of `count` threads that start together."""
+    """Runs work(i) in `count` threads that start together."""
     barrier = threading.Barrier(count)
 
     def started(i):
@@ -67,7 +67,7 @@ def in_threads(work, count):
 
 @pytest.mark.parametrize("tokens", [288, 300])
 def test_many_threads_ask_one_memory(model, features, small_pages, tokens):
-    """With 300 tokens the first of them also encodes a last window that is not full."""
+    """With 300 tokens, the first thread also encodes a last window that is not full."""
     memory = model.watch(input_ids=PREFIX, visual_features=[])
     memory.append(visual_features=features[:tokens])
     twin = model.watch(input_ids=PREFIX, visual_features=features[:tokens])
@@ -80,13 +80,13 @@ def test_many_threads_ask_one_memory(model, features, small_pages, tokens):
 
     results = in_threads(work, 8)
     assert all(x for row in results for x in row)
-    assert len(cache._places) <= 2  # every question gave its pages back
+    assert len(cache._places) <= 2  # every question has released its pages
     assert cache.pages.stats()["sequences"] == len(cache._places)
 
 
 def test_one_thread_appends_while_others_ask(model, features, small_pages):
-    """Each answer is the right one for one of the lengths that the video had meanwhile, and no
-    thread sees the video become shorter."""
+    """Each answer is right for one of the lengths that the video had during the call. No thread
+    sees the video become shorter."""
     cuts = list(range(60, 301, 30))
     wanted = []
     for cut in cuts:
@@ -163,7 +163,7 @@ def test_threads_watch_fork_read_and_generate_at_once(model, features, tmp_path)
 
 
 def test_a_sequence_that_ends_during_a_step_is_freed_after_it(model, features):
-    """Garbage collection does not ask which thread holds the lock."""
+    """Garbage collection may run in any thread, whichever holds the lock."""
     memory = model.watch(input_ids=PREFIX, visual_features=features[:96])
     sequence = memory.batch.states[0].sequence
     cache = sequence.cache
@@ -180,7 +180,7 @@ def test_a_sequence_that_ends_during_a_step_is_freed_after_it(model, features):
 
 
 def test_copies_of_a_memory(model, features):
-    """A copy is a fork; a pickle says what to do instead."""
+    """A copy is a fork. Pickling raises an error that says what to do instead."""
     memory = model.watch(input_ids=PREFIX, visual_features=features[:100])
     before = ask(memory, QUESTIONS[0])
     for twin in (copy.copy(memory), copy.deepcopy(memory)):

@@ -1,4 +1,5 @@
-"""Loss and gradients beyond the goldens: batches, padding, prompts, checkpointing, odd ends."""
+"""Loss and gradients beyond the goldens: batches, padding, prefixes, checkpointing, partial
+windows."""
 
 import pytest
 import torch
@@ -36,18 +37,18 @@ def test_a_batch_is_the_mean_over_its_tokens(model, features):
         keep = MASK[i].bool()
         ids, labels = IDS[i : i + 1, keep], LABELS[i : i + 1, keep]
         out = model(ids, visual_features=[features[i]], labels=labels)
-        # Row 0's first token is supervised too, and predicted by nothing.
+        # Row 0's first token is supervised too, but nothing predicts it.
         count = int(((labels != -100) & (ids != -200))[0, 1:].sum())
         total, tokens = total + float(out.loss.detach()) * count, tokens + count
     assert float(both.loss.detach()) == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_loss_by_hand(model, features):
-    """From the logits of forward, those of the prefix from a pass over it alone."""
+    """The loss from the logits of forward. Those of the prefix come from a pass over it alone."""
     ids, labels = IDS[:1, 1:], LABELS[:1, 1:]
     out = model(ids, visual_features=features[:1], labels=labels)
     prompt = model(ids[:, :2]).logits[0]
-    # The first tail token is predicted by the last raw row, which no logits show: leave it out.
+    # The last raw row predicts the first suffix token. Logits do not show it, so leave it out.
     labels = labels.clone()
     labels[0, 3] = -100
     without_first = model(ids, visual_features=features[:1], labels=labels).loss
@@ -75,7 +76,7 @@ def test_training_equals_inference(model, features):
 
 
 def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
-    """And get the loss and gradients of passes of their own."""
+    """They get the loss and gradients of separate passes."""
     ids = torch.tensor([[5, 6, -200, 9, 10], [7, 8, -200, 11, 12], [5, 6, -200, 9, 1]])
     videos = [features[0], features[0].flip(0), features[1]]
     groups = []
@@ -97,7 +98,7 @@ def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
         results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
     assert groups == [[[0, 1], [2]]]
     monkeypatch.setattr(training_forward, "group_by_shape", noted)
-    with torch.no_grad():  # there a row has the bits that it has alone
+    with torch.no_grad():  # there a row has the same bits as alone
         model(ids, visual_features=videos, labels=ids)
         model.settings.batch_invariant = False
         model(ids, visual_features=videos, labels=ids)
@@ -110,7 +111,7 @@ def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
 
 
 def test_what_sequences_must_have_in_common(model, features):
-    """Prompt, video and tail as long, and ratios that are drawn alike."""
+    """Prefix, video and suffix of equal lengths, and ratios that are drawn in the same way."""
     plan, other = model.make_plan(4), model.make_plan([2, 4])
     videos = [*features[:1] * 5, None]
     ids = torch.tensor([[1, 5, -200, 9, 10, 11]] * 6)
@@ -134,7 +135,7 @@ def test_gradient_checkpointing_changes_nothing(model, features):
     out.loss.backward()
     plain = {k: g.clone() for k, g in gradients(model).items()}
     model.zero_grad()
-    # transformers 5.17 knows the old name alone, later ones warn of it
+    # transformers 5.17 has only the old name, later versions warn about it
     name = "checkpointing_enable"
     getattr(model, f"activation_{name}", getattr(model, f"gradient_{name}"))()
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
@@ -148,7 +149,8 @@ def test_gradient_checkpointing_changes_nothing(model, features):
 
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_last_window_without_a_vst_still_predicts(model, features, tokens):
-    """Ratio 4 and 3 (or 48 + 2) tokens: no VST, yet the last raw row has a reader."""
+    """Ratio 4 and 3 (or 48 + 2) tokens give no VST at the end, yet the last raw row predicts a
+    token."""
     visual = features[0][:tokens].clone().requires_grad_()
     ids, labels = torch.tensor([[5, -200, 9]]), torch.tensor([[-100, -100, 9]])
     out = model(ids, visual_features=[visual], labels=labels)
@@ -163,7 +165,7 @@ def test_last_window_without_a_vst_still_predicts(model, features, tokens):
 
 
 def causal_logits(model, embeds):
-    """Qwen2 itself on the same weights."""
+    """Logits of Qwen2 itself with the same weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     names = (
@@ -203,7 +205,8 @@ def test_only_the_projector_learns(features):
 
 
 def test_loss_only_and_parts_of_a_batch(model, features):
-    """No logits; a sum over a part divided by the tokens of the whole adds up to the mean."""
+    """Returns no logits. Sums over parts, divided by the tokens of the whole, add up to the
+    mean."""
     arguments = {"visual_features": features, "attention_mask": MASK}
     both = model(IDS, labels=LABELS, loss_only=True, **arguments)
     assert both.logits is None
@@ -227,7 +230,7 @@ def test_loss_only_and_parts_of_a_batch(model, features):
 
 
 def test_text_alone_beside_a_video(model, features):
-    """Each row gets what it gets alone; every parameter gets a gradient, some of them 0."""
+    """Each row gets the same numbers as alone. Every parameter gets a gradient, some of them 0."""
     model.train()
     ids = torch.tensor([[5, 6, 7, -200, 12, 13], [5, 6, 9, 10, 11, 1]])
     labels = ids.masked_fill(ids == -200, -100)
@@ -268,7 +271,7 @@ def test_ratios_for_each_row(model, features):
 
 
 def test_compiled_layers(model, features):
-    """A layer is one graph, without a break, for all layers; loss and gradients are the same."""
+    """One graph without a break serves all layers. Loss and gradients are the same."""
     model.train()
     arguments = {"visual_features": features[:1], "labels": LABELS[:1, 1:], "loss_only": True}
     plain = model(IDS[:1, 1:], **arguments)

@@ -1,4 +1,4 @@
-"""The visual encoder against the published implementation's numbers and its own contract."""
+"""The visual encoder against the upstream implementation's numbers and its own contract."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def published():
-    """Tower and projector with the checkpoint's weights, loaded by the published names."""
+    """Tower and projector with the checkpoint's weights, loaded by the released names."""
     weights = load_file(CHECKPOINT / "model.safetensors")
     tower = VisionTower(tiny_config()).eval()
     tower.load_state_dict(strip(weights, "model.vision_tower."), strict=True)
@@ -56,13 +56,14 @@ def test_video_features(published, golden):
     tokens = torch.cat(list(encode_frames(pixels, tower, projector)))
     assert tokens.shape == (720, 64)
     assert relative(tokens, golden["video_features"]) < TOLERANCE
-    # As published: projector first, then the pool.
+    # As upstream: projector first, then the pool.
     assert relative(pool_2x2(projector(tower(pixels))).flatten(0, 1), tokens) < TOLERANCE
 
 
 @torch.no_grad()
 def test_image_features(published, golden):
-    """The whole picture's tile, first in the batch, is not used where there are tiles."""
+    """The tile of the whole picture, the first of the batch, is not used if there are other
+    tiles."""
     tower, projector = published
     tokens = project_and_pool(tower(golden["image_pixel_values"].float()[1:]), projector)
     assert relative(tokens.flatten(0, 1), golden["image_features"]) < TOLERANCE
@@ -106,7 +107,7 @@ def test_later_layers_are_not_run():
 
 @torch.no_grad()
 def test_frame_batches(published, golden):
-    """No frame knows its batch; a video is read no further than needed."""
+    """A frame's features do not depend on its batch. A video is read no further than needed."""
     tower, projector = published
     pixels = golden["pixel_values"].float()
     whole = tower(pixels)

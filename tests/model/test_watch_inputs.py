@@ -1,4 +1,4 @@
-"""`watch` takes whatever a user calls a video, and says why it does not take the rest."""
+"""`watch` takes everything that users call a video, and says why it refuses the rest."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_what_is_refused(model, video, words):
         model.watch(video, input_ids=[5])
 
 
-def test_an_answer_that_begins_as_told(model, frames):
+def test_an_answer_with_a_given_beginning(model, frames):
     processor = model.processor
     asked = processor.suffix_ids("Which?", "Best option: (")
     assert torch.equal(

@@ -88,7 +88,7 @@ def pictures(seed, count=3):
 
 
 def by_hand(folder, shown):
-    """The words of greedy decoding, one forward pass a word."""
+    """The words of greedy decoding, one forward pass per word."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -147,7 +147,7 @@ def test_broken_weights(place, tmp_path):
 
 
 def test_identity(place, tmp_path):
-    """Changes with whatever could change the words, and with nothing else."""
+    """The identity changes with everything that could change the words, and with nothing else."""
     folder = tmp_path / "model"
     shutil.copytree(place / "chat", folder)
 
@@ -203,7 +203,7 @@ def test_command(run, tmp_path, monkeypatch):
         check_sample(sample)
         assert sample["vico"]["captioner"] == "chat"
 
-    # All is known now: no weights are read.
+    # All captions are known now, so no weights are read.
     monkeypatch.setattr(TransformersCaptioner, "_load", None)
     code, out, err = run(*VICO, *SHORT, "--json")
     summary = json.loads(out)

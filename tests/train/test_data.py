@@ -1,4 +1,4 @@
-"""Training data: words and labels, what is refused and how it is counted, order, draws."""
+"""Training data: words and labels, refused samples and their counts, order, drawn ratios."""
 
 import gzip
 import json
@@ -47,7 +47,7 @@ def one(place, parts, conversations, **fields):
 
 
 def split(processor, ids, labels):
-    """The text, and what of it is supervised."""
+    """The text, and the supervised part of it."""
     text = "".join("@" if i == -200 else processor.tokenizer.decode([i]) for i in ids)
     learned = [i for i, label in zip(ids, labels, strict=True) if label != -100]
     assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
@@ -66,7 +66,7 @@ def test_one_turn_is_what_inference_sees(place, parts):
 
 
 def test_turns(place, parts):
-    """Only the assistant's words are supervised, each with its end."""
+    """Only the assistant's words are supervised, each with its end token."""
     turns = talk("<image>\nWhat?", "A dog.", "Sure?", "Yes.")
     sample = one(place, parts, turns, image="one.png")
     text, learned = split(parts[0], *conversation_ids(sample, parts[0].tokenizer))
@@ -218,7 +218,7 @@ def test_broken_lines(place, parts):
 
 
 def test_text_is_never_changed(place, parts):
-    """Latin-1 and JSON nested too deeply cost their line; the other lines are kept."""
+    """Latin-1 and JSON that is nested too deeply lose their line. The other lines are kept."""
     sample = {"id": "1", "conversations": talk("Où est le café ?", "À côté du château.")}
     latin = json.dumps(sample, ensure_ascii=False).encode("latin-1")
     utf8 = json.dumps({**sample, "id": "2"}, ensure_ascii=False).encode()
@@ -260,7 +260,7 @@ def test_broken_file(place, parts):
         read(place, '[{"id": 1}, {', parts)
 
 
-def test_repeated_ids_stay_apart(place, parts):
+def test_repeated_ids_are_different_samples(place, parts):
     found, bad = read(place, [samples()[0], samples()[0]], parts)
     assert [x.id for x in found] == ["v0", "v0 (x.json:1)"]
     assert not list(bad)
@@ -329,7 +329,7 @@ def test_frame_cap(place, parts):
 
 
 def test_lengths_without_decoding(place, parts, monkeypatch):
-    """Headers, or what the sample says, give the lengths."""
+    """Lengths come from file headers, or from the sample."""
     import vxl_train.data.dataset as module
 
     monkeypatch.setattr(module, "open_video", None)
@@ -347,7 +347,7 @@ def test_lengths_without_decoding(place, parts, monkeypatch):
     frames = [round(x.length / 144 / (1 + 1 / np.mean(parts[1].ratios))) for x in found]
     assert frames == [41, 77, 128, 4]
     found, bad = read(place, [{**samples()[0], "video": "none.mp4"}], parts, probe=False)
-    assert not list(bad)  # nobody looked
+    assert not list(bad)  # nothing was decoded
 
 
 def test_ratios_are_drawn_per_window_sample_and_epoch(place, parts):
@@ -367,7 +367,7 @@ def test_ratios_that_divide_no_window_are_refused(parts):
 
 
 def test_a_sample_that_fails_is_replaced_by_the_next(place, parts):
-    """Found when it is decoded: the header is whole, the pictures are not."""
+    """It is found when it is decoded, as only its header is intact."""
     whole = (place / "clip.mp4").read_bytes()
     (place / "late.mp4").write_bytes(whole)
     records = samples()[:4]

@@ -1,4 +1,4 @@
-"""FSDP2 by the shipped configuration: two processes on gloo against one, and going on."""
+"""FSDP2 by the shipped configuration: two processes on gloo against one, and resuming."""
 
 import json
 import shutil
@@ -72,10 +72,10 @@ def launch(place, *more):
 
 
 def test_two_processes_are_one(tmp_path):
-    """Batches hold videos of several lengths, pictures and text alone, so processes differ in
-    what they run. Tolerances: float32 sums of a step in another order, 2 ** -23 relative each; Adam
-    turns that into a part of its step where a gradient is near 0, and never moves a weight by more
-    than the learning rate."""
+    """Batches hold videos of several lengths, pictures and text alone, so processes run different
+    steps. Tolerances: float32 sums of a step are in another order, which costs 2 ** -23 relative
+    each. If a gradient is near 0, Adam turns this into a part of its step. It never moves a weight
+    by more than the learning rate."""
     place = make_place(tmp_path)
     two = {
         **QUICK,
@@ -107,7 +107,7 @@ def test_two_processes_are_one(tmp_path):
     moved = max(float((want[k] - start[k]).abs().max()) for k in want)
     assert moved > 0.5 * RATE * STEPS
 
-    # Killed after step 2, so to speak: from there it is the same, to the bit.
+    # As if killed after step 2. From there the run has the same bits.
     shutil.rmtree(place / "two" / f"checkpoint-{STEPS}")
     shutil.rmtree(place / "two" / "model")
     assert "resumed from checkpoint-2" in launch(place, "--resume").stderr

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the same losses and the same model, nothing lost but the running step."""
+"""After kill -9 at any moment, losses and model are the same, and only the running step is lost."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def place(tmp_path_factory):
         "dataloader_num_workers": 1,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    # Bad data on the way does not change what follows.
+    # Bad data in between does not change what follows.
     lines = [json.dumps(x) for x in json.loads((folder / "data.json").read_text())]
     long = {
         "id": "long",
@@ -102,7 +102,7 @@ def finish(process):
 
 
 def state(folder):
-    """Steps that were logged, and the last finished checkpoint's."""
+    """The steps that were logged, and the step of the last finished checkpoint."""
     steps = [line["step"] for line in read_log(folder / "train_log.jsonl")]
     checkpoint = last_checkpoint(folder)
     return steps, int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
@@ -130,7 +130,7 @@ def test_kill_9(place):
     steps, checkpoint = state(killed)
     assert steps == list(range(1, len(steps) + 1))
     assert 5 <= len(steps) < STEPS
-    assert checkpoint in (len(steps), len(steps) - 1)  # nothing lost but the running step
+    assert checkpoint in (len(steps), len(steps) - 1)  # only the running step is lost
 
     _, err = finish(start(place, "killed", "--resume"))
     assert f"resumed from checkpoint-{checkpoint}" in err
@@ -147,7 +147,7 @@ def test_kill_9(place):
     assert [json.loads(x)["kind"] for x in bad[0].splitlines()] == ["broken line", "too long"]
 
 
-# -- what is no resume -----------------------------------------------------------------------------
+# -- runs that are not resumed --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def align(**values):
 
 @pytest.fixture
 def again(begun, tmp_path):
-    """Resumes a copy of it."""
+    """Resumes a copy of the run."""
     shutil.copytree(begun, tmp_path / "copy")
 
     def call(model="model", **values):
@@ -188,7 +188,7 @@ def test_several_gpus_in_one_process(begun, monkeypatch):
 
 
 def test_one_run_at_a_time(begun, again, tmp_path):
-    """A second run in the folder says so and stops; a killed one leaves no lock."""
+    """A second run in the folder stops with an error. A killed run leaves no lock."""
     hold = (
         "import sys, time; from pathlib import Path; from vxl_train.run_folder import lock_folder\n"
         "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
@@ -247,11 +247,11 @@ def test_other_samples_are_another_run(again):
     with pytest.raises(ValueError, match=r"resume: samples was \[12, \d+\] and is \[7, \d+\]"):
         again()
     (again.folder / "gone.png").rename(again.folder / "one.png")
-    assert again(on_bad_sample="stop").steps == 2  # how bad samples are met changes no order
+    assert again(on_bad_sample="stop").steps == 2  # the handling of bad samples changes no order
 
 
 def test_another_base_is_another_run(again):
-    """The checkpoint holds the projector alone."""
+    """The checkpoint holds only the projector."""
     path = again.folder / "model" / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.1.mlp.up_proj.weight"][0] += 1

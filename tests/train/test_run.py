@@ -1,4 +1,4 @@
-"""The recipe: what learns, what is saved, losses that do not depend on how a step is cut, and the
+"""The recipe: what learns, what is saved, losses that do not depend on the parts of a step, and the
 command line."""
 
 import json
@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def go(place, tmp_path):
-    """Trains; the report, the losses and the weights."""
+    """Trains. Returns the report, the losses and the weights."""
     count = iter(range(100))
 
     def call(stage="finetune", data="data.json", **values):
@@ -69,13 +69,13 @@ def test_align_moves_the_projector_alone(go, tmp_path):
     output = tmp_path / "out0"
     kept = sorted(path.name for path in output.glob("checkpoint-*"))
     assert kept == ["checkpoint-5", "checkpoint-6"]
-    # What does not learn is not written at every save.
+    # Frozen weights are not written at every save.
     assert set(load_file(output / "checkpoint-6" / "model.safetensors")) == changed(weights)
     assert not (output / ".writing").exists()
 
 
 def test_align_resumes(place, tmp_path):
-    """From checkpoints that hold the projector alone."""
+    """Resumes from checkpoints that hold only the projector."""
     data, output = [place / "data.json"], tmp_path / "out"
     chosen = settings("align", save_strategy="steps", save_steps=2, max_steps=5)
     train(place / "model", data, output, chosen)
@@ -99,7 +99,7 @@ def test_align_resumes(place, tmp_path):
         train(place / "model", data, output, finetune, resume=True)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(go, monkeypatch):
     from vxl_model import training_forward
 
     real = training_forward.token_loss
@@ -116,7 +116,7 @@ def test_a_loss_that_is_no_number_ends_the_run(go, monkeypatch):
         ({"logging_steps": 5, "save_strategy": "no"}, "weights are not finite after step 1"),
     ],
 )
-def test_a_gradient_that_is_no_number_is_not_saved(go, monkeypatch, tmp_path, values, words):
+def test_a_gradient_that_is_not_finite_is_not_saved(go, monkeypatch, tmp_path, values, words):
     from vxl_model import training_forward
 
     real = training_forward.token_loss
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_no_number_is_not_saved(go, monkeypatch, tmp_path, va
 
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_it_learns(go, place, stage):
-    """One sample by heart, ratios drawn anew every time."""
+    """The model learns one sample by heart, with new ratios every time."""
     (place / "one.json").write_text(json.dumps([samples()[1]]))
     _, losses, _ = go(
         stage,
@@ -153,11 +153,11 @@ def test_finetune_moves_everything_but_the_tower(go, tmp_path):
     assert len(losses) == 4
     assert not any("vision_tower" in name for name in names)
     learn = {name for name in weights if "vision_tower" not in name}
-    # Queries of the last layer's VSTs: nobody reads what they find.
+    # Nothing reads the results of queries of the last layer's VSTs.
     assert learn - names == {
         f"model.layers.1.self_attn.beacon_q_proj.{k}" for k in ("weight", "bias")
     }
-    # The result is a checkpoint in the published layout, tokenizer and all.
+    # The result is a checkpoint in the released layout, with its tokenizer.
     published = json.loads((CHECKPOINT / "config.json").read_text())
     written = json.loads((tmp_path / "out0" / "model" / "config.json").read_text())
     version = {"transformers_version"}
@@ -205,8 +205,8 @@ def test_learning_rates(place, tmp_path):
 
 
 def close(a, b):
-    """Sums in another order, three steps of Adam: a few roundings of float32 on losses near 5,
-    and on weights that steps of 1e-3 have moved."""
+    """Sums are in another order for three steps of Adam. The difference is a few roundings of
+    float32, on losses near 5 and on weights that moved by steps of 1e-3."""
     assert max(abs(x - y) for x, y in zip(a[1], b[1], strict=True)) < 1e-5
     assert max(float((a[2][k] - b[2][k]).abs().max()) for k in a[2]) < 2e-5
 
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_gives_the_same_bits(go):
 
 
 def test_accumulated_steps_are_one_step(go):
-    """The mean is over the tokens of the whole step, however many there are in a part."""
+    """The mean is over the tokens of the whole step, whatever their number in a part."""
     close(go(), go(per_device_train_batch_size=1, gradient_accumulation_steps=2))
 
 
@@ -258,7 +258,7 @@ def test_bf16(go):
 
 @pytest.fixture
 def spoiled(place):
-    """One bad sample that is seen at the start, one when it is decoded."""
+    """One bad sample that is found at the start, one when it is decoded."""
     (place / "late.mp4").write_bytes((place / "clip.mp4").read_bytes())
     records = [
         {"id": "gone", "image": "gone.png", "conversations": talk("<image>", "A")},
@@ -272,7 +272,7 @@ def spoiled(place):
 def test_skip(go, spoiled, tmp_path):
     report, losses, _ = go(data=spoiled, max_text_tokens=500, max_steps=-1, num_train_epochs=2)
     assert report.bad == {"missing file": 1, "too long": 1}
-    assert report.steps == len(losses) == 14  # 13 samples, two a step, two epochs
+    assert report.steps == len(losses) == 14  # 13 samples, two per step, two epochs
     lines = [json.loads(x) for x in (tmp_path / "out0/bad_samples.jsonl").read_text().splitlines()]
     assert [(x["kind"], x["id"]) for x in lines] == [("missing file", "gone"), ("too long", "long")]
 

@@ -1,4 +1,4 @@
-"""VICO: the right pictures of every clip, right answers, and runs that go on where they ended."""
+"""VICO: the right pictures of every clip, right answers, and runs that resume where they ended."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ CLIPS = 9  # of 128 s; what is left is less than half of one
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Videos of 128 s, 2 frames a second, that show the number of the frame."""
+    """Videos of 128 s at 2 frames per second. Each frame shows its number."""
     folder = tmp_path_factory.mktemp("videos")
     write_clip(folder / "a.mp4", count=256, fps=2, gop=4)
     write_clip(folder / "b.mkv", count=200, fps=2, gop=4)
@@ -46,7 +46,7 @@ def lines(path):
 
 
 def numbers_of(clip, pictures, fps=2, count=256):
-    """The frames on show in the middles of a clip's parts."""
+    """The frames that are shown in the middle of each part of a clip."""
     return [min(int(t * fps + 1e-6), count - 1) for t in clip.times(pictures)]
 
 
@@ -83,7 +83,7 @@ def test_pictures_are_those_of_the_clip(folder, pictures):
 
 @pytest.mark.parametrize("name", ["x.mkv", "x.ts", "x.avi", "x.mpg"])
 def test_pictures_in_other_containers(tmp_path, name):
-    """To the frame, also in MPEG-PS, where FFmpeg misses when it seeks."""
+    """Exact to the frame, also in MPEG-PS, where FFmpeg's seeks miss."""
     codec = {"x.mpg": "mpeg2video", "x.avi": "mpeg4"}.get(name, "libx264")
     write_clip(tmp_path / name, count=250, fps=25, gop=12, codec=codec)
     reader = Reader()
@@ -124,7 +124,7 @@ def test_pictures_are_bounded(tmp_path):
 
 
 def test_stretches_without_frames_make_no_clips(tmp_path):
-    """A picture that stands for an hour is not 257 clips."""
+    """A picture that is shown for an hour is not 257 clips."""
     path = write_clip(tmp_path / "x.mkv", count=5, times=[0, 500, 1000, 3_600_000, 3_611_000])
     decoder = open_decoder(path)
     assert [clip.index for clip in cut(decoder, 14.0)] == [0, 257]
@@ -150,7 +150,7 @@ def test_clues_can_be_told_apart():
             "The.",
             "A boat burns.",
             "A dog in a yellow coat barks at a tram.",
-            "A boat burns!",  # back again, after something else: nobody can say when it is
+            "A boat burns!",  # back after something else: its time is ambiguous
             "A green kettle whistles on a stove.",
             damaged=(8,),
         )
@@ -192,7 +192,7 @@ def test_captions_are_cleaned():
 
 
 def check_sample(sample):
-    """Works the answer out anew from the question's words and the clues' times."""
+    """Computes the answer again from the question's words and the clues' times."""
     human, gpt = sample["conversations"]
     assert (human["from"], gpt["from"]) == ("human", "gpt")
     assert human["value"].startswith("<video>\n")
@@ -264,7 +264,7 @@ def test_questions(count):
 
 
 def test_letters_and_places_are_fair():
-    """A model that always answers A, or with the order as printed, learns nothing."""
+    """A model gains nothing by always answering A, or by the order as printed."""
     clues = clues_of(12)
     letters, as_printed = [], []
     for seed in range(300):
@@ -297,7 +297,7 @@ def test_samples_of_a_folder(folder, tmp_path):
         about = sample["vico"]
         assert sample["duration"] == (128.0 if sample["video"].endswith("a.mp4") else 100.0)
         assert (about["seed"], about["captioner"], about["clip_seconds"]) == (0, "reader", 14.0)
-        for clue in about["clues"]:  # what is said was seen at that time
+        for clue in about["clues"]:  # the words were seen at that time
             numbers = [WORDS.index(word) for word in clue["text"].split()[1:]]
             clip = Clip(0, clue["start"], clue["end"])
             assert numbers == [n % len(WORDS) for n in numbers_of(clip, 4)]
@@ -315,7 +315,7 @@ def test_video_is_named_from_the_output(folder, tmp_path):
 
 
 def test_same_bytes(folder, tmp_path, monkeypatch):
-    """From seed and captions alone: not from other videos, nor from the order of a folder."""
+    """Output depends on seed and captions alone, not on other videos or the order of a folder."""
 
     def run(name, videos, **settings):
         make_vico(videos, Reader(), tmp_path / name, VicoSettings(**settings))
@@ -351,7 +351,7 @@ def test_captions_are_kept(folder, tmp_path):
     assert calls(VicoSettings(clip_seconds=20)) == 6
     os.utime(video, (1, 1))
     assert calls() == CLIPS
-    with video.open("ab") as file:  # MP4 takes bytes at its end for a box
+    with video.open("ab") as file:  # MP4 reads bytes at its end as a box
         file.write(b"\0\0\0\x08free")
     os.utime(video, (1, 1))
     assert calls() == CLIPS
@@ -374,7 +374,7 @@ def test_torn_captions(folder, tmp_path, cut_off):
     if cut_off:
         kept.write_bytes(whole[:-cut_off])
         lost = whole.count(b"\n") - whole[:-cut_off].count(b"\n")
-    else:  # damage in the middle: zeros where two lines were, and one that is no caption
+    else:  # damage in the middle: zeros in place of two lines, and a line that is not a caption
         rows = whole.splitlines(keepends=True)
         rows[2], rows[4] = b"\0" * len(rows[2][:-1]) + b"\n", b"[1]\n"
         kept.write_bytes(b"".join(rows))
@@ -528,7 +528,7 @@ def test_nothing_to_write(folder, tmp_path):
 
 
 def test_damaged_clips_are_not_captioned(tmp_path):
-    """Another clip's pictures would stand for theirs."""
+    """Pictures of another clip would take their place."""
     path = write_clip(
         tmp_path / "x.mp4",
         count=250,
@@ -559,7 +559,7 @@ def test_damaged_clips_are_not_captioned(tmp_path):
 
 
 def test_truncated_video(folder, tmp_path):
-    """Matroska needs no end: what is there counts."""
+    """Matroska needs no end, so the frames that are there count."""
     data = (folder / "b.mkv").read_bytes()
     (tmp_path / "x.mkv").write_bytes(data[: len(data) // 2])
     with pytest.warns(VideoWarning, match="truncated"):

@@ -1,4 +1,4 @@
-"""Damaged files: every picture that the decoder marked or lost is counted and named."""
+"""Damaged files: every picture that the decoder marks or loses is counted and named."""
 
 import contextlib
 import warnings
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def damage(path, places=12, size=400):
-    """Overwrites bytes in many places after the head."""
+    """Overwrites bytes in many places after the header."""
     data = bytearray(path.read_bytes())
     rng = np.random.default_rng(0)
     for at in rng.integers(3000, len(data) - 6000, places):
@@ -36,7 +36,7 @@ def damage(path, places=12, size=400):
 
 
 def decoded_in_one_go(path):
-    """What FFmpeg itself makes of a file: packets, frames, and frames marked as corrupt."""
+    """FFmpeg's own counts for a file: packets, frames, and frames marked as corrupt."""
     packets, marks = 0, []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -83,7 +83,7 @@ def test_a_sound_file_says_nothing(tmp_path, recwarn):
 
 @pytest.mark.parametrize("name", ["x.avi", "x.mp4"])
 def test_a_lost_picture_leaves_the_others_in_place(tmp_path, name):
-    """In an AVI nothing but the order tells the frames apart."""
+    """In an AVI, only their order identifies frames."""
     whole = write_clip(tmp_path / name, count=40, codec="mpeg4", options={"bf": "0"}, gop=1)
 
     def spoil(number, packet):
@@ -97,7 +97,7 @@ def test_a_lost_picture_leaves_the_others_in_place(tmp_path, name):
 
 
 def test_a_damaged_keyframe_after_a_jump(tmp_path):
-    """The walk goes on from an earlier keyframe."""
+    """Decoding continues from an earlier keyframe."""
     whole = write_clip(tmp_path / "x.mp4", count=200, gop=10, options={"bf": "0"})
 
     def spoil(number, packet):

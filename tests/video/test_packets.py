@@ -1,4 +1,4 @@
-"""What a file's packets tell: how many frames there are, when they are shown, where they lie."""
+"""What packets tell about a file: number of frames, their times and their places."""
 
 import warnings
 from fractions import Fraction
@@ -20,7 +20,7 @@ def spread(total, count):
 
 @pytest.fixture(autouse=True)
 def no_warnings(recwarn):
-    """A test that expects a warning takes it."""
+    """A test that expects a warning consumes it."""
     yield
     assert not [str(w.message) for w in recwarn if issubclass(w.category, VideoWarning)]
 
@@ -38,7 +38,7 @@ JOINED = {
 
 @pytest.mark.parametrize("kind", JOINED)
 def test_joined_files_give_both_parts(tmp_path, kind):
-    """`cat a b`: the clock starts anew in the second part."""
+    """`cat a b`: the clock restarts in the second part."""
     options = {"count": 40, "fps": 10, **JOINED[kind]}
     part = write_clip(tmp_path / f"a.{kind}", **options).read_bytes()
     joined = tmp_path / f"ab.{kind}"
@@ -52,7 +52,7 @@ def test_joined_files_give_both_parts(tmp_path, kind):
 
 
 def test_joined_with_a_clock_that_jumps_ahead(tmp_path):
-    """The second part's clock begins an hour later. Nobody waits for it."""
+    """The second part's clock begins an hour later. The gap is not a pause."""
     early = write_clip(tmp_path / "a.ts", count=40, fps=10)
     late = tmp_path / "b.ts"
     rewrite(early, late, lambda _, packet: moved(packet, 3600 * 90_000))
@@ -70,7 +70,7 @@ def moved(packet, ticks):
 
 
 def test_a_pause_in_a_matroska_stays(tmp_path):
-    """Its times are meant: one picture may be on show for a minute."""
+    """Its times are intended. One picture may be shown for a minute."""
     times = [*range(0, 1000, 100), *range(61_000, 62_000, 100)]
     reader = open_video(write_clip(tmp_path / "x.mkv", count=20, times=times))
     assert reader.duration == pytest.approx(62, abs=0.2)
@@ -108,7 +108,7 @@ def timed(packet, number):
 
 
 def test_hidden_frames_of_vp8(tmp_path):
-    """VP8 stores frames that are only looked at by others (altref) in packets of their own."""
+    """VP8 stores frames that only other frames refer to (altref) in packets of their own."""
     plain = write_clip(tmp_path / "x.webm", count=60, codec="libvpx")
 
     def hide(number, packet):
@@ -137,7 +137,7 @@ def test_mpeg4_packets_that_repeat_a_frame(tmp_path):
 
 
 def not_coded(data):
-    """The head of a VOP up to the bit that says whether it is coded, which becomes 0."""
+    """The header of a VOP up to the bit that says whether it is coded. The bit becomes 0."""
     assert data.startswith(b"\0\0\1\xb6")
     bits = format(int.from_bytes(data[4:12], "big"), "064b")
     end = bits.index("0", 2)  # seconds passed since the last VOP, then a marker
@@ -172,7 +172,7 @@ CODECS = {
 
 @pytest.mark.parametrize("name", CODECS)
 def test_every_codec_gives_all_its_frames(tmp_path, name):
-    """Read in one go and with jumps. A packet that gives no frame would count as damage."""
+    """Frames are read in order and with jumps. A packet without a frame would count as damage."""
     try:
         path = write_clip(tmp_path / name, **{"count": 70, "fps": 10, **CODECS[name]})
     except (av.codec.codec.UnknownCodecError, av.error.FFmpegError) as error:
@@ -189,7 +189,7 @@ def test_every_codec_gives_all_its_frames(tmp_path, name):
 @pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video"])
 @pytest.mark.parametrize("frames", [3, 7, 12, 23])
 def test_seeks_in_a_program_stream(tmp_path, codec, frames):
-    """FFmpeg finds no keyframe by time there. The frames are right all the same."""
+    """FFmpeg finds no keyframe by time there. The frames are right nevertheless."""
     path = write_clip(
         tmp_path / "x.mpg", count=500, fps=25, gop=15, codec=codec, options={"bf": "2"}
     )
@@ -197,7 +197,7 @@ def test_seeks_in_a_program_stream(tmp_path, codec, frames):
 
 
 def test_a_seek_that_misses_is_noticed(tmp_path, monkeypatch):
-    """Whatever the container does, a frame is the one that was asked for."""
+    """Whatever the container does, the requested frame is returned."""
     path = write_clip(tmp_path / "x.mkv", count=300, fps=25, gop=10)
     want = numbers(open_video(path, frames=9))
     assert want == spread(300, 9)
@@ -213,7 +213,7 @@ def test_a_seek_that_misses_is_noticed(tmp_path, monkeypatch):
     assert misses
 
 
-def test_a_file_that_changes_meanwhile(tmp_path):
+def test_a_file_that_changes_while_it_is_read(tmp_path):
     path = write_clip(tmp_path / "x.mp4", count=300, fps=25, gop=10)
     reader = open_video(path, frames=9)
     write_clip(path, count=30, fps=25, gop=7)
@@ -240,7 +240,7 @@ def test_cut_off(tmp_path, name, audio):
     )
     assert numbers(open_video(path, frames=4)) == spread(100, 4)
     data = path.read_bytes()
-    if name == "x.mkv":  # not every writer notes the length of each stream
+    if name == "x.mkv":  # not every writer stores the length of each stream
         data = data.replace(b"DURATION", b"NOTATION")
     path.write_bytes(data[: len(data) // 2])
     with pytest.warns(VideoWarning, match=r"ends after \d\.\d s of the 10\.\d s in its header"):

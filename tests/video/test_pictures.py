@@ -1,4 +1,4 @@
-"""Pictures: upright, with the greys that a viewer shows, or one error that names the file."""
+"""Pictures are upright and have the greys that a viewer shows, or one error names the file."""
 
 import contextlib
 import re
@@ -44,7 +44,7 @@ def write_tiff(path, levels, bits, photometric=1):
 
 
 def greys(folder):
-    """Ramps from black to white in every depth and container there is a writer for."""
+    """Ramps from black to white in every depth and container that a library can write."""
     Image.fromarray(wide(255, np.uint8)).save(folder / "8.png")
     Image.fromarray(wide(65535, np.uint16)).save(folder / "16.png")
     Image.fromarray(wide(65535, np.uint16)).save(folder / "16.tif")
@@ -65,7 +65,7 @@ def test_greys_come_out_as_a_viewer_shows_them(tmp_path):
 
 
 def test_greys_as_a_video(tmp_path):
-    """Or refused: FFmpeg does not open all of them."""
+    """The same as a video, or refused: FFmpeg does not open all of them."""
     read = []
     for path in greys(tmp_path):
         with contextlib.suppress(VideoError):
@@ -98,9 +98,9 @@ def test_greys_of_unknown_range_are_refused(tmp_path, levels, words):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "16.png"])
 def test_exif_turns_and_mirrors(tmp_path, orientation, kind):
-    """As a picture and as a video, where PyAV does not know the side data of EXIF."""
+    """As a picture, and as a video, for which PyAV does not give the EXIF data."""
     upright = picture(0b1011, 96, 64)
-    stored = upright  # becomes what a camera stores, held in that way
+    stored = upright  # as a camera stores it when it is held that way
     if orientation >= 5:
         stored = stored.transpose(1, 0, 2)
     if orientation in (3, 4, 6, 7):
@@ -222,7 +222,7 @@ def test_names_with_and_without_numbers(tmp_path):
 
 
 def videos(folder):
-    """One and the same video of 4 frames, in all the ways it can be given."""
+    """The same video of 4 frames, in all the ways in which it can be given."""
     paths = [folder / f"frame{i}.png" for i in range(4)]
     frames = np.stack([picture(i) for i in range(4)])
     only = folder / "only"
@@ -290,6 +290,6 @@ def test_some_of_the_pictures(folder, kind):
         ([torch.zeros(4, 4, 3, dtype=torch.bfloat16)], {}, "image: got torch.bfloat16"),
     ],
 )
-def test_what_is_no_video(video, options, words):
+def test_other_inputs_are_refused(video, options, words):
     with pytest.raises(ValueError, match=words):
         list(open_frames(video, 64, **options)[0])

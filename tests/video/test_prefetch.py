@@ -1,4 +1,4 @@
-"""Items made ahead in a thread: in order, bounded, and never in the way of leaving."""
+"""Items are made ahead in a thread, in order and bounded. Leaving the loop never waits for them."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def test_order_and_bound():
     while len(made) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert made == [0, 1, 2, 3, 4]  # taken, three waiting, one in the thread's hands
+    assert made == [0, 1, 2, 3, 4]  # taken, three waiting, one that the thread holds
     assert list(source) == list(range(1, 20))
     assert not threads()
 
@@ -62,7 +62,7 @@ def test_leaving_ends_the_thread_and_closes_the_source():
 
 
 def test_leaving_does_not_wait_for_a_source_that_makes_nothing():
-    """A camera that is gone: Ctrl-C, or an error of the consumer, ends the loop all the same."""
+    """With a camera that is gone, Ctrl-C or an error of the consumer still ends the loop."""
     gone = threading.Event()
 
     def camera():

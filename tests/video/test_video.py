@@ -1,4 +1,4 @@
-"""Video files in: the right frames of any container, one clear error for anything else."""
+"""Video files give the right frames from any container, and anything else one clear error."""
 
 import gc
 import os
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.core
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """100 frames at 10 a second, 10 s, a keyframe every 12 frames, B-frames between."""
+    """100 frames at 10 fps, 10 s, a keyframe every 12 frames, with B-frames."""
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", count=100, gop=12)
 
 
@@ -67,7 +67,7 @@ def test_one_frame_a_second(clip):
 
 
 def test_long_video_is_spread_evenly(tmp_path):
-    """More than 128 s: 128 frames, linspace(0, total - 1) rounded down, as published."""
+    """More than 128 s give 128 frames, linspace(0, total - 1) rounded down, as upstream."""
     clip = write_clip(tmp_path / "long.mp4", count=260, fps=2)  # 130 s
     reader = open_video(clip)
     want = np.linspace(0, 259, 128).astype(int)
@@ -75,7 +75,7 @@ def test_long_video_is_spread_evenly(tmp_path):
     assert numbers(reader) == [i % 256 for i in want]
     assert reader.timestamps == pytest.approx((want / 2).tolist(), abs=1e-3)
     short = open_video(write_clip(tmp_path / "short.mp4", count=256, fps=2))
-    assert short.num_frames == 128  # 128 s exactly: still one a second
+    assert short.num_frames == 128  # 128 s exactly: still one per second
     assert numbers(short) == list(range(0, 256, 2))
 
 
@@ -108,7 +108,7 @@ def test_batches(clip, batch):
     shapes = [x.shape for x in reader]
     assert [s[0] for s in shapes] == [min(batch, 100 - i) for i in range(0, 100, batch)]
     assert all(s[1:] == (336, 336, 3) for s in shapes)
-    assert numbers(reader) == list(range(100))  # every pass begins anew
+    assert numbers(reader) == list(range(100))  # every pass starts again
 
 
 # -- containers and what files do -----------------------------------------------------------------
@@ -120,7 +120,7 @@ FORMATS = {
     "x.webm": {"codec": "libvpx-vp9"},
     "vp8.webm": {"codec": "libvpx"},
     "x.avi": {"codec": "mpeg4"},
-    "bframes.avi": {},  # AVI holds no times of showing
+    "bframes.avi": {},  # AVI stores no presentation times
     "x.flv": {},
     "x.ts": {"gop": 10},
     "x.mpg": {"codec": "mpeg2video", "fps": 25},
@@ -148,8 +148,8 @@ def test_containers(tmp_path, name):
 
 
 def test_variable_frame_rate(tmp_path):
-    """Frames 0 to 9 within the first second, then one every second: at each instant the frame
-    on show, not every n-th."""
+    """Frames 0 to 9 in the first second, then one per second. Sampling takes the frame that is
+    shown at each instant, not every n-th frame."""
     times = [100 * i for i in range(10)] + [1000 * i + 500 for i in range(1, 6)]
     clip = write_clip(tmp_path / "vfr.mkv", count=15, times=times)
     reader = open_video(clip)
@@ -193,7 +193,7 @@ def test_mirrored(tmp_path, flip, rotation):
 
 
 def test_colours(tmp_path):
-    """Within what 8-bit YUV and chroma at half resolution may cost."""
+    """Colours are right within the error of 8-bit YUV and chroma at half resolution."""
     path = tmp_path / "c.mkv"
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=1, options={"qp": "1"})
@@ -238,7 +238,7 @@ def test_names(tmp_path, name, monkeypatch):
 
 
 def hostile(kind, folder, clip):
-    """Makes a file of that kind; returns what to open."""
+    """Makes a file of that kind. Returns what to open."""
     path = folder / "bad.mp4"
     data = clip.read_bytes()
     if kind == "missing":
@@ -379,7 +379,7 @@ def test_wrong_arguments(clip, options, words):
 
 
 def test_truncated_after_the_index(tmp_path):
-    """What is there is read, and what is missing is said."""
+    """The frames that are there are read, and the rest is reported."""
     whole = write_clip(
         tmp_path / "w.mp4",
         count=100,
@@ -400,7 +400,7 @@ def test_truncated_after_the_index(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.mkv", "x.ts", "x.webm"])
 def test_truncated_streams(tmp_path, name):
-    """Containers that are written front to back lose their end only."""
+    """Containers that are written from front to back lose only their end."""
     codec = "libvpx" if name.endswith("webm") else "libx264"
     whole = write_clip(tmp_path / name, count=100, gop=10, size=(128, 128), codec=codec)
     data = whole.read_bytes()
@@ -414,7 +414,7 @@ def test_truncated_streams(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts", "x.avi"])
 def test_damage_in_the_middle(tmp_path, name):
-    """Every sample is delivered; the frame before takes a lost one's place."""
+    """Every sample is delivered. The frame before replaces a lost one."""
     clusters = {"cluster_time_limit": "1000"} if name == "x.mkv" else {}
     path = write_clip(
         tmp_path / name,
@@ -435,13 +435,13 @@ def test_damage_in_the_middle(tmp_path, name):
     assert sum(map(len, batches)) == reader.num_frames
     shown = [read_number(frame) for batch in batches for frame in batch]
     assert shown[0] == 0
-    if name != "x.avi":  # FFmpeg numbers the frames of a damaged AVI anew
+    if name != "x.avi":  # FFmpeg renumbers the frames of a damaged AVI
         assert shown[:3] == [0, 10, 20]
         assert shown[-1] == 90
 
 
 def test_every_byte_may_be_wrong(tmp_path, clip):
-    """Files with random bytes overwritten: frames or one error, never anything else."""
+    """Files with random bytes give frames or one error, never anything else."""
     data = clip.read_bytes()
     rng = np.random.default_rng(5)
     outcomes = set()
@@ -477,7 +477,7 @@ def test_runs_ahead_but_bounded(clip, monkeypatch):
     while len(made) < 16 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    # taken, two waiting, one in the decoder's hands
+    # taken, two waiting, one that the decoder holds
     assert len(made) == 16
     reader.close()
     assert not [t for t in threading.enumerate() if t.name == "vxl-prefetch"]
@@ -513,7 +513,7 @@ def test_nothing_to_decode_with(clip, monkeypatch):
 
 
 def test_seeks_only_where_it_skips(tmp_path, monkeypatch):
-    """5 of 1,000 frames must not decode them all; neighbours must not seek."""
+    """5 of 1,000 frames must not decode all of them. Neighbours must not seek."""
     clip = write_clip(tmp_path / "x.mp4", count=1000, fps=25, gop=20)
     decoded, seeks = [], []
     start, frames = pyav._Walk._start, pyav._Walk._decoded
@@ -538,9 +538,9 @@ def test_seeks_only_where_it_skips(tmp_path, monkeypatch):
 
 
 def peak_bytes(work):
-    """How far a piece of work raised the process's resident memory."""
+    """How much a piece of work raised the resident memory of the process."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = memory_field("VmRSS")
     work()
     return memory_field("VmHWM") - before
@@ -553,8 +553,8 @@ def memory_field(name):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_an_hour_takes_the_memory_of_a_minute(tmp_path):
-    """3,600 frames held would be 1.2 GB. Without the collector, so that no frame may be part of
-    a reference cycle."""
+    """3,600 frames in memory would be 1.2 GB. The garbage collector is off, so that no frame may be
+    part of a reference cycle."""
     minute, hour = (write_long(tmp_path / f"{s}.mp4", s, fps=2) for s in (60, 3600))
 
     def read(path, frames):
@@ -566,7 +566,7 @@ def test_an_hour_takes_the_memory_of_a_minute(tmp_path):
 
         return work
 
-    read(minute, 60)()  # pools and threads of the libraries
+    read(minute, 60)()  # memory pools and threads of the libraries
     gc.disable()
     try:
         short, long = peak_bytes(read(minute, 60)), peak_bytes(read(hour, 3600))
