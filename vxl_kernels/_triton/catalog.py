@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch, launch_backward
@@ -23,6 +24,9 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
 }
+
+# From 3.7 on a launch gives every constant an empty list of attributes, before that strings alone.
+_CONSTANTS_HAVE_ATTRS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def _argument(value: object) -> tuple[str, bool]:
 
 
 def compilation(planned: Launch, config: str, dtype: torch.dtype) -> Compilation:
-    """The compilation that a launch on a device would make or find."""
+    """The compilation that a launch on an NVIDIA GPU makes or finds: Triton's cache knows it by all
+    of these, `attrs` and their order included."""
     signature: dict[str, str] = {}
     constexprs = dict(planned.constexprs)
     attrs: dict = {}
@@ -67,6 +72,8 @@ def compilation(planned: Launch, config: str, dtype: torch.dtype) -> Compilation
         if name in constexprs or value is None:
             signature[name] = "constexpr"
             constexprs.setdefault(name, None)
+            if _CONSTANTS_HAVE_ATTRS or isinstance(constexprs[name], str):
+                attrs[(i,)] = []
             continue
         signature[name], divisible = _argument(value)
         if parameter.do_not_specialize:
@@ -75,6 +82,8 @@ def compilation(planned: Launch, config: str, dtype: torch.dtype) -> Compilation
             attrs[(i,)] = [["tt.divisibility", 16]]
         elif value == 1 and signature[name] == "i32":
             signature[name], constexprs[name] = "constexpr", 1
+            if _CONSTANTS_HAVE_ATTRS:
+                attrs[(i,)] = []
     return Compilation(
         planned.name,
         config,
