@@ -67,7 +67,7 @@ def test_no_synchronising_call_in_the_source():
         "all",
     }
     allocations, conversions = set(), set()
-    launchers = ("launch.py", "launch_backward.py", "configs.py", "__init__.py")
+    launchers = ("launch.py", "launch_backward.py", "remember.py", "configs.py", "__init__.py")
     for path in (*(FOLDER / name for name in launchers), *(FOLDER.parent / n for n in CALLERS)):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):

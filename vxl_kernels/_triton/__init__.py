@@ -6,6 +6,7 @@ prefill.py decode.py backward.py linear.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
 launch.py launch_backward.py launch_common.py
                tensors -> launches, without reading a tensor's values
+remember.py    launches of earlier calls, for calls like them
 catalog.py     what is shipped, for compiling ahead of time
 """
 

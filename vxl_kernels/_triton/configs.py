@@ -49,6 +49,7 @@ __all__ = [
     "read_tuned",
     "softmax_constants",
     "split_size",
+    "tuned_path",
     "tuning_key",
     "tuning_name",
 ]
@@ -272,6 +273,11 @@ def read_tuned(path: str | Path) -> dict[str, dict[str, list[int]]]:
     return known
 
 
+def tuned_path() -> str | None:
+    """The file of tuned tiles that applies now."""
+    return os.environ.get(_FILE)
+
+
 @functools.cache
 def _tuned(path: str, device: torch.device) -> dict[str, list[int]]:
     """The file's entries for a device; read once."""
@@ -325,7 +331,7 @@ def prefill_config(
     arch: str, block_d: int, itemsize: int, device: torch.device | None = None
 ) -> AttentionConfig:
     """device: whose tuned tiles go before the table's; None (also for a CPU) for none."""
-    path = os.environ.get(_FILE)
+    path = tuned_path()
     if path and device is not None and device.type == "cuda":
         tuned = _tuned(path, device).get(tuning_name(max(block_d, 64), itemsize))
         if tuned is not None:

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from . import architecture, configs
+from . import architecture, configs, remember
 from .decode import decode_kernel, merge_kernel
 from .launch_common import (
     NEVER,
@@ -137,6 +137,7 @@ def _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config) -> list
     ]
 
 
+_PARTS = ("partial_ptr", "partial_lse_ptr")
 # Parts of a decode that are in memory at once, in bytes, if more than one sequence has them.
 _PARTS_BYTES = 256 << 20
 
@@ -151,15 +152,16 @@ def _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each) -> list[La
     shape = (group, splits, rows, heads, head_dim)
     partial = torch.empty(shape, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+    parts = partial, partial_lse
     if group == batch:
-        parts = partial, partial_lse
         return _decode_and_merge(q, k, v, cache, scale, out, lse, parts, arch, config, each)
     launches = []
     for first in range(0, batch, group):
-        tensors = [x[first : first + group] for x in (q, k, v, out, lse)]
-        pages = tuple(x[first : first + group] for x in cache[2:]) if has_cache else cache[2:]
-        call = (*tensors[:3], (*cache[:2], *pages), scale, *tensors[3:], (partial, partial_lse))
-        launches += _decode_and_merge(*call, arch, config, each)
+        own = slice(first, first + group)
+        pages = (*cache[:2], *(x[own] for x in cache[2:])) if has_cache else cache
+        launches += _decode_and_merge(
+            q[own], k[own], v[own], pages, scale, out[own], lse[own], parts, arch, config, each
+        )
     return launches
 
 
@@ -215,11 +217,15 @@ def _decode_and_merge(q, k, v, cache, scale, out, lse, parts, arch, config, each
 
 def vst_attention(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale):
     """Output and natural-log LSE; arguments as the op's schema in `ops.py`."""
-    launches, out, lse = plan_attention(
-        q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale
-    )
-    for launch in launches:
-        launch()
+    tensors = (q, k, v, k_cache, v_cache, block_table, cache_seqlens)
+
+    def plan():
+        launches, out, lse = plan_attention(*tensors, layout, scale)
+        parts = [x.arguments[n] for x in launches for n in _PARTS if n in x.arguments]
+        return launches, (out, lse, *dict.fromkeys(parts))
+
+    key = ("vst_attention", tuple(layout), scale, configs.tuned_path())
+    out, lse, *_ = remember.run(key, tensors, plan)
     return out, lse
 
 
@@ -268,25 +274,31 @@ def plan_rope_append(
 
 def rope_append(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     """q and k rotated, in new tensors."""
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    q, k, v = (dense_heads(x) for x in (q, k, v))
-    plan_rope_append(
-        q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq, q_out, k_out
-    )()
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
+
+    def plan():
+        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+        rows = (dense_heads(q), dense_heads(k), dense_heads(v))
+        return [plan_rope_append(*rows, *cache, layout, inv_freq, outs[0], outs[1])], outs
+
+    q_out, k_out = remember.run(("rope_append", tuple(layout)), (q, k, v, *cache, inv_freq), plan)
     return q_out, k_out
 
 
 def rope_append_(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, inv_freq):
     """q and k rotated in place."""
-    q_dense, k_dense = dense_heads(q), dense_heads(k)
-    plan_rope_append(
-        q_dense, k_dense, dense_heads(v), k_cache, v_cache, block_table, cache_seqlens, layout,
-        inv_freq, q_dense, k_dense,
-    )()  # fmt: skip
-    for x, dense in ((q, q_dense), (k, k_dense)):
-        if dense is not x:
-            x.copy_(dense)
+    cache = (k_cache, v_cache, block_table, cache_seqlens)
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def plan():
+        q_own, k_own, v_own = (dense_heads(x) for x in (q, k, v))
+        copies.extend((x, own) for x, own in ((q, q_own), (k, k_own)) if own is not x)
+        call = (q_own, k_own, v_own, *cache, layout, inv_freq, q_own, k_own)
+        return [plan_rope_append(*call)], []
+
+    remember.run(("rope_append_", tuple(layout)), (q, k, v, *cache, inv_freq), plan)
+    for x, own in copies:
+        x.copy_(own)
 
 
 # -- vst_linear ------------------------------------------------------------------------------------

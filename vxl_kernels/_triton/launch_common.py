@@ -49,10 +49,11 @@ class Launch:
     tile: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=lambda: OPTIONS)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Any:
+        """Returns Triton's compiled kernel; None from the interpreter, or if there is no work."""
         if 0 in self.grid:
-            return
-        self.fn[self.grid](
+            return None
+        return self.fn[self.grid](
             **self.arguments,
             **self.constexprs,
             num_warps=self.num_warps,
