@@ -28,6 +28,7 @@ from benchmarks.common.options import add_output_options, check_output_options
 from benchmarks.common.report import Ratio, ratio_table
 from benchmarks.common.timing import Clock, interleave, spread
 from vxl_kernels import CacheBatch, ChunkLayout, VstCache, rope_append, vst_attention
+from vxl_kernels.files import atomic_write
 from vxl_kernels.testing import inverse_frequencies
 
 Times = dict[str, list[float]]
@@ -432,7 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missed:
         print(f"\n{len(missed)} bars missed in this run: {'; '.join(missed)}")
     if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n")
+        atomic_write(
+            options.json, json.dumps([asdict(r) for r in found], indent=1) + "\n", durable=False
+        )
     return 0
 
 

@@ -41,6 +41,7 @@ from benchmarks.codegen.table import (
     table,
     violations,
 )
+from benchmarks.common.options import add_output_options, check_output_options
 
 Job = tuple[str, str, int, int, str]
 """(source, arch, index, head_dim, dtype): kernels themselves do not travel between processes."""
@@ -139,13 +140,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--kernel", help="only kernels whose name holds this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table's numbers")
+    add_output_options(parser)
     parser.add_argument("--check", action="store_true", help="fail if a kernel has a fault")
     parser.add_argument("--strict", action="store_true", help="fail if a goal is not reached")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile"
     )
     options = parser.parse_args(arguments)
+    check_output_options(parser, options)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     return options

@@ -33,6 +33,7 @@ from benchmarks.model.report import (
     questions_text,
     save_plot,
 )
+from vxl_kernels.files import atomic_write
 
 CASES = {"encode": encode, "questions": questions, "pipeline": pipeline, "memory": memory}
 TEXTS = {
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[case] = CASES[case](options)
             print(f"\n{TEXTS[case](results[case], options)}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        atomic_write(options.json, json.dumps(results, indent=1) + "\n", durable=False)
     if options.plot:
         save_plot(options.plot, results["encode"])
     if not results.get("encode", {}).get("match", True):

@@ -75,7 +75,7 @@ def _vico(options: argparse.Namespace) -> None:
         options.pictures,
         options.edge,
     )
-    check_output(options.output, find_videos(options.videos))
+    check_output(options.output, [*find_videos(options.videos), Path(options.captioner)])
     captioner = TransformersCaptioner(
         options.captioner,
         prompt=options.prompt,
@@ -157,8 +157,10 @@ def run(options: argparse.Namespace) -> None:
                 raise ValueError(f"--{name}: got {path}, expected {wanted} that is there")
     from vxl_model.inputs.processing import VideoXLProcessor
 
+    from .run_folder import check_inputs
     from .settings import TrainSettings
 
+    check_inputs(Path(options.output), config=options.config or ())
     settings = TrainSettings.read(
         options.config, options.stage, on_bad_sample=options.on_bad_sample
     )

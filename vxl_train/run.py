@@ -98,9 +98,10 @@ def train(
             BadSampleError for a bad sample where the settings say "stop".
     """
     prepared = _prepare(model, data, Path(output), settings, root, resume, log)
+    inputs = {"model": model, "data": data, "root": root or ()}
     with lock_folder(prepared.output) if prepared.args.should_save else nullcontext():
         if prepared.args.should_save:  # another run may have begun since the arguments were checked
-            prepared.check(resume, model, settings)
+            prepared.check(resume, settings, **inputs)
         return _run(prepared, model, data, settings, resume, log)
 
 
@@ -123,9 +124,10 @@ class _Prepared:
     kinds: dict[str, int]
     record: dict[str, Any]
 
-    def check(self, resume: bool, model: str | os.PathLike[str], settings: TrainSettings) -> None:
-        """ValueError where `output` holds another run, or a checkpoint that cannot be resumed."""
-        self.checkpoint = check_output(self.output, resume, model)
+    def check(self, resume: bool, settings: TrainSettings, **inputs: Any) -> None:
+        """ValueError where `output` holds another run or an input, or a checkpoint that cannot be
+        resumed. `inputs`: as in `check_output`."""
+        self.checkpoint = check_output(self.output, resume, **inputs)
         check_same_run(self.output / RUN, self.record, self.checkpoint)
         if self.checkpoint and not settings.new_optimizer:
             check_resumable(self.checkpoint)
@@ -144,7 +146,8 @@ def _prepare(
     resume: bool,
     log: Callable[[str], None],
 ) -> _Prepared:
-    check_output(output, resume, model)
+    inputs = {"model": model, "data": data, "root": root or ()}
+    check_output(output, resume, **inputs)
     processor = VideoXLProcessor.from_pretrained(model)
     processor.prefix_ids()  # a checkpoint without a tokenizer is refused here
     shape = visual_shape(VideoXLConfig.from_pretrained(model), settings)
@@ -180,7 +183,7 @@ def _prepare(
         stop=stop,
     )
     prepared = _Prepared(output, None, args, dataset, bad, kinds, record)
-    prepared.check(resume, model, settings)
+    prepared.check(resume, settings, **inputs)
     return prepared
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "RESULT",
     "RUN",
     "WRITING",
+    "check_inputs",
     "check_output",
     "check_resumable",
     "check_same_run",
@@ -104,14 +105,39 @@ def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
     return found[-1] if found else None
 
 
-def check_output(output: Path, resume: bool, model: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint to go on from; ValueError where a run's result or the source would be lost."""
+def check_inputs(output: Path, **inputs: str | os.PathLike[str] | Sequence[Any]) -> None:
+    """ValueError where a run in `output` would replace a file or folder that it reads.
+
+    Args:
+        inputs: a path or several, by the name that the error tells. Names that are not files, such
+            as those of the Hub, are passed over.
+    """
+    folders = [output / RESULT, output / WRITING, *output.glob("checkpoint-*")]
+    files = [path for path in (output / LOG, output / BAD, output / RUN) if path.exists()]
+    for name, given in inputs.items():
+        for path in [given] if isinstance(given, (str, os.PathLike)) else given:
+            source = Path(path).resolve()
+            lost = any(source.is_relative_to(folder.resolve()) for folder in folders)
+            if source.exists() and (lost or any(file.samefile(source) for file in files)):
+                raise ValueError(f"{name}: got {path}, which the run in {output} would replace")
+
+
+def check_output(output: Path, resume: bool, **inputs: Any) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        inputs: as in `check_inputs`.
+
+    Raises:
+        ValueError: a run's result, an input or a folder that no run wrote would be lost.
+    """
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: got {output}, a file, expected a folder")
-    source = Path(model).resolve()
-    for path in (output / RESULT, output / WRITING, *output.glob("checkpoint-*")):
-        if source.exists() and source.is_relative_to(path.resolve()):
-            raise ValueError(f"model: got {model}, which the run in {output} would replace")
+    check_inputs(output, **inputs)
+    own = checkpoints(output)
+    for path in output.glob("checkpoint-*"):
+        if path.name.removeprefix("checkpoint-").isdigit() and path not in own:
+            raise ValueError(f"output: {output} holds {path.name}, which no run wrote")
     if resume:
         checkpoint = last_checkpoint(output)
         if checkpoint is None and (output / RESULT).exists():

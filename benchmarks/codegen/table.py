@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.codegen.loops import program_rows
 from benchmarks.codegen.model import Measured, kv_bytes_per_output
 from benchmarks.common.report import _align, _number
+from vxl_kernels.files import atomic_write
 
 __all__ = [
     "COMPILE_PROCESSES",
@@ -143,7 +144,7 @@ def compile_times(rows: Sequence[Measured]) -> dict[str, float]:
 
 def save_json(path: Path, rows: Sequence[Measured]) -> None:
     """One object a line of the table; cycles per tile of a block, shares as parts of 1."""
-    path.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    atomic_write(path, json.dumps([asdict(r) for r in rows], indent=1) + "\n", durable=False)
 
 
 def _compared(r: Measured) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 from pathlib import Path
+from typing import Any
 
-__all__ = ["add_output_options", "check_output_options"]
+from vxl_kernels.files import atomic_write
+
+__all__ = ["add_output_options", "check_output_options", "save_figure"]
 
 
 def add_output_options(parser: argparse.ArgumentParser, drawn: str = "") -> None:
@@ -26,6 +30,9 @@ def check_output_options(
     Args:
         nothing_to_draw: why `--plot` would find nothing; empty if it will.
     """
+    chosen = [getattr(options, name, None) for name in ("json", "plot")]
+    if chosen[0] is not None and chosen[1] is not None and _same_file(*chosen):
+        parser.error(f"--plot: got {chosen[1]}, which --json names too")
     for name in ("json", "plot"):
         path = getattr(options, name, None)
         if path is None:
@@ -34,5 +41,25 @@ def check_output_options(
             parser.error(f"--{name}: got {path}, expected a file in a folder that exists")
         if name == "plot" and importlib.util.find_spec("matplotlib") is None:
             parser.error("--plot: needs matplotlib: pip install matplotlib")
+        if name == "plot" and path.suffix[1:] not in _formats():
+            parser.error(f"--plot: got {path}, expected .{', .'.join(sorted(_formats()))}")
         if name == "plot" and nothing_to_draw:
             parser.error(f"--plot: {nothing_to_draw}")
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+
+
+def _formats() -> set[str]:
+    """Kinds of files that matplotlib draws."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return set(FigureCanvasAgg.filetypes)
+
+
+def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+    """Writes a figure of matplotlib, whole or not at all."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=dpi)
+    atomic_write(path, drawn.getvalue(), durable=False)

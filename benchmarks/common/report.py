@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common.options import save_figure
 from vxl_kernels.files import atomic_write
 
 __all__ = [
@@ -258,5 +259,5 @@ def save_plot(path: Path, results: Sequence[Result], title: str, ceiling: str) -
     share_axis.set_title(f"Share of {ceiling} (higher is better)", loc="left")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=min(8, len(lines)), frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
     plt.close(figure)

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.options import save_figure
 from benchmarks.common.report import _align
 from benchmarks.model.cases import PARTS, TOKENS_PER_FRAME
 
@@ -158,5 +159,5 @@ def save_plot(path: Path, result: dict[str, Any]) -> None:
     for axis in (time_axis, part_axis):
         axis.set_xlabel("window")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
     plt.close(figure)

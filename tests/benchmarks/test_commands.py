@@ -64,6 +64,8 @@ def test_small_run(tmp_path, options):
         (["--plot", "a.png", "--case", "decode"], "draws the case chunk"),
         (["--plot", "no/where.png"], "--plot: got no/where.png"),
         (["--json", "no/where.json"], "--json: got no/where.json"),
+        (["--json", "a.png", "--plot", "./a.png"], "--plot: got a.png, which --json names too"),
+        (["--plot", "a.xyz"], "--plot: got a.xyz, expected ."),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(options, words):

@@ -265,6 +265,29 @@ def test_an_input_is_never_written(run, place, tmp_path, command, form):
     assert target.read_bytes() == before
 
 
+def test_what_was_loaded_is_never_written(run, place, tmp_path, monkeypatch):
+    """A memory and pictures too, and by /save."""
+    memory, picture = tmp_path / "m.vxl", tmp_path / "one.png"
+    shutil.copy(place / "one.png", picture)
+    model = ("--model", "model")
+    assert run("watch", *model, "--image", picture, "--save", memory)[0] == 0
+    before = memory.read_bytes(), picture.read_bytes()
+    clip = (place / "clip.mp4").read_bytes()
+    for source in (("--memory", memory), ("--image", "two.png", "--image", picture)):
+        code, out, err = run("ask", *model, *source, "--save", source[-1], "Q")
+        assert (code, out) == (2, "")
+        assert "--save: got" in err
+        assert "which is an input" in err
+    for source in (("--memory", memory), ("--image", picture), ("--video", "clip.mp4")):
+        lines = f"/save {source[1]}\n/save model/config.json\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        code, out, err = run("chat", *model, *source)
+        assert (code, out) == (0, "")
+        assert err.count("which is an input") == 2
+    assert (memory.read_bytes(), picture.read_bytes()) == before
+    assert (place / "clip.mp4").read_bytes() == clip
+
+
 def test_more_positions_than_the_model_was_trained_for(run, place, tmp_path):
     shutil.copytree(place / "model", tmp_path / "model")
     path = tmp_path / "model" / "config.json"

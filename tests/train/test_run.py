@@ -329,6 +329,46 @@ def command(place, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"data": "train_log.jsonl"}, "data: got run/train_log.jsonl, which the run in run would"),
+        ({"data": "checkpoint-1/data.json"}, "data: got run/checkpoint-1/data.json, which"),
+        ({"data": "model/data.json"}, "data: got run/model/data.json, which the run in run would"),
+        ({"config": "run.json"}, "config: got run/run.json, which the run in run would replace"),
+        ({"config": ".writing/c.json"}, "config: got run/.writing/c.json, which the run in run"),
+        ({"root": "checkpoint-1"}, "root: got run/checkpoint-1, which the run in run would"),
+        ({"link": "bad_samples.jsonl"}, "data: got data.json, which the run in run would replace"),
+        ({"media": "checkpoint-1"}, "output: run holds checkpoint-1, which no run wrote"),
+    ],
+)
+def test_no_input_is_written(command, place, tmp_path, monkeypatch, inputs, words, resume):
+    monkeypatch.chdir(tmp_path)
+    quick = json.dumps({"use_cpu": True, "max_steps": 1, "dataloader_num_workers": 0})
+    paths = {"data": "data.json", "config": "quick.json", "root": str(place)}
+    contents = {"data": (place / "data.json").read_text(), "config": quick}
+    (tmp_path / "run").mkdir()
+    for name, path in inputs.items():
+        if name == "link":  # the run's file is a link to an input
+            (tmp_path / "run" / path).symlink_to(tmp_path / "data.json")
+        elif name in ("root", "media"):
+            shutil.copytree(place, tmp_path / "run" / path)
+            paths["root"] = f"run/{path}" if name == "root" else paths["root"]
+        else:
+            paths[name] = f"run/{path}"
+    for name, content in contents.items():
+        (tmp_path / paths[name]).parent.mkdir(exist_ok=True)
+        (tmp_path / paths[name]).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = [x for name, path in paths.items() for x in (f"--{name}", path)]
+    run = ["--stage", "finetune", "--model", place / "model", "--output", "run", *options]
+    code, out, err = command(*run, *["--resume"][: int(resume)])
+    assert (code, out) == (2, "")
+    assert words in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_command(command, place, capsys):
     quick = {"use_cpu": True, "max_steps": 2, "dataloader_num_workers": 0}
     (place / "quick.json").write_text(json.dumps(quick))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -605,6 +606,32 @@ def test_find_videos(folder, tmp_path):
 
 
 # -- command line --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["video", "captions", "captioner", "subtitles"])
+def test_no_input_is_written(folder, tmp_path, monkeypatch, capsys, form):
+    """Nor a file next to the output that does not hold captions."""
+    from vxl_train.cli import main
+
+    monkeypatch.setattr(captioner, "TransformersCaptioner", lambda *args, **options: Reader())
+    (tmp_path / "reader").mkdir()
+    (tmp_path / "reader" / "config.json").write_text("{}")
+    (tmp_path / "x.captions").write_text("WEBVTT\n\n00:00 --> 00:01\nno line end")
+    shutil.copy(folder / "a.mp4", tmp_path / "a.mp4")
+    shutil.copy(folder / "a.mp4", tmp_path / "b.captions")
+    videos = [tmp_path / "a.mp4", tmp_path / "b.captions"]
+    output = {
+        "video": tmp_path / "a.mp4",
+        "captions": tmp_path / "b",
+        "captioner": tmp_path / "reader" / "config.json",
+        "subtitles": tmp_path / "x",
+    }[form]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    options = ["--captioner", str(tmp_path / "reader"), "--output", str(output)]
+    assert main(["vico", "--videos", *map(str, videos), *options]) == 2
+    words = "does not hold captions" if form == "subtitles" else "which is an input"
+    assert words in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_json_with_dropped_captions(folder, tmp_path, monkeypatch, capsys):

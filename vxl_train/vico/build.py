@@ -149,10 +149,10 @@ def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return [Path(file) for file in found]
 
 
-def check_output(output: str | os.PathLike[str], videos: Sequence[Path]) -> Path:
-    """The absolute path to write; ValueError if it cannot be written or is one of the videos."""
+def check_output(output: str | os.PathLike[str], inputs: Sequence[Path]) -> Path:
+    """The absolute path to write; ValueError if it cannot be written or is one of the inputs."""
     for name in (os.fspath(output), f"{os.fspath(output)}.captions"):
-        output_file("output", name, videos)
+        output_file("output", name, inputs)
     return Path(os.path.abspath(output))
 
 

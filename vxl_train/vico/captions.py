@@ -15,6 +15,8 @@ import numpy as np
 
 from vxl_model.video.decoders.base import Decoder, Samples, reading
 
+_FIRST = b'{"key": '  # how a file of captions begins
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -140,15 +142,19 @@ class CaptionFile:
 
     def _read(self) -> None:
         self._file.seek(0)
-        *lines, torn = self._file.read().split(b"\n")
-        if torn:  # or the next line would be glued to it
-            self.dropped += 1
-            self._file.truncate(os.fstat(self._file.fileno()).st_size - len(torn))
+        content = self._file.read()
+        *lines, torn = content.split(b"\n")
         for line in lines:
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 self.dropped += 1
+        if not self._clips and content[: len(_FIRST)] != _FIRST[: len(content)]:
+            self._file.close()
+            raise ValueError(f"output: got {self.path}, which does not hold captions")
+        if torn:  # or the next line would be glued to it
+            self.dropped += 1
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - len(torn))
 
     def _take(self, entry: dict[str, Any]) -> None:
         key = entry["key"]
