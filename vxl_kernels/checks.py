@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from ._arguments import fail
@@ -137,6 +138,8 @@ def _overlaps_itself(x: torch.Tensor) -> bool:
 
 def _span(x: torch.Tensor) -> tuple[int, int]:
     """The first byte of x and the one after its last; (0, 0) for a tensor without memory."""
+    if isinstance(x, FakeTensor):
+        return 0, 0
     try:
         start = x.data_ptr()
     except RuntimeError:  # torch.func has wrapped it

@@ -100,17 +100,16 @@ def train(
     prepared = _prepare(model, data, Path(output), settings, root, resume, log)
     inputs = {"model": model, "data": data, "root": root or ()}
     with lock_folder(prepared.output) if prepared.args.should_save else nullcontext():
-        if prepared.args.should_save:  # another run may have begun since the arguments were checked
-            prepared.check(resume, settings, **inputs)
+        prepared.check(resume, settings, **inputs)
         return _run(prepared, model, data, settings, resume, log)
 
 
 @dataclasses.dataclass
 class _Prepared:
-    """A run whose arguments have been checked; no weights are loaded yet.
+    """A run whose arguments have been checked. No weights are loaded yet.
 
     Attributes:
-        checkpoint: what to resume from; None for a new run.
+        checkpoint: what to resume from, set by `check`. None for a new run.
         bad: samples that cannot be used.
         kinds: usable samples by kind.
         record: what `run.json` holds and a resumed run must match.
@@ -146,8 +145,7 @@ def _prepare(
     resume: bool,
     log: Callable[[str], None],
 ) -> _Prepared:
-    inputs = {"model": model, "data": data, "root": root or ()}
-    check_output(output, resume, **inputs)
+    check_output(output, resume, model=model, data=data, root=root or ())
     processor = VideoXLProcessor.from_pretrained(model)
     processor.prefix_ids()  # a checkpoint without a tokenizer is refused here
     shape = visual_shape(VideoXLConfig.from_pretrained(model), settings)
@@ -182,9 +180,7 @@ def _prepare(
         max_text_tokens=settings.max_text_tokens,
         stop=stop,
     )
-    prepared = _Prepared(output, None, args, dataset, bad, kinds, record)
-    prepared.check(resume, settings, **inputs)
-    return prepared
+    return _Prepared(output, None, args, dataset, bad, kinds, record)
 
 
 def _run(

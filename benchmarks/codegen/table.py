@@ -109,7 +109,7 @@ LEGEND = """\
 All numbers are of one block (CTA), counts per warp, of one tile of the worst loop over full tiles.
 matrix: matrix instructions and the kFLOP they do. math: arithmetic other than MUFU. bulk, async,
 plain: loads by TMA, cp.async, into registers. instr/MFLOP: instructions that are not matrix ones,
-of all warps, per matrix MFLOP. Cycles: how long an SM is busy with the tile (_gpu_limits.py).
+of all warps, per matrix MFLOP. Cycles: how long an SM is busy with the tile (limits.py).
 share: of the matrix units' peak if nothing overlaps, matrix / (matrix + issue + MUFU); in brackets
 a tile in which the accumulator is rescaled, where a branch avoids that. overlap: if everything did.
 baseline: share over that of the plain kernel's best configuration for this architecture."""

@@ -46,6 +46,16 @@ def load_golden(name):
     return case, tensors, model
 
 
+def small_model():
+    """The model of a golden: ratio 4, windows of 48 tokens."""
+    return load_golden("tiny_r4_w48")[2]
+
+
+def random_features(tokens, seed=1):
+    """Visual features `(tokens, 64)` for `small_model`."""
+    return torch.randn(tokens, 64, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
 def input_ids(tensors):
     return torch.cat([tensors["pre_ids"], IMAGE, tensors["post_ids"]])[None]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.model_goldens import load_golden, tiny_expected, tiny_model
+from helpers.model_goldens import small_model, tiny_expected, tiny_model
 from transformers import DynamicCache
 
 from vxl_model import WindowRatios
@@ -15,7 +15,7 @@ PIXELS = torch.zeros(2, 3, 336, 336)
 
 @pytest.fixture(scope="module")
 def model():
-    return load_golden("tiny_r4_w48")[2]
+    return small_model()
 
 
 @pytest.fixture(scope="module")

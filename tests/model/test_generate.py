@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.model_goldens import input_ids, load_golden
+from helpers.model_goldens import input_ids, load_golden, small_model
 from transformers import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -17,7 +17,7 @@ LENGTHS = [108, 61, 200, 48]
 
 @pytest.fixture(scope="module")
 def model():
-    return load_golden("tiny_r4_w48")[2]
+    return small_model()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.model_goldens import load_golden, relative, tiny_expected, tiny_model
+from helpers.model_goldens import (
+    random_features,
+    relative,
+    small_model,
+    tiny_expected,
+    tiny_model,
+)
 from safetensors import safe_open
 
 from vxl_model import VideoMemory, WindowRatios
@@ -18,13 +24,12 @@ TAIL = torch.tensor([9, 10, 11])
 
 @pytest.fixture(scope="module")
 def model():
-    return load_golden("tiny_r4_w48")[2]
+    return small_model()
 
 
 @pytest.fixture(scope="module")
-def features(model):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(205, model.config.hidden_size, generator=generator) * 0.1
+def features():
+    return random_features(205)
 
 
 def watch(model, features, **options):
@@ -192,7 +197,7 @@ def test_a_saved_draw_goes_on(model, features, tmp_path):
 
 def test_a_memory_of_another_model_is_refused(model, features, tmp_path):
     watch(model, features).save(tmp_path / "m")
-    other = load_golden("tiny_r4_w48")[2]
+    other = small_model()
     same_memory(other.load_memory(tmp_path / "m"), watch(model, features))  # equal weights
     with torch.no_grad():
         other.model.layers[1].self_attn.beacon_v_proj.weight[0, 0] += 1
@@ -274,7 +279,7 @@ class Words:
 
 
 def test_questions_in_words(features):
-    model = load_golden("tiny_r4_w48")[2]
+    model = small_model()
     model.processor = Words()
     memory = model.watch(visual_features=features)  # the processor's prompt
     same_memory(memory, watch(model, features))

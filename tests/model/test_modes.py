@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from helpers.model_goldens import load_golden, relative, tiny_expected, tiny_model
+from helpers.model_goldens import (
+    random_features,
+    relative,
+    small_model,
+    tiny_expected,
+    tiny_model,
+)
 from helpers.modes import default_dtype
 from transformers import Trainer, TrainingArguments
 
@@ -12,13 +18,12 @@ SUFFIX = torch.tensor([9, 10, 11])
 
 @pytest.fixture
 def model():
-    return load_golden("tiny_r4_w48")[2]
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def features():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(108, 64, generator=generator) * 0.1
+    return random_features(108)
 
 
 MODES = {
@@ -42,7 +47,7 @@ def loss_and_gradients(model, features):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_first_call_in_a_mode_changes_no_later_one(model, features, mode):
     """Later calls of the same model: loss and gradients, logits, a memory and its answer."""
-    fresh = load_golden("tiny_r4_w48")[2]
+    fresh = small_model()
     with MODES[mode]():
         model.watch(input_ids=IDS[0, :3], visual_features=features)
         model(IDS, visual_features=[features])
@@ -139,7 +144,7 @@ def test_a_trainer_evaluates_in_bf16(model, features, tmp_path):
     )
     loss = trainer.evaluate()["eval_loss"]
     assert modes == [True] * 2
-    plain = load_golden("tiny_r4_w48")[2](IDS, visual_features=[features], labels=labels).loss
+    plain = small_model()(IDS, visual_features=[features], labels=labels).loss
     assert loss == pytest.approx(float(plain.detach()), rel=0.02)
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.model_goldens import load_golden
+from helpers.model_goldens import random_features, small_model
 
 PREFIX = [5, 6, 7]
 QUESTIONS = [torch.tensor([9 + i, 10, 11 + 2 * i]) for i in range(8)]
@@ -17,13 +17,12 @@ QUESTIONS = [torch.tensor([9 + i, 10, 11 + 2 * i]) for i in range(8)]
 
 @pytest.fixture
 def model():
-    return load_golden("tiny_r4_w48")[2]
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def features():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(300, 64, generator=generator) * 0.1
+    return random_features(300)
 
 
 @pytest.fixture

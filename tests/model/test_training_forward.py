@@ -4,7 +4,7 @@ windows."""
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.model_goldens import load_golden, relative
+from helpers.model_goldens import relative, small_model
 
 from vxl_model import WindowRatios, training_forward
 from vxl_model.inputs.arguments import text_rows
@@ -12,7 +12,7 @@ from vxl_model.inputs.arguments import text_rows
 
 @pytest.fixture
 def model():
-    return load_golden("tiny_r4_w48")[2]
+    return small_model()
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_caches_out_of_reach_go_by_64_bits(page, slot, near, which, kind, page_s
     assert first.name == kind
     expected = {128: "block_in_page", 16: "pages_in_block"}[page_size] if near else "gather"
     assert first.constexprs["PAGE_MODE"] == expected
-    assert dq.constexprs["BLOCK_IN_PAGE"] is (expected == "block_in_page")
+    assert dq.constexprs["PAGE_MODE"] == expected
 
 
 def test_one_page_out_of_reach_goes_by_64_bits():

@@ -10,8 +10,14 @@ from helpers.step_gradients import step_gradients
 from helpers.triton_backward_cases import CASES, HALF, SMALL, WITHOUT_CACHE, backward, call
 
 from vxl_kernels import ChunkLayout, ops
-from vxl_kernels._triton import backward as kernels
-from vxl_kernels._triton import configs, launch, launch_backward, primitives
+from vxl_kernels._triton import (
+    backward_kv,
+    backward_q,
+    configs,
+    launch,
+    launch_backward,
+    primitives,
+)
 from vxl_kernels.testing import check_gradients, inverse_frequencies, make_inputs, poisoned_memory
 
 core = pytest.mark.core
@@ -70,12 +76,14 @@ def test_the_cases_take_every_branch():
         for each in plans(name):
             c = each.constexprs
             found = taken.setdefault(each.name, {})
-            for branch in ("HAS_CACHE", "BLOCK_IN_PAGE"):
+            for branch in ("HAS_CACHE", "PAGE_MODE", "ADVANCE"):
                 found.setdefault(branch, set()).add(c.get(branch))
             found.setdefault("odd", set()).add(c.get("HEAD_DIM") != c.get("BLOCK_D"))
             found.setdefault("chunk_splits", set()).add(each.arguments.get("chunk_splits", 1) > 1)
     assert taken["backward_q"]["HAS_CACHE"] == {True, False}
-    assert taken["backward_q"]["BLOCK_IN_PAGE"] == {True, False}
+    modes = {"block_in_page", "pages_in_block", "gather"}
+    assert taken["backward_q"]["PAGE_MODE"] == modes
+    assert taken["backward_q"]["ADVANCE"] == {True, False}
     for kernel in ("delta", "backward_q", "backward_new", "backward_cache"):
         assert taken[kernel]["odd"] == {True, False}, kernel
     for kernel in ("backward_cache", "sum_pages"):
@@ -96,6 +104,20 @@ def test_tma_loads_the_same(name, monkeypatch):
     assert [tma[n] for n in ("backward_q", "backward_new", "backward_cache")] == [True] * 3
     _, _, by_tma = backward(inputs)
     assert equal(grads, by_tma)
+
+
+@pytest.mark.parametrize("name", ["split, one page", "split, small pages"])
+def test_the_lookup_of_each_architecture(name, monkeypatch):
+    """The interpreter plans for sm_80. gfx942 locates every block, and sums offsets in another
+    order: the same bits."""
+    inputs = call(name)
+    _, _, grads = backward(inputs)
+    monkeypatch.setattr(launch_backward, "architecture", lambda device: "hip:gfx942")
+    dq = next(each for each in plans(name) if each.name == "backward_q")
+    assert (dq.constexprs["ADVANCE"], dq.constexprs["SUM_KEYS"]) == (False, True)
+    assert dq.constexprs["PAGE_MODE"] != "pages_in_block"
+    _, _, located = backward(inputs)
+    assert equal(grads, located)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -158,13 +180,13 @@ def test_what_pads_a_table_costs_no_scan(monkeypatch):
     padded = torch.zeros(1, 60, dtype=torch.int32)
     used = inputs.block_table.shape[1]
     padded[:, :used] = inputs.block_table
-    pages, find, scans = inputs.k_cache.shape[0], kernels._find_page, []
+    pages, find, scans = inputs.k_cache.shape[0], backward_kv._find_page, []
 
     def counted(*args):
         scans.append(args)
         return find(*args)
 
-    monkeypatch.setattr(kernels, "_find_page", counted)
+    monkeypatch.setattr(backward_kv, "_find_page", counted)
     grad_out, grad_lse, grads = backward(dataclasses.replace(inputs, block_table=padded))
     # One scan by each program, and one more after each entry that rows see.
     assert 0 < len(scans) <= pages + used
@@ -249,19 +271,14 @@ def sees_one_more(position, ratio):
 
 
 @triton.jit
-def rows_seeing_late(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
-    first = tl.where(is_vst, (start + 1) * ratio, start)
-    raw = raw_base + first + 1, raw_base + tl.where(is_vst, (last + 1) * ratio, last), raw_end
-    vst = vst_base + start // ratio, vst_base + last, vst_end
-    return raw, vst
+def first_rows_late(key, is_vst, ratio):
+    return tl.where(is_vst, (key + 1) * ratio, key) + 1, tl.where(is_vst, key, key // ratio)
 
 
 @triton.jit
-def rows_seeing_unmasked(start, last, is_vst, ratio, raw_base, vst_base, raw_end, vst_end):
-    first = tl.where(is_vst, (start + 1) * ratio, start)
-    vst_first = tl.where(is_vst, start, start // ratio)
-    raw = raw_base + first, raw_base + first, raw_end
-    return raw, (vst_base + vst_first, vst_base + vst_first, vst_end)
+def split_unmasked(base, first, all_seen, end, BLOCK_M: tl.constexpr):
+    full = (end - tl.minimum(first, end)) // BLOCK_M
+    return backward_kv.RowRun(base, base + first, base + end - full * BLOCK_M, full)
 
 
 @triton.jit
@@ -276,7 +293,7 @@ def without_the_last_chunk(i, chunks, chunk_splits):
 
 @triton.jit
 def first_find_only(
-    block_table_ptr, cache_seqlens_ptr, i_page, behind, later, page_size, max_pages, batch
+    block_table_ptr, cache_seqlens_ptr, i_page, last, later, page_size, max_pages, batch
 ):
     return tl.load(block_table_ptr) * 0, (i_page == tl.load(block_table_ptr)).to(tl.int32)
 
@@ -287,13 +304,15 @@ def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.cons
 
 
 MISTAKES = [
-    (kernels, "visible_new", sees_one_more),
-    (kernels, "_rows_seeing", rows_seeing_late),
-    (kernels, "_rows_seeing", rows_seeing_unmasked),
-    (kernels, "cached_entries", one_less_cached),
-    (kernels, "_chunks_of", without_the_last_chunk),
-    (kernels, "_find_page", first_find_only),
-    (kernels, "chunk_row", next_chunks_vsts),
+    (backward_q, "visible_new", sees_one_more),
+    (backward_kv, "_first_rows", first_rows_late),
+    (backward_kv, "_split", split_unmasked),
+    (backward_q, "cached_entries", one_less_cached),
+    (backward_kv, "cached_entries", one_less_cached),
+    (backward_kv, "_chunks_of", without_the_last_chunk),
+    (backward_kv, "_find_page", first_find_only),
+    (backward_q, "chunk_row", next_chunks_vsts),
+    (backward_kv, "chunk_row", next_chunks_vsts),
     (primitives, "chunk_row", next_chunks_vsts),
 ]
 

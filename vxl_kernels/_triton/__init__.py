@@ -2,7 +2,7 @@
 
 primitives.py keys.py softmax.py
                what kernels share: rows and positions, keys in pages, the online softmax
-prefill.py decode.py backward.py linear.py rope.py   the kernels
+prefill.py decode.py backward_q.py backward_kv.py linear.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
 launch.py launch_backward.py launch_common.py
                tensors -> launches, without reading a tensor's values

@@ -156,7 +156,7 @@ def _backward(
         if "keys" in tile:
             how += f" BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}"
         if each.name == "backward_q":
-            how += " pages block_in_page" if each.constexprs["BLOCK_IN_PAGE"] else " pages gather"
+            how += f" pages {each.constexprs['PAGE_MODE']}"
         elif page_size is not None:
             continue  # the same again
         yield compilation(each, how, dtype)

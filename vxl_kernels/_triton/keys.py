@@ -159,23 +159,26 @@ def paged_offset(place, offs_n, page_stride, slot_stride, PAGE_MODE: tl.constexp
 
 
 @triton.jit
-def key_ptrs(ptr, offset, offs_d):
+def key_ptrs(ptr, offset, offs_d, SUM_KEYS: tl.constexpr = False):
     """Pointers [N, D] to a block of keys. One address and a tile of 32-bit offsets, added last: a
-    tile of 64-bit sums takes four more instructions for each load, and twice the registers."""
+    tile of 64-bit sums takes four more instructions for each load, and twice the registers.
+    SUM_KEYS adds 64-bit offsets of keys in this order too."""
     block, keys = offset
-    if keys.dtype == tl.int32:
+    if keys.dtype == tl.int32 or SUM_KEYS:
         return ptr + block + (keys[:, None] + offs_d)
     else:
         return (ptr + block + offs_d) + keys[:, None]
 
 
 @triton.jit
-def cache_block(cache, place, offs_n, offs_d, PAGE_MODE: tl.constexpr):
+def cache_block(
+    cache, place, offs_n, offs_d, PAGE_MODE: tl.constexpr, SUM_KEYS: tl.constexpr = False
+):
     """The block of cached keys at `place`."""
     k_offset = paged_offset(place, offs_n, cache.k_page, cache.k_row, PAGE_MODE)
-    k_ptrs = key_ptrs(cache.k_ptr, k_offset, offs_d)
+    k_ptrs = key_ptrs(cache.k_ptr, k_offset, offs_d, SUM_KEYS)
     v_offset = paged_offset(place, offs_n, cache.v_page, cache.v_row, PAGE_MODE)
-    v_ptrs = key_ptrs(cache.v_ptr, v_offset, offs_d)
+    v_ptrs = key_ptrs(cache.v_ptr, v_offset, offs_d, SUM_KEYS)
     return Block(k_ptrs, v_ptrs, place.page, place.slot)
 
 
