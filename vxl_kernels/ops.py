@@ -164,7 +164,8 @@ def _on_any_device(op: str) -> None:
             backend, reasons = _backends.default(op, x)
             if reasons:
                 _warn_once(x.device.type, "; ".join(reasons))
-        elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+        real = x.is_cuda and torch.cuda.is_initialized()  # a fake tensor needs no CUDA
+        elsewhere = real and x.device.index != torch.cuda.current_device()
         with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
             result = backend.kernel(op)(*args)
         if written:  # so that a backward that saved them notices

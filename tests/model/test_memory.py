@@ -271,7 +271,7 @@ class Words:
     def prefix_ids(self):
         return torch.tensor([PROMPT])
 
-    def suffix_ids(self, question):
+    def suffix_ids(self, question, answer_prefix=None):
         return torch.tensor([[int(word) for word in question.split()]])
 
     def decode(self, ids):
