@@ -95,10 +95,12 @@ $(STAMP): $(VENV)/.installed setup.py $(SOURCES)
 # -- sanitizers: the kernels know no torch, so they are built alone ---------------------------
 ISAS := baseline
 ifeq ($(shell uname -m),x86_64)
-ISAS += avx2 avx512
+ISAS += avx2 avx512 avx512bf16 amx
 endif
 FLAGS_avx2 := -mavx2 -mfma -mf16c
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
+FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
+FLAGS_amx := $(FLAGS_avx512bf16) -mamx-tile -mamx-bf16
 FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_thread := -fsanitize=thread
 TEST_SOURCES := tests/cpp/test_cpu_kernels.cpp csrc/cpu/kernels.cpp csrc/cpu/plan.cpp

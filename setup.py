@@ -52,6 +52,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512vl",
         "-mavx512dq",
     ]
+    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 def cuda_toolkit() -> Path | None:

@@ -9,7 +9,7 @@ has_cuda: bool
 """Whether csrc/cuda is compiled in: rope_append and the page operators for CUDA tensors."""
 
 def cpu_isa() -> str:
-    """Instruction set of the CPU kernels: 'avx512', 'avx2' or 'baseline'."""
+    """Instruction set of the CPU kernels: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'baseline'."""
 
 class PoolExhausted(MemoryError):
     """The pool has too few free pages for a reserve(). Nothing has changed."""

@@ -44,6 +44,31 @@ def _earlier_vsts(layout: ChunkLayout | None) -> int:
     return 0 if layout is None else (layout.chunks - 1) * layout.vsts_per_chunk
 
 
+class _Round(torch.autograd.Function):
+    """Rounds to a type. The gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _RoundGradient(torch.autograd.Function):
+    """The identity, whose gradient is rounded to a type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
 def vst_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -54,8 +79,12 @@ def vst_attention(
     cache_seqlens: torch.Tensor | None,
     layout: ChunkLayout | None,
     scale: float | None = None,
+    operands: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `(batch, rows, heads, head_dim)` and natural-log LSE `(batch, heads, rows)`."""
+    """Output `(batch, rows, heads, head_dim)` and natural-log LSE `(batch, heads, rows)`.
+
+    operands: rounds the weights to this type before the second product and, in the backward pass,
+    the gradients of the scores before theirs, as kernels with products of this type do."""
     batch, rows, heads, head_dim = q.shape
     group = heads // k.shape[2]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
@@ -86,9 +115,13 @@ def vst_attention(
         for start in range(0, rows, _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             scores = torch.einsum("rhd,khd->hrk", q[b, part].to(dtype), keys) * scale
+            if operands is not None:
+                scores = _RoundGradient.apply(scores, operands)
             scores = scores.masked_fill(~mask[part], -math.inf)
             lse_parts.append(torch.logsumexp(scores, dim=-1))
             weights = torch.softmax(scores, dim=-1)
+            if operands is not None:
+                weights = _Round.apply(weights, operands)
             out_parts.append(torch.einsum("hrk,khd->rhd", weights, values).to(q.dtype))
         outs.append(torch.cat(out_parts))
         lses.append(torch.cat(lse_parts, dim=1))

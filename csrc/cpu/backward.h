@@ -41,11 +41,12 @@ VXL_NOINLINE void softmax_backward(float* s, float* dp, int64_t keys, const floa
     }
 }
 
-// Column groups of a tile: group g of `width(g)` vectors starts at lane g * kCols * kLanes.
+// Column groups of a tile: group g starts at lane(g) and has lanes(g) of them.
 struct Groups {
-  int64_t vecs;
-  VXL_INLINE int64_t count() const { return ceil_div(vecs, kCols); }
-  VXL_INLINE int64_t lanes(int64_t g) const { return min_(kCols, vecs - g * kCols) * kLanes; }
+  int64_t vecs, cols;
+  VXL_INLINE int64_t count() const { return ceil_div(vecs, cols); }
+  VXL_INLINE int64_t lane(int64_t g) const { return g * cols * kLanes; }
+  VXL_INLINE int64_t lanes(int64_t g) const { return min_(cols, vecs - g * cols) * kLanes; }
 };
 
 // sum[keys][dims] += p^T rows over all lanes of the tile. p: a panel [key block][lanes of the
@@ -68,7 +69,7 @@ VXL_NOINLINE void add_over_lanes(const float* p, const float* rows, const Groups
 #pragma GCC unroll 4
         for (int j = 0; j < kWide; ++j) acc[i][j] = Vec{};
       for (int64_t g = first; g < count; ++g) {
-        const int64_t lane = g * kCols * kLanes, n = groups.lanes(g);
+        const int64_t lane = groups.lane(g), n = groups.lanes(g);
         multiply<kWide>(p + lane * kKeyBlock + key * n, 1, n, panel + lane * width, n, acc);
       }
 #pragma GCC unroll 8
@@ -107,20 +108,22 @@ void pack_keys(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t dim
 struct QueryTile {
   int64_t vecs = 0;
   float *q_lanes, *do_lanes, *dq_lanes;  // a panel [dims][lanes] for each group
-  float *q_rows, *do_rows;               // panels for add_over_lanes
+  float *q_rows, *do_rows;               // panels for the sums over lanes
   float *p, *ds;                         // [key block][lanes] for each group
+  float* scores;                         // of one group, if p and ds have another form
   float *lse, *delta;                    // lse is in base 2
   int32_t *limits, *no_limits;           // how many keys of the block each lane sees
   int32_t* seen;                         // the same for each group, rounded up to kRows
 
   // Takes its buffers from scratch.
-  QueryTile(int64_t lanes, int64_t dims, float*& scratch) {
-    vecs = ceil_div(lanes, kLanes);
+  QueryTile(int64_t vectors, int64_t score_floats, int64_t dims, float*& scratch) {
+    vecs = vectors;
     const int64_t padded = vecs * kLanes;
     auto take = [&scratch](int64_t n) { float* x = scratch; scratch += n; return x; };
     for (float** x : {&q_lanes, &do_lanes, &dq_lanes, &q_rows, &do_rows}) *x = take(dims * padded);
     for (float** x : {&p, &ds}) *x = take(kKeyBlock * padded);
     for (float** x : {&lse, &delta}) *x = take(padded);
+    scores = take(score_floats);
     limits = reinterpret_cast<int32_t*>(take(padded));
     no_limits = reinterpret_cast<int32_t*>(take(padded));
     seen = reinterpret_cast<int32_t*>(take(padded));
@@ -129,31 +132,73 @@ struct QueryTile {
   }
 };
 
-// One key block against one column group. Adds to dq_lanes and leaves P and dS for add_over_lanes.
-template <int NV>
-void backward_block(const KeyBlock& keys, int64_t padded, int64_t dims, const QueryTile& t,
-                    int64_t lane, Prefetch& prefetch) {
-  float unused[NV * kLanes], ones[NV * kLanes];
-  for (int j = 0; j < NV; ++j) store(ones + j * kLanes, splat(1.0f));
-  float *s = t.p + lane * kKeyBlock, *dp = t.ds + lane * kKeyBlock;
-  scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, prefetch);
-  scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.no_limits + lane, dp, unused,
-             prefetch);
-  softmax_backward<NV>(s, dp, padded, t.lse + lane, t.delta + lane);
-  accumulate<NV>(keys.k_panels, padded, dp, dims, ones, t.dq_lanes + lane * dims);
-}
+// How `backward_task` computes. This one works in float32 for every storage type. PairGradient
+// (pairs_backward.h) has the same members.
+template <typename T>
+struct FloatGradient {
+  static constexpr int kRows = ::kRows, kCols = ::kCols;
+  static constexpr int64_t kVecUnit = 1, kScoreFloats = 0;
+  using Session = typename FloatTile<T>::Session;
+
+  float scale;
+  explicit FloatGradient(float x) : scale(x) {}
+  float query_scale() const { return scale; }  // of the gradients of q that `block` adds up
+
+  static void pack_keys(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t dims,
+                        const KeyBlock& to) {
+    ::pack_keys<T>(rows, keys, head_dim, dims, to);
+  }
+
+  // Vector v of the tile gets kLanes rows of q and dO, [kLanes][dims].
+  void put_queries(const float* q, const float* grad, int64_t v, int64_t dims, QueryTile& t,
+                   float* staged) const {
+    constexpr int64_t width = kWide * kLanes;
+    const int64_t padded = t.vecs * kLanes;
+    for (int64_t i = 0; i < kLanes; ++i)
+      for (int64_t d = 0; d < dims; d += width)
+        for (int64_t j = 0; j < width; ++j) {
+          const int64_t to = d * padded + (v * kLanes + i) * width + j;
+          t.q_rows[to] = q[i * dims + d + j] * scale;
+          t.do_rows[to] = grad[i * dims + d + j];
+        }
+    const int64_t g = v / kCols * kCols, stride = min_(kCols, t.vecs - g) * kLanes;
+    const int64_t to = g * kLanes * dims + (v - g) * kLanes;
+    for (int64_t i = 0; i < kLanes * dims; ++i) staged[i] = q[i] * (scale * kLog2e);
+    lanes_from_rows(staged, dims, t.q_lanes + to, stride);
+    lanes_from_rows(grad, dims, t.do_lanes + to, stride);
+  }
+
+  // One key block against one column group. Adds to dq_lanes and leaves P and dS for add_keys.
+  template <int NV>
+  void block(const KeyBlock& keys, int64_t padded, int64_t dims, const QueryTile& t, int64_t lane,
+             Prefetch& prefetch) const {
+    float unused[NV * kLanes], ones[NV * kLanes];
+    for (int j = 0; j < NV; ++j) store(ones + j * kLanes, splat(1.0f));
+    float *s = t.p + lane * kKeyBlock, *dp = t.ds + lane * kKeyBlock;
+    scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, prefetch);
+    scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.no_limits + lane, dp, unused,
+               prefetch);
+    softmax_backward<NV>(s, dp, padded, t.lse + lane, t.delta + lane);
+    accumulate<NV>(keys.k_panels, padded, dp, dims, ones, t.dq_lanes + lane * dims);
+  }
+
+  static void add_keys(const QueryTile& t, const Groups& groups, int64_t dims, float* dk,
+                       float* dv) {
+    add_over_lanes(t.p, t.do_rows, groups, t.seen, dims, dv);
+    add_over_lanes(t.ds, t.q_rows, groups, t.seen, dims, dk);
+  }
+};
 
 // Fills a tile: lane i gets row lane_row(i) of head lane_head(i).
-template <typename T, typename Row, typename Head>
+template <typename T, typename Math, typename Row, typename Head>
 void load_queries(const vxl::AttentionBackwardParams& p, int64_t batch, int64_t lanes, int64_t dims,
-                  const Row& lane_row, const Head& lane_head, QueryTile& t, float* staged) {
+                  const Math& math, const Row& lane_row, const Head& lane_head, QueryTile& t,
+                  float* staged) {
   const vxl::AttentionParams& call = p.call;
   auto at = [&](const vxl::RowTensor& x, int64_t lane) {
     return static_cast<const T*>(x.data) + batch * x.batch_stride + lane_row(lane) * x.row_stride +
            lane_head(lane) * x.head_stride;
   };
-  constexpr int64_t width = kWide * kLanes;
-  const int64_t padded = t.vecs * kLanes;
   float *q = staged, *grad = staged + kLanes * dims;
   for (int64_t v = 0; v < t.vecs; ++v) {
     std::memset(staged, 0, 2 * kLanes * dims * sizeof(float));
@@ -171,16 +216,8 @@ void load_queries(const vxl::AttentionBackwardParams& p, int64_t batch, int64_t 
       }
       t.delta[lane] = delta;
       t.lse[lane] = lse;
-      for (int64_t d = 0; d < dims; d += width)
-        for (int64_t j = 0; j < width; ++j) {
-          t.q_rows[d * padded + lane * width + j] = q[i * dims + d + j] * call.scale;
-          t.do_rows[d * padded + lane * width + j] = grad[i * dims + d + j];
-        }
     }
-    const int64_t g = v / kCols * kCols, stride = min_(kCols, t.vecs - g) * kLanes;
-    const int64_t to = g * kLanes * dims + (v - g) * kLanes;
-    lanes_from_rows(q, dims, call.scale * kLog2e, t.q_lanes + to, stride);
-    lanes_from_rows(grad, dims, 1.0f, t.do_lanes + to, stride);
+    math.put_queries(q, grad, v, dims, t, staged + 2 * kLanes * dims);
   }
 }
 
@@ -193,7 +230,7 @@ VXL_INLINE void store_row(const float* from, int64_t n, float scale, T* to) {
 
 // One tile: positions [first, first + rows) of a chunk. The gradients of the keys are [keys][dims],
 // in the order of the stream.
-template <typename T>
+template <typename T, typename Math>
 void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
                    int64_t batch, int64_t kv_head, int64_t chunk, int64_t first, float* cache_dk,
                    float* cache_dv, float* new_dk, float* new_dv, float* scratch) {
@@ -206,13 +243,15 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   };
   auto head_of_lane = [&](int64_t lane) { return kv_head * group + lane % group; };
 
-  QueryTile t(lanes, dims, scratch);
+  const Math math(call.scale);
+  const int64_t vecs = round_up(ceil_div(lanes, kLanes), Math::kVecUnit);
+  QueryTile t(vecs, Math::kScoreFloats, dims, scratch);
   const KeyBlock block{scratch, scratch + kKeyBlock * dims, scratch + 2 * kKeyBlock * dims};
   float* staged = scratch + 3 * kKeyBlock * dims;
-  load_queries<T>(p, batch, lanes, dims, row_of_lane, head_of_lane, t, staged);
+  load_queries<T>(p, batch, lanes, dims, math, row_of_lane, head_of_lane, t, staged);
 
   const KeyStream<T> stream(call, batch, kv_head, chunk);
-  const Groups groups{t.vecs};
+  const Groups groups{t.vecs, Math::kCols};
   Prefetch prefetch;
   prefetch.bytes = call.head_dim * int64_t(sizeof(T));
   // A block lies either in the cache or in the chunk, because their gradients are separate buffers.
@@ -223,44 +262,42 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   stream.find(0, block_end(0), prefetch.rows);
   for (int64_t key = 0, n; key < end; key += n) {
     n = block_end(key) - key;
-    pack_keys<T>(prefetch.rows, n, call.head_dim, dims, block);
+    Math::pack_keys(prefetch.rows, n, call.head_dim, dims, block);
     const int64_t n_next = key + n < end ? block_end(key + n) - key - n : 0;
     stream.find(key + n, n_next, prefetch.rows);
-    prefetch.plan(n_next, 2 * ceil_div(n, kRows) * groups.count());
+    prefetch.plan(n_next, 2 * ceil_div(n, Math::kRows) * groups.count());
     for (int64_t lane = 0; lane < t.vecs * kLanes; ++lane) {
       const int64_t row = min_(lane / group, rows - 1);
       t.limits[lane] = int32_t(min_(n, max_(0, stream.cached + first + row + 1 - key)));
     }
     for (int64_t g = 0; g < groups.count(); ++g) {
-      const int64_t lane = g * kCols * kLanes;
-      const int64_t seen = round_up(t.limits[lane + groups.lanes(g) - 1], kRows);
+      const int64_t lane = groups.lane(g);
+      const int64_t seen = round_up(t.limits[lane + groups.lanes(g) - 1], Math::kRows);
       t.seen[g] = int32_t(seen);
       if (seen == 0) continue;
-      switch (groups.lanes(g) / kLanes) {
-        case 1: backward_block<1>(block, seen, dims, t, lane, prefetch); break;
-        case 2: backward_block<2>(block, seen, dims, t, lane, prefetch); break;
-        default: backward_block<kCols>(block, seen, dims, t, lane, prefetch);
-      }
+      each_width<Math>(groups.lanes(g) / kLanes, [&](auto width) {
+        math.template block<decltype(width)::value>(block, seen, dims, t, lane, prefetch);
+      });
     }
     const bool cached = key < stream.cached;
     const int64_t at = (cached ? key : key - stream.cached) * dims;
-    add_over_lanes(t.p, t.do_rows, groups, t.seen, dims, (cached ? cache_dv : new_dv) + at);
-    add_over_lanes(t.ds, t.q_rows, groups, t.seen, dims, (cached ? cache_dk : new_dk) + at);
+    Math::add_keys(t, groups, dims, (cached ? cache_dk : new_dk) + at,
+                   (cached ? cache_dv : new_dv) + at);
   }
 
   for (int64_t v = 0; v < t.vecs; ++v) {
-    const int64_t g = v / kCols * kCols, stride = min_(kCols, t.vecs - g) * kLanes;
-    rows_from_lanes(t.dq_lanes + g * kLanes * dims + (v - g) * kLanes, stride, dims, staged);
+    const int64_t g = v / Math::kCols, start = groups.lane(g);
+    rows_from_lanes(t.dq_lanes + start * dims + v * kLanes - start, groups.lanes(g), dims, staged);
     for (int64_t i = 0; i < min_(kLanes, lanes - v * kLanes); ++i) {
       const int64_t lane = v * kLanes + i;
       T* to = static_cast<T*>(p.grad_q.data) + batch * p.grad_q.batch_stride +
               row_of_lane(lane) * p.grad_q.row_stride + head_of_lane(lane) * p.grad_q.head_stride;
-      store_row(staged + i * dims, call.head_dim, call.scale, to);
+      store_row(staged + i * dims, call.head_dim, math.query_scale(), to);
     }
   }
 }
 
-template <typename T>
+template <typename T, typename Math>
 void backward_task(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan& plan,
                    int64_t task, float* scratch, float* workspace) {
   const vxl::ChunkGeometry& g = p.call.geometry;
@@ -268,6 +305,7 @@ void backward_task(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   float* dk = workspace + task * size;
   float* dv = dk + keys * plan.dims;
   std::memset(dk, 0, size * sizeof(float));
+  const typename Math::Session session;
 
   const int64_t part = task % plan.parts;
   task /= plan.parts;
@@ -278,8 +316,8 @@ void backward_task(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   for (int64_t c = from; c < min_(from + plan.segment_chunks, g.chunks); ++c) {
     const int64_t new_keys = (plan.cached + (c - from) * g.chunk_rows()) * plan.dims;
     for (int64_t tile = part; tile * plan.tile_rows < g.chunk_rows(); tile += plan.parts) {
-      backward_tile<T>(p, plan, batch, kv_head, c, tile * plan.tile_rows, dk, dv, dk + new_keys,
-                       dv + new_keys, scratch);
+      backward_tile<T, Math>(p, plan, batch, kv_head, c, tile * plan.tile_rows, dk, dv,
+                             dk + new_keys, dv + new_keys, scratch);
     }
   }
 }

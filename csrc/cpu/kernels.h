@@ -24,26 +24,36 @@ void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& 
 // k_out may be k.
 void rope_append_cpu(const RopeParams& p, const ThreadPool& pool);
 
-// The instruction set that these kernels use on this machine: "avx512", "avx2" or "baseline". The
-// environment variable VXL_CPU_ISA lowers it, for tests and comparisons.
+// The instruction set that these kernels use on this machine: "amx", "avx512bf16", "avx512", "avx2"
+// or "baseline". The environment variable VXL_CPU_ISA lowers it, for tests and comparisons.
 const char* cpu_isa();
+
+using AttentionTask = void (*)(const AttentionParams&, const AttentionPlan&, int64_t task,
+                               float* scratch, float* workspace);
+using BackwardTask = void (*)(const AttentionBackwardParams&, const BackwardPlan&, int64_t task,
+                              float* scratch, float* workspace);
 
 // The kernels of one instruction set. Each ISA unit defines one table.
 struct CpuKernels {
   const char* name;
   int lanes;
-  void (*attention_task[3])(const AttentionParams&, const AttentionPlan&, int64_t task,
-                            float* scratch, float* workspace);  // by DType
+  AttentionTask prefill_task[3], decode_task[3];  // by DType
   void (*merge_row[3])(const AttentionParams&, const AttentionPlan&, int64_t batch,
                        int64_t row, float* scratch, float* workspace);
-  void (*backward_task[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t task,
-                           float* scratch, float* workspace);
+  BackwardTask backward_task[3];
   void (*sum_new_rows[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t batch,
                           int64_t kv_head, int64_t chunk, float* scratch, const float* workspace);
   void (*sum_cache[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t kv_head,
                        float* scratch, const float* workspace);
   void (*rope_task[3])(const RopeParams&, int64_t task, float* scratch);
   int64_t rope_rows;  // rows of a rope task
+};
+
+// Kernels for bf16 that an instruction set adds to those of AVX-512.
+struct Bf16Kernels {
+  const char* name;
+  AttentionTask prefill_task;
+  BackwardTask backward_task;
 };
 
 }  // namespace vxl

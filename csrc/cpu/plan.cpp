@@ -23,7 +23,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
   const ChunkGeometry& g = p.geometry;
   plan.group = p.heads / p.kv_heads;
   const int64_t rows = g.chunk_rows();
-  const int64_t dims = round_up(p.head_dim, 16);
+  const int64_t dims = round_up(p.head_dim, 32);  // AMX works on 32 values at a time
   plan.decode = g.ratio == 0 && rows * plan.group <= AttentionPlan::kDecodeRows;
 
   const bool few_rows = g.ratio == 0 && rows * plan.group <= kMaxLanes;
@@ -59,7 +59,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
     plan.scratch_floats =
         2 * n * dims + std::max(lanes, 8) * dims + n * (key_block + 3 * lanes) + slack;
   } else {
-    const int64_t n = round_up(plan.tile_rows * plan.group, lanes);
+    const int64_t n = round_up(plan.tile_rows * plan.group, 2 * lanes);
     plan.scratch_floats = 2 * n * dims + 2 * key_block * dims + key_block * unit + 3 * n +
                           lanes * dims + slack;
   }
@@ -94,7 +94,8 @@ BackwardPlan plan_backward(const AttentionParams& p, int lanes) {
   plan.scratch_floats = 5 * n * plan.dims +          // Q, dO, dQ by lanes; Q, dO by rows
                         2 * key_block * n +          // P and dS
                         3 * key_block * plan.dims +  // K twice, V
-                        5 * n + 2 * lanes * plan.dims;
+                        2 * key_block * unit +       // scores of a group
+                5 * n + 3 * lanes * plan.dims;
   return plan;
 }
 

@@ -61,9 +61,9 @@ struct BackwardPlan {
   int64_t scratch_floats = 0;
 
   // A workspace holds the gradients of K, then of V: of `cached` entries, of the segment's new
-  // rows, and of up to 8 rows that the last register tile computes past the end.
+  // rows, and of up to 32 rows that the last register tile computes past the end.
   VXL_ALWAYS_INLINE int64_t workspace_keys(const ChunkGeometry& g) const {
-    return cached + segment_chunks * g.chunk_rows() + 8;
+    return cached + segment_chunks * g.chunk_rows() + 32;
   }
   VXL_ALWAYS_INLINE int64_t workspace_floats(const ChunkGeometry& g) const {
     return 2 * workspace_keys(g) * dims;

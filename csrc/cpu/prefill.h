@@ -27,9 +27,8 @@ void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t v_
   }
 }
 
-// Transposes and scales: rows[kLanes][dims] -> out[dims][stride].
-VXL_INLINE void lanes_from_rows(const float* rows, int64_t dims, float scale, float* out,
-                                int64_t stride) {
+// Transposes: rows[kLanes][dims] -> out[dims][stride]. It moves words of 32 bits, floats or pairs.
+VXL_INLINE void lanes_from_rows(const float* rows, int64_t dims, float* out, int64_t stride) {
   int64_t d = 0;
   for (; d + kLanes <= dims; d += kLanes) {
     Vec x[kLanes];
@@ -37,10 +36,10 @@ VXL_INLINE void lanes_from_rows(const float* rows, int64_t dims, float scale, fl
     for (int i = 0; i < kLanes; ++i) x[i] = load(rows + i * dims + d);
     transpose(x);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store(out + (d + i) * stride, x[i] * splat(scale));
+    for (int i = 0; i < kLanes; ++i) store(out + (d + i) * stride, x[i]);
   }
   for (; d < dims; ++d)
-    for (int i = 0; i < kLanes; ++i) out[d * stride + i] = rows[i * dims + d] * scale;
+    for (int i = 0; i < kLanes; ++i) std::memcpy(out + d * stride + i, rows + i * dims + d, 4);
 }
 
 // Transposes back: in[dims][stride] -> rows[kLanes][dims].
@@ -58,7 +57,48 @@ VXL_INLINE void rows_from_lanes(const float* in, int64_t stride, int64_t dims, f
     for (int i = 0; i < kLanes; ++i) rows[i * dims + d] = in[d * stride + i];
 }
 
+// How `prefill_task` computes: the operands' layout, and one key block against one column group.
+// This one works in float32 for every storage type. PairTile (pairs.h) has the same members.
 template <typename T>
+struct FloatTile {
+  static constexpr int kRows = ::kRows, kCols = ::kCols;
+  static constexpr int64_t kVecUnit = 1;  // a tile has a multiple of this many vectors
+  struct Session {  // lives while a task runs
+    Session() {}
+  };
+
+  static int64_t k_dims(int64_t head_dim) { return head_dim; }  // 32-bit words of a row of K
+  static int64_t v_dims(int64_t head_dim) { return round_up(head_dim, kRows); }  // rows of O
+
+  float scale;
+  explicit FloatTile(float x) : scale(x * kLog2e) {}
+
+  void stage_query(const T* row, int64_t head_dim, float* out) const {
+    load_row(row, out, head_dim);
+    for (int64_t d = 0; d < head_dim; ++d) out[d] *= scale;
+  }
+  static void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, float* k, float* v,
+                         float* staged) {
+    ::pack_block<T>(rows, keys, head_dim, v_dims(head_dim), k, v, staged);
+  }
+  template <int NV>
+  void attend_block(const float* k, const float* v, int64_t keys, int64_t k_dims, int64_t v_dims,
+                    const Lanes& lanes, float* s, Prefetch& prefetch) const {
+    ::attend_block<NV>(k, v, keys, k_dims, v_dims, lanes, s, prefetch);
+  }
+};
+
+// Calls fn with a column group's number of vectors as a constant.
+template <typename Tile, typename Fn>
+VXL_INLINE void each_width(int64_t vecs, const Fn& fn) {
+  if constexpr (Tile::kVecUnit < Tile::kCols) {
+    if (vecs == 1) return fn(std::integral_constant<int, 1>{});
+    if (vecs == 2) return fn(std::integral_constant<int, 2>{});
+  }
+  fn(std::integral_constant<int, Tile::kCols>{});
+}
+
+template <typename T, typename Tile>
 void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, int64_t task,
                   float* scratch, float* workspace) {
   // The last chunks and their last tiles see the most keys. They go first, so that the threads end
@@ -73,12 +113,16 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   const int64_t tile = plan.tiles - 1 - task % plan.tiles;
   const int64_t chunk = p.geometry.chunks - 1 - task / plan.tiles;
 
-  const int64_t dims = p.head_dim, v_dims = round_up(dims, kRows), group = plan.group;
+  constexpr int kCols = Tile::kCols;
+  const int64_t dims = p.head_dim, group = plan.group;
+  const int64_t k_dims = Tile::k_dims(dims), v_dims = Tile::v_dims(dims);
   const int64_t first = tile * plan.tile_rows;
   const int64_t rows = min_(plan.tile_rows, p.geometry.chunk_rows() - first);
   if (rows <= 0) return;
   const int64_t lanes = rows * group;
-  const int64_t vecs = ceil_div(lanes, kLanes), padded = vecs * kLanes;
+  const int64_t vecs = round_up(ceil_div(lanes, kLanes), Tile::kVecUnit), padded = vecs * kLanes;
+  const Tile math(p.scale);
+  const typename Tile::Session session;
 
   const KeyStream<T> stream(p, batch, kv_head, chunk);
   const int64_t length = plan.split_length(vxl::sequence_keys(p, batch));
@@ -88,9 +132,9 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   if (begin >= vxl::sequence_keys(p, batch)) return;
 
   auto take = [&scratch](int64_t n) { float* x = scratch; scratch += n; return x; };
-  float* q = take(v_dims * padded);
+  float* q = take(k_dims * padded);
   float* o = take(v_dims * padded);
-  float* k_block = take(kKeyBlock * dims);
+  float* k_block = take(kKeyBlock * k_dims);
   float* v_block = take(kKeyBlock * v_dims);
   float* s = take(kKeyBlock * kCols * kLanes);
   float* m = take(padded);
@@ -110,15 +154,14 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t lane = (g + j) * kLanes + i;
         if (lane < lanes) {
-          load_row(static_cast<const T*>(p.q.data) + batch * p.q.batch_stride +
-                       row_of_lane(lane) * p.q.row_stride + head_of_lane(lane) * p.q.head_stride,
-                   staged + i * dims, dims);
+          const T* row = static_cast<const T*>(p.q.data) + batch * p.q.batch_stride +
+                         row_of_lane(lane) * p.q.row_stride + head_of_lane(lane) * p.q.head_stride;
+          math.stage_query(row, dims, staged + i * k_dims);
         } else {
-          std::memset(staged + i * dims, 0, dims * sizeof(float));
+          std::memset(staged + i * k_dims, 0, k_dims * sizeof(float));
         }
       }
-      lanes_from_rows(staged, dims, p.scale * kLog2e, q + g * kLanes * dims + j * kLanes,
-                      width * kLanes);
+      lanes_from_rows(staged, k_dims, q + g * kLanes * k_dims + j * kLanes, width * kLanes);
     }
   }
   std::memset(o, 0, v_dims * padded * sizeof(float));
@@ -130,10 +173,10 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   stream.find(begin, max_(min_(kKeyBlock, end - begin), 0), prefetch.rows);
   for (int64_t key = begin; key < end; key += kKeyBlock) {
     const int64_t n = min_(kKeyBlock, end - key);
-    pack_block<T>(prefetch.rows, n, dims, v_dims, k_block, v_block, staged);
+    Tile::pack_block(prefetch.rows, n, dims, k_block, v_block, staged);
     const int64_t n_next = max_(0, min_(kKeyBlock, end - key - kKeyBlock));
     stream.find(key + kKeyBlock, n_next, prefetch.rows);
-    prefetch.plan(n_next, ceil_div(n, kRows) * ceil_div(vecs, kCols));
+    prefetch.plan(n_next, ceil_div(n, Tile::kRows) * ceil_div(vecs, kCols));
 
     int64_t lane = 0;
     for (int64_t r = 0; r < rows; ++r) {
@@ -144,12 +187,11 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
 
     for (int64_t g = 0; g < vecs; g += kCols) {
       const int64_t at = g * kLanes;
-      const Lanes state{q + at * dims, o + at * v_dims, m + at, l + at, limits + at};
-      switch (min_(kCols, vecs - g)) {
-        case 1: attend_block<1>(k_block, v_block, n, dims, v_dims, state, s, prefetch); break;
-        case 2: attend_block<2>(k_block, v_block, n, dims, v_dims, state, s, prefetch); break;
-        default: attend_block<kCols>(k_block, v_block, n, dims, v_dims, state, s, prefetch);
-      }
+      const Lanes state{q + at * k_dims, o + at * v_dims, m + at, l + at, limits + at};
+      each_width<Tile>(min_(kCols, vecs - g), [&](auto width) {
+        math.template attend_block<decltype(width)::value>(k_block, v_block, n, k_dims, v_dims,
+                                                           state, s, prefetch);
+      });
     }
   }
 

@@ -1,10 +1,11 @@
 // Compares the CPU kernels with plain loops in double, without torch, under the address, undefined
 // behaviour and thread sanitizers (`make sanitize`). Every tensor is an allocation of exactly its
 // size, so the sanitizer sees one element too far. Cache entries that no row may read are NaN.
-// VXL_CPU_ISA chooses the instruction set.
+// VXL_CPU_ISA chooses the instruction set. Attention and gradients run in float32 and in bf16.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
@@ -29,12 +30,55 @@ void run_threads(int threads, void (*body)(void*, int), void* arg) {
   for (std::thread& t : others) t.join();
 }
 
+float to_float(uint16_t bits) {
+  const uint32_t u = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+uint16_t to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return uint16_t(x == x ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : 0x7fc0u);
+}
+
+// A tensor in the type of a call: the floats themselves, or an allocation of bf16.
+class Stored {
+ public:
+  Stored(vxl::DType type, std::vector<float>& x) : type_(type), floats_(x) {
+    if (type == vxl::DType::bf16) {
+      for (float value : x) bits_.push_back(to_bf16(value));
+    }
+  }
+  void* data() {
+    return type_ == vxl::DType::bf16 ? static_cast<void*>(bits_.data()) : floats_.data();
+  }
+  void read_back() {
+    for (size_t i = 0; i < bits_.size(); ++i) floats_[i] = to_float(bits_[i]);
+  }
+
+ private:
+  vxl::DType type_;
+  std::vector<float>& floats_;
+  std::vector<uint16_t> bits_;
+};
+
+void round_all(std::vector<float>& x) {
+  for (float& value : x) value = to_float(to_bf16(value));
+}
+
+constexpr double kBf16 = 1.0 / 256;  // what one rounding to bf16 changes at most
+
 struct Call {
   int64_t batch, heads, kv_heads, dim, page_size, max_pages, rows, appended;
   ChunkGeometry geometry;
   std::vector<float> q, k, v, k_cache, v_cache, out, lse, q_out, k_out, inv_freq;
   std::vector<int32_t> table, lens;
   vxl::PagedCache cache;
+  vxl::DType type = vxl::DType::f32;
+
+  double unit() const { return type == vxl::DType::bf16 ? kBf16 : 0.0; }
 
   float* entry(std::vector<float>& pages, int64_t b, int64_t i, int64_t head) {
     const int64_t page = table[b * max_pages + i / page_size];
@@ -112,8 +156,11 @@ Call random_call() {
   return c;
 }
 
+vxl::RowTensor tensor(void* x, int64_t rows, int64_t heads, int64_t dim) {
+  return {x, rows * heads * dim, heads * dim, dim};
+}
 vxl::RowTensor tensor(std::vector<float>& x, int64_t rows, int64_t heads, int64_t dim) {
-  return {x.data(), rows * heads * dim, heads * dim, dim};
+  return tensor(x.data(), rows, heads, dim);
 }
 
 template <typename Params>
@@ -125,6 +172,23 @@ void set_call(Params& p, Call& c) {
   p.v = tensor(c.v, c.rows, c.kv_heads, c.dim);
   p.cache = c.cache;
 }
+
+// The inputs of a call in its type. They point into the call.
+struct Inputs {
+  Stored q, k, v, k_cache, v_cache;
+
+  explicit Inputs(Call& c)
+      : q(c.type, c.q), k(c.type, c.k), v(c.type, c.v), k_cache(c.type, c.k_cache),
+        v_cache(c.type, c.v_cache) {}
+
+  void set(vxl::AttentionParams& p, Call& c) {
+    set_call(p, c);
+    p.dtype = c.type;
+    p.q.data = q.data(), p.k.data = k.data(), p.v.data = v.data();
+    p.cache.k = k_cache.data(), p.cache.v = v_cache.data();
+    p.scale = 1.0f / std::sqrt(float(c.dim));
+  }
+};
 
 int failures = 0;
 void expect_near(double actual, double expected, double tolerance, const char* what) {
@@ -179,11 +243,13 @@ void check_rope(Call& c, const vxl::ThreadPool& pool) {
 
 void check_attention(Call& c, const vxl::ThreadPool& pool) {
   vxl::AttentionParams p;
-  set_call(p, c);
-  p.out = tensor(c.out, c.rows, c.heads, c.dim);
+  Inputs inputs(c);
+  inputs.set(p, c);
+  Stored out(c.type, c.out);
+  p.out = tensor(out.data(), c.rows, c.heads, c.dim);
   p.lse = c.lse.data();
-  p.scale = 1.0f / std::sqrt(float(c.dim));
   vxl::attention_cpu(p, pool);
+  out.read_back();
   const ChunkGeometry& g = c.geometry;
   for (int sample = 0; sample < 12; ++sample) {  // a few rows only: the loops below are slow
     const int64_t b = pick(0, c.batch - 1), chunk = pick(0, g.chunks - 1);
@@ -191,7 +257,7 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
     const int64_t kv = h / (c.heads / c.kv_heads), row = g.row_of(chunk, r);
     const int64_t cached = c.lens[b] + chunk * g.vsts();
     const float* q = c.row(c.q, c.heads, b, row, h);
-    std::vector<double> scores, sum(c.dim, 0.0);
+    std::vector<double> scores, sum(c.dim, 0.0), mass(c.dim, 0.0);
     std::vector<const float*> values;
     for (int64_t i = 0; i < cached + r + 1; ++i) {
       const int64_t new_row = i < cached ? 0 : g.row_of(chunk, i - cached);
@@ -208,10 +274,15 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
     for (size_t i = 0; i < scores.size(); ++i) {
       const double w = std::exp(scores[i] - top);
       total += w;
-      for (int64_t d = 0; d < c.dim; ++d) sum[d] += w * values[i][d];
+      for (int64_t d = 0; d < c.dim; ++d) {
+        sum[d] += w * values[i][d];
+        mass[d] += w * std::abs(values[i][d]);
+      }
     }
     for (int64_t d = 0; d < c.dim; ++d) {
-      expect_near(c.row(c.out, c.heads, b, row, h)[d], sum[d] / total, 1e-5, "out");
+      // bf16 rounds the weights and the result.
+      const double tolerance = 1e-5 + 2 * c.unit() * mass[d] / total;
+      expect_near(c.row(c.out, c.heads, b, row, h)[d], sum[d] / total, tolerance, "out");
     }
     expect_near(c.lse[(b * c.heads + h) * c.rows + row], top + std::log(total), 1e-5, "lse");
   }
@@ -228,31 +299,36 @@ void check_backward(Call& c, const vxl::ThreadPool& pool) {
   std::vector<float> grad = normals(c.q.size()), grad_lse = normals(c.lse.size());
   std::vector<float> dq(c.q.size(), nan), dk(c.k.size(), nan), dv(c.v.size(), nan);
   std::vector<float> dk_cache(c.k_cache.size(), 0.0f), dv_cache = dk_cache;
+  if (c.type == vxl::DType::bf16) round_all(grad);
   vxl::AttentionBackwardParams p;
-  set_call(p.call, c);
-  p.call.out = tensor(c.out, c.rows, c.heads, c.dim);
+  Inputs inputs(c);
+  inputs.set(p.call, c);
+  Stored out(c.type, c.out), grad_out(c.type, grad), grad_q(c.type, dq), grad_k(c.type, dk);
+  Stored grad_v(c.type, dv), grad_k_cache(c.type, dk_cache), grad_v_cache(c.type, dv_cache);
+  p.call.out = tensor(out.data(), c.rows, c.heads, c.dim);
   p.call.lse = c.lse.data();
-  p.call.scale = 1.0f / std::sqrt(float(c.dim));
-  p.grad_out = tensor(grad, c.rows, c.heads, c.dim);
+  p.grad_out = tensor(grad_out.data(), c.rows, c.heads, c.dim);
   p.grad_lse = grad_lse.data();
-  p.grad_q = tensor(dq, c.rows, c.heads, c.dim);
-  p.grad_k = tensor(dk, c.rows, c.kv_heads, c.dim);
-  p.grad_v = tensor(dv, c.rows, c.kv_heads, c.dim);
-  p.grad_k_cache = dk_cache.data();
-  p.grad_v_cache = dv_cache.data();
+  p.grad_q = tensor(grad_q.data(), c.rows, c.heads, c.dim);
+  p.grad_k = tensor(grad_k.data(), c.rows, c.kv_heads, c.dim);
+  p.grad_v = tensor(grad_v.data(), c.rows, c.kv_heads, c.dim);
+  p.grad_k_cache = grad_k_cache.data();
+  p.grad_v_cache = grad_v_cache.data();
   for (int i = 0; i < 3; ++i) p.grad_cache_strides[i] = c.cache.k_strides[i];
   vxl::attention_backward_cpu(p, pool);
+  for (Stored* x : {&grad_q, &grad_k, &grad_v, &grad_k_cache, &grad_v_cache}) x->read_back();
 
   const int64_t group = c.heads / c.kv_heads;
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t seen = c.lens[b] + (c.geometry.chunks - 1) * c.geometry.vsts();
     for (int64_t kv = 0; kv < c.kv_heads; ++kv) {
-      std::vector<double> from_rows(c.dim, 0.0), from_keys(c.dim, 0.0);
+      std::vector<double> from_rows(c.dim, 0.0), from_keys(c.dim, 0.0), mass(c.dim, 0.0);
       double by_q = 0, by_k = 0, size = 1;
       for (int64_t r = 0; r < c.rows; ++r) {
         for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
           for (int64_t d = 0; d < c.dim; ++d) {
             from_rows[d] += c.row(grad, c.heads, b, r, h)[d];
+            mass[d] += std::abs(c.row(grad, c.heads, b, r, h)[d]);
             const double term =
                 double(c.row(c.q, c.heads, b, r, h)[d]) * c.row(dq, c.heads, b, r, h)[d];
             by_q += term;
@@ -263,6 +339,7 @@ void check_backward(Call& c, const vxl::ThreadPool& pool) {
       auto key = [&](const float* k, const float* k_grad, const float* v_grad) {
         for (int64_t d = 0; d < c.dim; ++d) {
           by_k += double(k[d]) * k_grad[d];
+          size += std::abs(double(k[d]) * k_grad[d]);
           from_keys[d] += v_grad[d];
         }
       };
@@ -275,9 +352,14 @@ void check_backward(Call& c, const vxl::ThreadPool& pool) {
       }
       const double rows = double(c.rows * group);
       for (int64_t d = 0; d < c.dim; ++d) {
-        expect_near(from_keys[d], from_rows[d], 4e-6 * (rows + 8), "sum of dV");
+        // bf16 rounds P and the result.
+        const double tolerance = 4e-6 * (rows + 8) + 2 * c.unit() * mass[d];
+        expect_near(from_keys[d], from_rows[d], tolerance, "sum of dV");
       }
-      expect_near(by_k, by_q, 2e-6 * size + 2e-6 * rows * double(c.dim), "<dK, K>");
+      // bf16 rounds dS, the result, and `out`, which dS subtracts.
+      const double tolerance =
+          2e-6 * size + 2e-6 * rows * double(c.dim) + 3 * c.unit() * (size + rows);
+      expect_near(by_k, by_q, tolerance, "<dK, K>");
     }
   }
 }
@@ -290,6 +372,10 @@ int main(int argc, char** argv) {
     Call c = random_call();
     const vxl::ThreadPool pool{1 + i % 3, run_threads};
     if (c.dim % 2 == 0) check_rope(c, pool);  // fills the entries that later chunks see
+    check_attention(c, pool);
+    check_backward(c, pool);
+    c.type = vxl::DType::bf16;
+    for (std::vector<float>* x : {&c.q, &c.k, &c.v, &c.k_cache, &c.v_cache}) round_all(*x);
     check_attention(c, pool);
     check_backward(c, pool);
   }
