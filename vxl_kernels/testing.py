@@ -7,9 +7,10 @@ allows, measured on the same inputs, not to a guessed constant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 
@@ -133,24 +134,25 @@ def _error(x: torch.Tensor, truth: torch.Tensor) -> float:
     return float("inf") if error.isnan().any() else float(error.max())
 
 
-def _operands(inputs: Inputs) -> torch.dtype | None:
-    """What a plain evaluation rounds the operands of its products to. Kernels multiply bfloat16 by
-    bfloat16 where a processor can, so they round the weights and the gradients of the scores."""
-    return torch.bfloat16 if inputs.q.dtype == torch.bfloat16 else None
+def _plain_attention(inputs: Inputs) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The plain reference in the inputs' precision. Kernels multiply bfloat16 by bfloat16 where a
+    processor can, so with bfloat16 it rounds the weights and the gradients of the scores."""
+    operands = torch.bfloat16 if inputs.q.dtype == torch.bfloat16 else None
+    return partial(reference.vst_attention, operands=operands)
 
 
 def check_attention(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Raises AssertionError unless out (and lse) are as near to the float64 truth of the same
     inputs as their precision allows: twice the error of the plain reference in that precision
-    (its weights rounded too if the inputs are bfloat16, see `_operands`), and a floor for where
-    that error is lucky. The floor is what float32 may cost: a few rounding
-    units of `sum p |v|` for the sums, half a unit of the scores for the weights (scores that count
-    are of the LSE's size), and the last rounding to the output's own type."""
+    (see `_plain_attention`), and a floor for where that error is lucky. The floor is what float32
+    may cost: a few rounding units of `sum p |v|` for the sums, half a unit of the scores for the
+    weights (scores that count are of the LSE's size), and the last rounding to the output's own
+    type."""
     exact = inputs.to(torch.float64)
     truth, truth_lse = reference.vst_attention(*exact.args())
     absolute = replace(exact, v=exact.v.abs(), v_cache=exact.v_cache.abs())
     mass, _ = reference.vst_attention(*absolute.args())
-    plain, plain_lse = reference.vst_attention(*inputs.args(), operands=_operands(inputs))
+    plain, plain_lse = _plain_attention(inputs)(*inputs.args())
     allowed = 2 * _error(plain, truth)
     if truth.numel():
         unit = torch.finfo(torch.float32).eps
@@ -172,7 +174,7 @@ def _reference_gradients(
     inputs: Inputs, grad_out: torch.Tensor, grad_lse: torch.Tensor
 ) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs.args()[:5]]
-    out, lse = reference.vst_attention(*leaves, *inputs.args()[5:], operands=_operands(inputs))
+    out, lse = _plain_attention(inputs)(*leaves, *inputs.args()[5:])
     grads = [grad_out.to(out.dtype), grad_lse.to(lse.dtype)]
     return list(torch.autograd.grad((out, lse), leaves, grads, materialize_grads=True))
 

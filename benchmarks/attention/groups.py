@@ -66,9 +66,9 @@ def geometry(options: argparse.Namespace) -> Geometry:
     return replace(g, page_size=GPU_PAGE_SIZE) if options.device == "cuda" else g
 
 
-def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
+def main_cases(options: argparse.Namespace, g: Geometry, dtype: str) -> list[Case]:
     layout = ChunkLayout(g.window, options.alpha, options.chunks, options.order)
-    common = (options.dtype, options.device)
+    common = (dtype, options.device)
     longest = g.caches[-1]
     caches = g.caches
     if options.cache:
@@ -92,7 +92,7 @@ def main_cases(options: argparse.Namespace, g: Geometry) -> list[Case]:
 
 def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
     groups = []
-    for case in main_cases(options, g):
+    for case in (case for dtype in options.dtype for case in main_cases(options, g, dtype)):
         if options.case is not None and case.name not in options.case:
             continue
         chosen = [
@@ -109,7 +109,7 @@ def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
             # "vxl" makes the same launches on a GPU
             chosen = [p for p in chosen if p.name != "triton"]
         batch = f", batch {case.batch}" if case.batch > 1 else ""
-        name = f"{case.name}, cache {case.cache_len}{batch}"
+        name = f"{case.name}, {case.dtype_name}, cache {case.cache_len}{batch}"
         if chosen:
             groups.append(Group(name, [Competitor(p.name, p, case) for p in chosen]))
     ours = options.provider is None or "vxl" in options.provider
@@ -123,7 +123,7 @@ def make_groups(options: argparse.Namespace, g: Geometry) -> list[Group]:
 
 def more_competitors(name: str, options: argparse.Namespace, g: Geometry) -> list[Competitor]:
     layout = ChunkLayout(g.window, options.alpha, 1, options.order)
-    case = Case(name, g, g.caches[1], 1, options.dtype, options.device, layout=layout)
+    case = Case(name, g, g.caches[1], 1, options.dtype[0], options.device, layout=layout)
     vxl = PROVIDERS["vxl"]
     if name == "rope_append":
         return [Competitor("vxl", ROPE_APPEND, case)]

@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import vxl_kernels
+from benchmarks.common.cases import DTYPES
 from benchmarks.common.timing import Clock
 
 __all__ = ["Ceilings", "describe", "git_state"]
@@ -77,15 +78,18 @@ def describe(device: str) -> list[tuple[str, str]]:
     return lines
 
 
+Product = tuple[int, Callable[[], object]]  # FLOPs of a call, and the call
+
+
 class Ceilings:
     """The rates that the machine reaches: matrix product in FLOP/s, read and copy in bytes/s.
 
-    On a CPU the matrix product is sgemm for every dtype, as storage of 16 bits is computed
-    in float32. MKL's own is slow on some CPUs, so oneDNN's with a prepacked weight runs too
-    and the better one is the ceiling. On a GPU it is torch.mm of the dtype.
+    On a CPU the matrix product is torch's, of bf16 for bf16 and of float32 for the other dtypes,
+    and oneDNN's with a prepacked weight, as MKL's own is slow on some CPUs. The better one is the
+    ceiling. On a GPU it is torch.mm of the dtype.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype, small: bool) -> None:
+    def __init__(self, device: str, dtypes: Sequence[str], small: bool) -> None:
         self._readings: dict[str, list[float]] = {}
         least = 16 * _MIB if small else 256 * _MIB
         size = least if small else max(least, min(2048 * _MIB, 8 * _last_level_bytes()))
@@ -93,24 +97,28 @@ class Ceilings:
         self.buffer = torch.ones(size // 4, device=device)
         self._copy = torch.empty_like(self.buffer)
         self._clock = Clock(device, torch.empty(0, device=device))
-        self._products = _cuda_products(dtype, small) if device == "cuda" else _cpu_products(small)
+        make = _cuda_products if device == "cuda" else _cpu_products
+        self._products = {name: make(name, small) for name in dtypes}
 
     def read(self) -> None:
         """Measures every ceiling once more."""
-        for name, (flops, call) in self._products.items():
+        for name, (flops, call) in self._each_product().items():
             self._add(name, flops / self._best(call))
         buffer, copy = self.buffer, self._copy
         size = buffer.numel() * buffer.element_size()
         self._add("read", size / self._best(buffer.sum))
         self._add("copy", 2 * size / self._best(lambda: copy.copy_(buffer)))
 
-    def sample(self, kind: str) -> float:
-        """Measures "read", "copy" or "product" (the better library so far) once, between repeats of
-        a case; returns its rate."""
+    def _each_product(self) -> dict[str, Product]:
+        return {name: p for products in self._products.values() for name, p in products.items()}
+
+    def sample(self, kind: str, dtype: str) -> float:
+        """Measures "read", "copy" or "product" (of the dtype, the better library so far) once,
+        between repeats of a case; returns its rate."""
         size = self.buffer.numel() * self.buffer.element_size()
         if kind == "product":
-            name = self.product_name
-            flops, call = self._products[name]
+            name = self.product_name(dtype)
+            flops, call = self._products[dtype][name]
             rate = flops / self._clock.seconds(call)
         elif kind == "read":
             name, rate = kind, size / self._clock.seconds(self.buffer.sum)
@@ -131,13 +139,8 @@ class Ceilings:
     def median(self, name: str) -> float:
         return statistics.median(self._readings[name])
 
-    @property
-    def product_name(self) -> str:
-        return max(self._products, key=self.median)
-
-    @property
-    def product(self) -> float:
-        return self.median(self.product_name)
+    def product_name(self, dtype: str) -> str:
+        return max(self._products[dtype], key=self.median)
 
     def describe(self) -> list[tuple[str, str]]:
         def text(name: str, unit: str) -> str:
@@ -147,38 +150,39 @@ class Ceilings:
             return f"{name} {middle:.0f} {unit} ({low:.0f} to {high:.0f})"
 
         count = sum(len(values) for values in self._readings.values())
-        products = "; ".join(text(name, "GFLOP/s") for name in self._products)
+        products = "; ".join(text(name, "GFLOP/s") for name in self._each_product())
+        best = ", ".join(dict.fromkeys(self.product_name(dtype) for dtype in self._products))
         memory = "; ".join(text(name, "GB/s") for name in ("read", "copy"))
         return [
-            ("matmul", f"{products}; 100 % is {self.product_name}"),
+            ("matmul", f"{products}; 100 % is {best}"),
             ("memory", f"{memory}; copy counts bytes read and written"),
             ("", f"medians (range) of {count} readings; a case counts those between its repeats"),
         ]
 
 
-def _cpu_products(small: bool) -> dict[str, tuple[int, Callable[[], object]]]:
+def _cpu_products(dtype_name: str, small: bool) -> dict[str, Product]:
     n = 256 if small else 2048  # 4096 measures 2 % less for MKL and takes 8 times as long
-    a, b, out = torch.ones(n, n), torch.ones(n, n), torch.empty(n, n)
-    products: dict[str, tuple[int, Callable[[], object]]] = {
-        f"sgemm {n}": (2 * n**3, partial(torch.mm, a, b, out=out))
-    }
+    bf16 = dtype_name == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, b, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
+    name = f"bf16 mm {n}" if bf16 else f"sgemm {n}"
+    products: dict[str, Product] = {name: (2 * n**3, partial(torch.mm, x, b, out=out))}
     try:
-        x = torch.ones(n, n)
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(n, n), n)
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, n)
         linear = torch.ops.mkldnn._linear_pointwise
 
         def call() -> object:
             return linear(x, packed, None, "none", [], "")
 
         call()
-        products[f"oneDNN prepacked {n}"] = (2 * n**3, call)
+        products[f"oneDNN prepacked {'bf16 ' if bf16 else ''}{n}"] = (2 * n**3, call)
     except (AttributeError, RuntimeError, NotImplementedError):
         pass  # a build of torch without oneDNN
     return products
 
 
-def _cuda_products(dtype: torch.dtype, small: bool) -> dict[str, tuple[int, Callable[[], object]]]:
+def _cuda_products(dtype_name: str, small: bool) -> dict[str, Product]:
     n = 256 if small else 8192
-    a = torch.randn(n, n, device="cuda", dtype=dtype)
+    a = torch.randn(n, n, device="cuda", dtype=DTYPES[dtype_name])
     out = torch.empty_like(a)
-    return {f"mm {n}": (2 * n**3, lambda: torch.mm(a, a, out=out))}
+    return {f"{dtype_name} mm {n}": (2 * n**3, lambda: torch.mm(a, a, out=out))}

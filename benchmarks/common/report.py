@@ -132,7 +132,7 @@ def table(results: Sequence[Result]) -> str:
     # Only runs on a GPU have the last column.
     width = len(_HEADER) - all(r.host_ms is None for r in results)
     for r in results:
-        key = (r.case, r.cache_len, r.batch)
+        key = (r.case, r.cache_len, r.batch, r.dtype)
         if group is not None and key != group:
             lines.append([""] * width)
         group = key
@@ -208,6 +208,7 @@ _STYLES = {
     "flex": ("#3a7d44", "P", "-", 1.5),
     "flash_attn": ("#7b2cbf", "X", "-", 1.5),
     "flashinfer": ("#b07d12", "*", "-", 1.5),
+    "vllm": ("#f77f00", "<", "-", 1.5),
     "published": ("#6c757d", "d", "--", 1.5),
 }
 

@@ -21,6 +21,7 @@ from benchmarks.common.cases import Case, Inputs, Paged
 from benchmarks.common.run import Run
 from benchmarks.peers.gpu import flash_attn, flashinfer
 from benchmarks.peers.upstream import published
+from benchmarks.peers.vllm_cpu import vllm_cpu, vllm_unsupported
 
 __all__ = ["BACKWARD", "PROVIDERS", "ROPE_APPEND", "Provider"]
 
@@ -247,6 +248,7 @@ _ALL = (
     Provider("sdpa_gqa", lambda x: _sdpa(x, "none", enable_gqa=True), ("decode",)),
     Provider("sdpa_packed", _sdpa_packed, ("decode",)),
     Provider("flex", _flex, only_if_asked=True),
+    Provider("vllm", lambda x: Run(*vllm_cpu(x)), devices=("cpu",), unsupported=vllm_unsupported),
     Provider(
         "flash_attn",
         lambda x: Run(*flash_attn(x)),

@@ -70,6 +70,7 @@ CpuKernels with_bf16(const Bf16Kernels& x) {
   k.name = x.name;
   k.prefill_task[static_cast<int>(DType::bf16)] = x.prefill_task;
   k.backward_task[static_cast<int>(DType::bf16)] = x.backward_task;
+  k.decode_rows[static_cast<int>(DType::bf16)] = x.decode_rows;
   return k;
 }
 
@@ -164,7 +165,7 @@ const char* cpu_isa() { return kernels().name; }
 void attention_cpu(const AttentionParams& p, const ThreadPool& pool) {
   const CpuKernels& k = kernels();
   const int type = static_cast<int>(p.dtype);
-  const AttentionPlan plan = plan_attention(p, k.lanes, pool.threads);
+  const AttentionPlan plan = plan_attention(p, k.lanes, k.decode_rows[type], pool.threads);
   thread_local Arena arena;  // bounded: a row has at most 64 splits, whatever the cache length
   float* workspace = plan.workspace_floats > 0 ? arena.floats(plan.workspace_floats) : nullptr;
   each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t task, float* scratch) {

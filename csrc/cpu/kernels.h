@@ -46,7 +46,8 @@ struct CpuKernels {
   void (*sum_cache[3])(const AttentionBackwardParams&, const BackwardPlan&, int64_t kv_head,
                        float* scratch, const float* workspace);
   void (*rope_task[3])(const RopeParams&, int64_t task, float* scratch);
-  int64_t rope_rows;  // rows of a rope task
+  int64_t rope_rows;       // rows of a rope task
+  int64_t decode_rows[3];  // see plan_attention; by DType
 };
 
 // Kernels for bf16 that an instruction set adds to those of AVX-512.
@@ -54,6 +55,7 @@ struct Bf16Kernels {
   const char* name;
   AttentionTask prefill_task;
   BackwardTask backward_task;
+  int64_t decode_rows;
 };
 
 }  // namespace vxl

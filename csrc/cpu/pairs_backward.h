@@ -25,7 +25,7 @@ VXL_NOINLINE void softmax_backward_pairs(const float* s, float* dp, int64_t keys
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         const int64_t at = ((key + i) * NV + j) * kLanes, to = (key + i) * stride + j * kLanes / 2;
-        const Vec p = exp2v(load(s + at) * splat(factor) - row_lse[j]);
+        const Vec p = exp2_reduced(load(s + at) * splat(factor) - row_lse[j]);
         ds[i] = p * (load(dp + at) * splat(scale) - row_delta[j]);
         store_rounded(p_rows + to, p);
         store_rounded(ds_rows + to, ds[i]);

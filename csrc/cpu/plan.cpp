@@ -18,13 +18,14 @@ constexpr int64_t kDecodeSplit = 512, kTileSplit = 4096;
 
 }  // namespace
 
-AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads) {
+AttentionPlan plan_attention(const AttentionParams& p, int lanes, int64_t decode_rows,
+                             int threads) {
   AttentionPlan plan;
   const ChunkGeometry& g = p.geometry;
   plan.group = p.heads / p.kv_heads;
   const int64_t rows = g.chunk_rows();
   const int64_t dims = round_up(p.head_dim, 32);  // AMX works on 32 values at a time
-  plan.decode = g.ratio == 0 && rows * plan.group <= AttentionPlan::kDecodeRows;
+  plan.decode = g.ratio == 0 && rows * plan.group <= decode_rows;
 
   const bool few_rows = g.ratio == 0 && rows * plan.group <= kMaxLanes;
   plan.split_unit = plan.decode ? kDecodeSplit : few_rows ? kTileSplit : 0;

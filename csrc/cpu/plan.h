@@ -26,7 +26,7 @@ struct AttentionPlan {
   // Splits depend only on the length of the sequence itself. So neither other sequences of the
   // batch nor the number of threads change a bit of its result.
   static constexpr int64_t kMaxSplits = 64;
-  // A KV head with at most this many query rows is served by the decode kernel.
+  // The decode kernel serves at most this many query rows of a KV head.
   static constexpr int64_t kDecodeRows = 32;
   static constexpr int64_t kSplitAlign = 128;
   VXL_ALWAYS_INLINE int64_t split_length(int64_t keys) const {
@@ -41,8 +41,10 @@ struct AttentionPlan {
   }
 };
 
-// lanes: floats in a SIMD vector. threads: affects the tile sizes, but no bit of the result.
-AttentionPlan plan_attention(const AttentionParams& p, int lanes, int threads);
+// lanes: floats in a SIMD vector. decode_rows: with more query rows of a KV head, tiles are faster
+// than the decode kernel. threads: affects the tile sizes, but no bit of the result.
+AttentionPlan plan_attention(const AttentionParams& p, int lanes, int64_t decode_rows,
+                             int threads);
 
 // How the backward pass of one call is cut into tasks. A task walks some tiles of some chunks, for
 // one KV head of one sequence. It adds up the gradients of K and V in its own workspace, and the
