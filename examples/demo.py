@@ -123,7 +123,7 @@ def ask_needles(device: str, frames: int = 4 * TRAINED_FRAMES, seed: int = 0) ->
     }
 
 
-class Stopwatch:
+class ModuleTimer:
     """Seconds spent in modules, per label."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ def run_demo(
     """Runs the demonstration and returns what `print_demo` prints. Seconds are wall-clock. Decoding
     runs in its own thread, so the parts may add up to more than the whole."""
     whole = time.perf_counter()
-    timer = Stopwatch()
+    timer = ModuleTimer()
     with tempfile.TemporaryDirectory(prefix="vxl-demo-") as folder:
         with timer.around("make the clip"):
             clip = write_demo_clip(Path(folder) / "demo.mp4")

@@ -56,7 +56,7 @@ class Inputs:
         printer.text(repr(self))
 
     def args(self) -> tuple:
-        """Positional arguments of `vst_attention`; of `rope_append` with inv_freq behind."""
+        """Positional arguments of `vst_attention`. `rope_append` takes inv_freq after them."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def clone(self) -> Inputs:
@@ -179,12 +179,21 @@ def _reference_gradients(
     return list(torch.autograd.grad((out, lse), leaves, grads, materialize_grads=True))
 
 
+def _of_kv_heads(x: torch.Tensor, group: int) -> torch.Tensor:
+    """`(keys, heads, head_dim)` summed over the query heads of each KV head."""
+    return x.unflatten(1, (-1, group)).sum(2)
+
+
+def _largest(x: torch.Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
 def _gradient_masses(
     inputs: Inputs, grad_out: torch.Tensor, grad_lse: torch.Tensor
 ) -> tuple[list[float], list[float], float]:
-    """What bounds rounding in the gradients of q, k and v (and so of the caches), in float64:
-    the largest sums of absolute terms; the same of what `sum dO . out` alone adds; and the
-    largest sum of |q| |k| behind a score."""
+    """Bounds of rounding in the gradients of q, k and v (and so of the caches), in float64: the
+    largest sums of absolute terms, the same for the terms of `sum dO . out` alone, and the largest
+    sum of |q| |k| of a score."""
     x, group = inputs.to(torch.float64), inputs.q.shape[2] // inputs.k.shape[2]
     scale = x.q.shape[3] ** -0.5
     masses, delta_masses, score = [0.0] * 3, [0.0] * 3, 0.0
@@ -205,18 +214,17 @@ def _gradient_masses(
         signed_values = torch.cat([x.v_cache[at], x.v[b]]).repeat_interleave(group, dim=1)
         out = torch.einsum("hrk,khd->rhd", p, signed_values)
         delta = p * (grad * out.abs()).sum(-1).T[..., None]
-        for found, weights in ((masses, ds), (delta_masses, delta)):
-            sums = (
-                torch.einsum("hrk,khd->rhd", weights, keys) * scale,
-                torch.einsum("hrk,rhd->khd", weights, q) * scale,
-                torch.einsum("hrk,rhd->khd", p, grad) * (weights is ds),
-            )
-            for i, total in enumerate(sums):
-                if i:  # the heads of one KV head add up
-                    total = total.unflatten(1, (-1, group)).sum(2)
-                found[i] = max(found[i], float(total.max()) if total.numel() else 0.0)
+        q_mass = torch.einsum("hrk,khd->rhd", ds, keys) * scale
+        k_mass = torch.einsum("hrk,rhd->khd", ds, q) * scale
+        v_mass = torch.einsum("hrk,rhd->khd", p, grad)
+        q_delta = torch.einsum("hrk,khd->rhd", delta, keys) * scale
+        k_delta = torch.einsum("hrk,rhd->khd", delta, q) * scale
+        found = q_mass, _of_kv_heads(k_mass, group), _of_kv_heads(v_mass, group)
+        masses = [max(old, _largest(x)) for old, x in zip(masses, found, strict=True)]
+        found = q_delta, _of_kv_heads(k_delta, group), torch.zeros(0)  # V has no delta
+        delta_masses = [max(old, _largest(x)) for old, x in zip(delta_masses, found, strict=True)]
         products = torch.einsum("rhd,khd->hrk", q, keys) * scale
-        score = max(score, float(products.masked_fill(~mask, 0).max()) if p.numel() else 0.0)
+        score = max(score, _largest(products.masked_fill(~mask, 0)))
     return masses, delta_masses, score
 
 

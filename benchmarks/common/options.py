@@ -30,9 +30,9 @@ def check_output_options(
     Args:
         nothing_to_draw: why `--plot` would find nothing; empty if it will.
     """
-    chosen = [getattr(options, name, None) for name in ("json", "plot")]
-    if chosen[0] is not None and chosen[1] is not None and _same_file(*chosen):
-        parser.error(f"--plot: got {chosen[1]}, which --json names too")
+    json, plot = (getattr(options, name, None) for name in ("json", "plot"))
+    if json is not None and plot is not None and _same_file(json, plot):
+        parser.error(f"--plot: got {plot}, which --json names too")
     for name in ("json", "plot"):
         path = getattr(options, name, None)
         if path is None:
