@@ -84,13 +84,17 @@ class VideoXLConfig(TextConfig):
         beacon_window: raw visual tokens of a window, `beacon_stride` the same.
         beacon_ratio: raw tokens per VST. Of several, one is drawn for each window.
         head_dim: dimensions of an attention head, by default `hidden_size / heads`.
-        vision_config: the tower's shape as CLIP names it; None without a tower.
+        vision_config: the tower's shape, a `CLIPVisionConfig` or its keys. None without a tower.
+            A tower that `mm_vision_tower` names and whose shape is known needs no such key.
 
     Raises:
         ValueError: a key has a value that means another model than the one computed here.
     """
 
     model_type = "llava_qwen"
+    sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012
+    # What an output holds beside numbers: HF's Trainer gathers the rest from all processes.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "memory"]  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012  (the VST projections are cut as the others)
         **TENSOR_PARALLEL_PLAN,
         "layers.*.self_attn.beacon_q_proj": "colwise",
@@ -111,9 +115,11 @@ class VideoXLConfig(TextConfig):
     mm_vision_tower: str | None = None
     mm_hidden_size: int | None = None
     mm_vision_select_layer: int = -2
-    vision_config: dict | None = None
+    vision_config: dict | CLIPVisionConfig | None = None
 
     def __post_init__(self, **kwargs):
+        self._vision_source: dict[str, Any] | None = None
+        self.vision_config = self._tower_config(self.vision_config)
         super().__post_init__(**kwargs)
         if not self.head_dim:
             self.head_dim = self._default_head_dim
@@ -155,14 +161,22 @@ class VideoXLConfig(TextConfig):
         """
         if self.mm_vision_tower is None:
             return None
-        shape = self.vision_config or _known_tower(self.mm_vision_tower)
-        if shape is None:
+        if self.vision_config is None:
             raise ValueError(
                 f"mm_vision_tower: got {self.mm_vision_tower!r}, whose shape is unknown; expected "
                 f"{VISION_FILE} beside config.json, a folder with CLIP's config.json, or one of "
                 f"{sorted(_KNOWN_TOWERS)}"
             )
-        return CLIPVisionConfig(**{k: v for k, v in shape.items() if k != "model_type"})
+        return self.vision_config
+
+    def _tower_config(self, given: Any) -> CLIPVisionConfig | None:
+        """The tower's configuration from an object, keys, or the tower's name. The keys are kept
+        in `_vision_source` as they were given."""
+        if self.mm_vision_tower is None or isinstance(given, CLIPVisionConfig):
+            return given if isinstance(given, CLIPVisionConfig) else None
+        self._vision_source = given or None
+        shape = given or _known_tower(self.mm_vision_tower)
+        return None if shape is None else _clip_config(shape)
 
     # -- reading and writing the published layout ---------------------------------------
 
@@ -186,7 +200,6 @@ class VideoXLConfig(TextConfig):
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         fresh = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
-        fresh.vision_config = config.vision_config
         # transformers changes some values when it reads them. A file that says
         # `"use_sliding_window": false, "sliding_window": 131072` gives a configuration with
         # `sliding_window` None, and writing None would change a file that was not edited. So each
@@ -224,17 +237,39 @@ class VideoXLConfig(TextConfig):
             result[key] = source[0] if source is not None and value == source[1] else value
         return dict(sorted(result.items()))
 
+    def published_vision(self) -> dict[str, Any] | None:
+        """The contents of `vision_config.json`. None if there is no tower, or if the tower's name
+        tells its shape."""
+        if self.vision_config is None:
+            return None
+        source = self._vision_source
+        if source is None:
+            known = _known_tower(self.mm_vision_tower or "")
+            if known is not None and _clip_config(known).to_dict() == self.vision_config.to_dict():
+                return None
+            shape = self.vision_config.to_diff_dict()
+            return {k: v for k, v in shape.items() if k != "transformers_version"}
+        made, now = (x.to_dict() for x in (_clip_config(source), self.vision_config))
+        changed = {k: v for k, v in now.items() if k in made and v != made[k]}
+        return {**source, **changed}
+
     def to_dict(self) -> dict[str, Any]:
         result = super().to_dict()
-        result.pop("_source", None)
+        for name in ("_source", "_vision_source"):
+            result.pop(name, None)
         return result
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         (folder / "config.json").write_text(json.dumps(self.published(), indent=1) + "\n")
-        if self.vision_config is not None:
-            (folder / VISION_FILE).write_text(json.dumps(self.vision_config, indent=1) + "\n")
+        vision = self.published_vision()
+        if vision is not None:
+            (folder / VISION_FILE).write_text(json.dumps(vision, indent=1) + "\n")
+
+
+def _clip_config(shape: dict[str, Any]) -> CLIPVisionConfig:
+    return CLIPVisionConfig(**{k: v for k, v in shape.items() if k != "model_type"})
 
 
 def _known_tower(name: str) -> dict[str, Any] | None:
