@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
+from .auto_class import AUTO_MODULE, write_auto_file
 from .decoder.layers import VideoXLModel
 from .decoder.placement import local
 from .decoder.projections import is_plain, linear_map
@@ -92,6 +93,30 @@ class CheckpointMixin:
             model.ratio = ratio
         model.loading_info = info
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes a folder that can be used alone: weights and configuration as transformers
+        does, and the processor, if the model has one or came from a checkpoint with one."""
+        entry = type(self).class_auto_map()  # type: ignore[attr-defined]
+        if entry:
+            entry |= {"AutoConfig": f"{AUTO_MODULE}.{type(self.config).__name__}"}  # type: ignore[attr-defined]
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **entry}  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        if not is_main_process:
+            return
+        if entry:
+            write_auto_file(save_directory)
+        processor = self._processor_to_save()
+        if processor is not None:
+            processor.save_pretrained(save_directory)
+
+    def _processor_to_save(self) -> Any:
+        try:
+            return self.processor  # type: ignore[attr-defined]
+        except (OSError, ValueError):  # made without a checkpoint, or that is gone
+            return None
 
 
 def _name_damaged_file(path: str | os.PathLike[str], error: Exception) -> None:

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation import (
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .decoder.layers import refuse_attentions
 from .errors import fail
 from .inputs.arguments import IMAGE_TOKEN
 from .streaming.batch import StreamBatch
@@ -21,8 +26,10 @@ from .streaming.memory import VideoMemory
 __all__ = ["VideoXLGenerationMixin", "VideoXLOutput", "given_cache"]
 
 _PREFILL_ONLY = (
+    "position_ids",
     "visual_features",
     "pixel_values",
+    "pixel_values_videos",
     "image_sizes",
     "ratio",
     "memory",
@@ -56,15 +63,19 @@ class VideoXLOutput(ModelOutput):
 
     Attributes:
         loss: mean cross entropy over supervised tokens, if labels were given.
-        logits: `(batch, suffix, vocabulary)` of the last columns of input_ids, from the first
-            suffix of the batch on. 0 in columns outside a row's own suffix.
+        logits: `(batch, columns, vocabulary)` of the last columns of input_ids: from the first
+            suffix of the batch on, all of them for text alone and with `num_items_in_batch`. 0
+            for padding, and where a row's logits were not computed.
         memory: the sequences with their suffixes, None after a pass with gradients. HF's
             `past_key_values` and `cache`, as attributes and as keys, are its `batch`.
+        hidden_states: of the embeddings, each layer but the last, and the last norm, `(batch,
+            columns, hidden)` each, in the columns of the logits. Only if they were asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memory: VideoMemory | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
     @property
     def cache(self) -> StreamBatch | None:
@@ -87,11 +98,18 @@ class VideoXLOutput(ModelOutput):
 def _known_ids(input_ids: Tensor) -> Tensor:
     """The ids with another id of the same row in place of -200, since processors look ids up."""
     image = input_ids == IMAGE_TOKEN
+    if not input_ids.shape[1] or not bool(image.any()):
+        return input_ids
     known = input_ids.masked_fill(image, 0).amax(dim=1, keepdim=True)
     return torch.where(image, known, input_ids)
 
 
 class _Processors(LogitsProcessorList):
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return super().__call__(_known_ids(input_ids), scores, **kwargs)
+
+
+class _Criteria(StoppingCriteriaList):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return super().__call__(_known_ids(input_ids), scores, **kwargs)
 
@@ -121,10 +139,11 @@ class VideoXLGenerationMixin(GenerationMixin):
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """HF's `generate` on `input_ids (batch, tokens)` with `visual_features`, `pixel_values`
         and `image_sizes` as `forward` takes them, or with the `memory` of a video that was
-        watched and the `input_ids` of what comes after it.
+        watched and the `input_ids` of what comes after it. `inputs_embeds` may take the place
+        of text alone and of text after a memory.
 
         Returns:
-            The given ids followed by the new ones.
+            The given ids followed by the new ones. After `inputs_embeds` the new ids only.
         """
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _Streamer(kwargs["streamer"])
@@ -132,7 +151,12 @@ class VideoXLGenerationMixin(GenerationMixin):
             if kwargs.get(name) is not None:
                 fail(name, f"a {type(kwargs[name]).__name__}", "memory=")
         if kwargs.get("inputs_embeds") is not None:
-            fail("inputs_embeds", "a tensor", "input_ids")
+            for name in ("visual_features", "pixel_values", "pixel_values_videos"):
+                if kwargs.get(name) is not None:
+                    fail("inputs_embeds", f"{name} too", f"input_ids with {IMAGE_TOKEN}")
+        given = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        wanted = kwargs.get("output_attentions", getattr(given, "output_attentions", None))
+        refuse_attentions(wanted, self.config)
         return super().generate(inputs, *args, **kwargs)
 
     def _validate_generation_mode(
@@ -152,6 +176,9 @@ class VideoXLGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         return _Processors(super()._get_logits_processor(*args, **kwargs))
 
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        return _Criteria(super()._get_stopping_criteria(*args, **kwargs))
+
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the first pass makes the cache."""
 
@@ -167,9 +194,9 @@ class VideoXLGenerationMixin(GenerationMixin):
         if expand_size > 1:
             model_kwargs["expand_size"] = expand_size
             input_ids = input_ids.repeat_interleave(expand_size, dim=0)
-            mask = model_kwargs.get("attention_mask")
-            if mask is not None:
-                model_kwargs["attention_mask"] = mask.repeat_interleave(expand_size, dim=0)
+            for name in ("attention_mask", "position_ids", "inputs_embeds"):
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = model_kwargs[name].repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs
 
     def prepare_inputs_for_generation(
@@ -179,16 +206,23 @@ class VideoXLGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
         cache: StreamBatch | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         device = self.device
         cache = given_cache(past_key_values, cache)
+        more = {} if output_hidden_states is None else {"output_hidden_states": True}
         if cache is not None:
-            return {"input_ids": input_ids[:, -1:].to(device), "cache": cache}
+            return {"input_ids": input_ids[:, -1:].to(device), "cache": cache, **more}
         first = {name: kwargs[name] for name in _PREFILL_ONLY if kwargs.get(name) is not None}
+        text = {"input_ids": input_ids.to(device)}
+        if inputs_embeds is not None:
+            text = {"inputs_embeds": inputs_embeds.to(device)}
         return {
-            "input_ids": input_ids.to(device),
+            **text,
             "attention_mask": attention_mask,
             "logits_to_keep": logits_to_keep,
             **first,
+            **more,
         }

@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from . import training_forward as training
 from .checkpoint import CheckpointMixin
 from .decoder.configuration import VideoXLConfig
-from .decoder.layers import VideoXLModel, VideoXLPreTrainedModel
+from .decoder.layers import VideoXLModel, VideoXLPreTrainedModel, refuse_attentions
+from .decoder.rows import check_positions
 from .decoder.vision_tower import encode_frames
 from .errors import fail
 from .generation import VideoXLGenerationMixin, VideoXLOutput, given_cache
 from .inputs.arguments import (
+    IMAGE_TOKEN,
     TextRow,
     VisualSource,
+    embedded_rows,
     given_one,
+    joined_pixels,
     prefix_row,
     refuse_mismatch,
     text_rows,
@@ -136,16 +140,21 @@ class VideoXLForConditionalGeneration(
         ratio: Ratio | Sequence[WindowRatios | None] = None,
         memory: VideoMemory | None = None,
         *,
+        pixel_values_videos: Tensor | list[Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         past_key_values: StreamBatch | None = None,
         cache: StreamBatch | None = None,
         logits_to_keep: int | None = None,
         expand_size: int = 1,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         loss_only: bool = False,
         num_items_in_batch: Tensor | float | None = None,
-    ) -> VideoXLOutput:
+    ) -> VideoXLOutput | tuple[Any, ...]:
         """Logits of the text after a video.
 
         Args:
@@ -155,6 +164,8 @@ class VideoXLForConditionalGeneration(
                 hidden)` for videos of different lengths, None for a row without one.
             pixel_values: `(frames, 3, size, size)` of one video, or a list of one such tensor for
                 each row, None for a row without a video.
+            pixel_values_videos: another name of `pixel_values`, that of a processor's videos. A
+                row has the one or the other.
             image_sizes: `(width, height)` of an image in tiles, None for a video; for each row.
             labels: as input_ids, -100 where nothing is supervised. The first suffix token is
                 predicted by the last raw visual row.
@@ -164,27 +175,42 @@ class VideoXLForConditionalGeneration(
             memory: a video watched before; input_ids then holds only what comes after it. The
                 memory stays as it is.
             attention_mask: 0 for padding at either end of a row.
+            position_ids: only checked: they have to count up by one through each row.
+            inputs_embeds: `(batch, tokens, hidden)` in place of `input_ids`, for text alone or
+                after a `memory`.
             logits_to_keep: how many of the last rows to return logits of; by default all of the
                 suffix.
             past_key_values, cache: two names of one argument, the sequences that input_ids
-                `(batch, 1)` continue. For HF's `generate`, as are expand_size, use_cache and
-                return_dict.
+                `(batch, 1)` continue. For HF's `generate`, as are expand_size and use_cache.
+            output_hidden_states: return also the hidden states of every layer, in the columns
+                that the logits have: those of the text rows.
+            return_dict: False for a tuple of what is not None.
             loss_only: with labels, no logits: those of unsupervised tokens are never made.
             num_items_in_batch: for HF's `Trainer`: tokens that the loss is divided by, where
-                this batch is a part of a larger one.
+                this batch is a part of a larger one. The logits are then those of all columns of
+                input_ids, where the logits of a column predict the token of the next one: those
+                of the -200 come from the last raw visual row.
 
-        With labels, in training mode, or for visual features that require a gradient, all rows
-        go through each layer at once and the result is differentiable. Otherwise nothing is.
+        With labels, in training mode, or for features or embeddings that require a gradient,
+        all rows go through each layer at once and the result is differentiable. Otherwise
+        nothing is. `num_items_in_batch` without labels is such a pass too, for a loss that the
+        caller computes.
 
         Raises:
             ValueError: an argument does not fit. It is raised before anything is computed.
         """
+        refuse_attentions(output_attentions, self.config)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        wanted = output_hidden_states
+        wanted = bool(self.config.output_hidden_states if wanted is None else wanted)
         cache = given_cache(past_key_values, cache)
         if cache is not None:
-            return self.decode_step(cast("Tensor", input_ids), cache)
-        if isinstance(input_ids, Tensor):
-            input_ids = input_ids.to(self.device)
-        rows = text_rows(input_ids, attention_mask, self.config.vocab_size)[::expand_size]
+            text = input_ids if inputs_embeds is None else inputs_embeds
+            out = self.decode_step(cast("Tensor", text), cache, wanted)
+            return out if as_dict else out.to_tuple()
+        rows, columns = self._text_rows(input_ids, inputs_embeds, attention_mask, position_ids)
+        rows = rows[::expand_size]
+        pixel_values = joined_pixels(pixel_values, pixel_values_videos)
         visual = self._visual_encoder()
         sources = visual_sources(
             visual_features,
@@ -194,34 +220,75 @@ class VideoXLForConditionalGeneration(
             visual.hidden_size,
             visual.image_size,
         )
+        if inputs_embeds is not None and sources is not None:
+            fail("inputs_embeds", "visual input too", f"input_ids with {IMAGE_TOKEN}")
         refuse_mismatch(rows, sources, memory is not None)
         if memory is not None and memory.model is not self:
             fail("memory", "the memory of another model", "one that this model made")
-        assert input_ids is not None
-        if labels is None and not self._wants_gradient(sources):
-            columns = input_ids.shape[1]
-            return self.prefill(rows, sources, memory, ratio, columns, logits_to_keep, expand_size)
+        of_caller = num_items_in_batch is not None and memory is None
+        if labels is None and not of_caller and not self._wants_gradient(rows, sources):
+            out = self.prefill(
+                rows, sources, memory, ratio, columns, logits_to_keep, expand_size, wanted
+            )
+            return out if as_dict else out.to_tuple()
         if memory is not None:
             fail("memory", "a memory together with labels or training", "the video itself")
         if loss_only and labels is None:
             fail("loss_only", "True without labels", "labels")
-        return self.training_forward(
-            input_ids, rows, sources, labels, ratio, loss_only, num_items_in_batch
+        if labels is not None:
+            given = cast("Tensor", input_ids if inputs_embeds is None else inputs_embeds)
+            labels = labels.to(given.device)
+            training.check_labels(labels, given, self.config.vocab_size)
+        out = self.training_forward(
+            rows, columns, sources, labels, ratio, loss_only, num_items_in_batch, wanted
         )
+        if logits_to_keep and out.logits is not None:
+            out.logits = out.logits[:, -logits_to_keep:]
+        return out if as_dict else out.to_tuple()
 
-    def _wants_gradient(self, sources: list[VisualSource] | None) -> bool:
+    def _text_rows(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[list[TextRow], int]:
+        """The rows of whichever of ids and embeddings was given, and its columns."""
+        if input_ids is not None and inputs_embeds is not None:
+            fail("inputs_embeds", "input_ids too", "one of the two")
+        if inputs_embeds is not None:
+            if isinstance(inputs_embeds, Tensor):
+                inputs_embeds = inputs_embeds.to(self.device)
+            rows = embedded_rows(inputs_embeds, attention_mask, self.config.hidden_size)
+        else:
+            if isinstance(input_ids, Tensor):
+                input_ids = input_ids.to(self.device)
+            rows = text_rows(input_ids, attention_mask, self.config.vocab_size)
+        columns = cast("Tensor", input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        spans = [(row.suffix_start - len(row.prefix) - row.visual, row.suffix_stop) for row in rows]
+        check_positions(position_ids, spans, columns)
+        return rows, columns
+
+    def _wants_gradient(self, rows: list[TextRow], sources: list[VisualSource] | None) -> bool:
         if not torch.is_grad_enabled():
             return False
         given = [source.features for source in sources or () if source.features is not None]
-        return self.training or any(features.requires_grad for features in given)
+        given += [row.suffix for row in rows]
+        return self.training or any(tensor.requires_grad for tensor in given)
 
     @torch.no_grad()
-    def decode_step(self, input_ids: Tensor, batch: StreamBatch) -> VideoXLOutput:
-        """One more token `(batch, 1)` of every sequence."""
-        hidden = self.encoder().append_suffix(batch.states, input_ids, None)
+    def decode_step(
+        self, text: Tensor, batch: StreamBatch, hidden_states: bool = False
+    ) -> VideoXLOutput:
+        """One more token of every sequence: ids `(batch, 1)` or embeddings `(batch, 1, hidden)`."""
+        states: list[Tensor] | None = [] if hidden_states else None
+        hidden = self.encoder().append_suffix(batch.states, text, None, states)
         parts = hidden.split(1) if self.settings.batch_invariant else (hidden,)
         logits = torch.cat([self.lm_head(x) for x in parts])
-        return VideoXLOutput(logits=logits, memory=VideoMemory(self, batch))
+        collected = None if states is None else tuple(states)
+        return VideoXLOutput(
+            logits=logits, memory=VideoMemory(self, batch), hidden_states=collected
+        )
 
     @torch.no_grad()
     def prefill(
@@ -233,10 +300,12 @@ class VideoXLForConditionalGeneration(
         columns: int,
         logits_to_keep: int | None,
         expand_size: int,
+        hidden_states: bool = False,
     ) -> VideoXLOutput:
-        """Videos, or a memory of them, and the suffixes after them: logits `(batch, columns from
-        the first suffix on, vocabulary)`, each row `expand_size` times."""
-        first = min(row.suffix_start for row in rows)
+        """Videos, or a memory of them, and the suffixes after them: logits `(batch, columns,
+        vocabulary)` from the first suffix after a video on, for text alone from the first column
+        on. Each row comes `expand_size` times."""
+        first = min(row.suffix_start if row.visual else 0 for row in rows)
         if logits_to_keep:
             first = max(first, columns - logits_to_keep)
         wanted = [row.suffix_stop - max(row.suffix_start, first) for row in rows]
@@ -245,41 +314,52 @@ class VideoXLForConditionalGeneration(
             fail("attention_mask", got, "padding at the start")
         encoder = self.encoder()
         batch = self._watch(rows, sources, ratio) if memory is None else memory.forks(len(rows))
-        logits = []
+        logits: list[Tensor] = []
+        collected: list[list[Tensor]] = []
         for row, state, count in zip(rows, batch.states, wanted, strict=True):
-            hidden = encoder.append_suffix([state], row.suffix[None], count)
+            states: list[Tensor] | None = [] if hidden_states else None
+            hidden = encoder.append_suffix([state], row.suffix[None], count, states)
             pad = (0, 0, row.suffix_stop - count - first, columns - row.suffix_stop)
             logits.append(nn.functional.pad(self.lm_head(hidden)[0], pad))
+            if states is not None:
+                collected.append([nn.functional.pad(x[0, -count:], pad) for x in states])
         if expand_size > 1:
             batch = batch.select([i for i in range(len(rows)) for _ in range(expand_size)])
             logits = [x for x in logits for _ in range(expand_size)]
-        return VideoXLOutput(logits=torch.stack(logits), memory=VideoMemory(self, batch))
+            collected = [x for x in collected for _ in range(expand_size)]
+        layers = tuple(torch.stack(x) for x in zip(*collected, strict=True))
+        return VideoXLOutput(
+            logits=torch.stack(logits),
+            memory=VideoMemory(self, batch),
+            hidden_states=layers if hidden_states else None,
+        )
 
     def training_forward(
         self,
-        input_ids: Tensor,
         rows: list[TextRow],
+        columns: int,
         sources: list[VisualSource] | None,
         labels: Tensor | None,
         ratio: Ratio | Sequence[WindowRatios | None],
         loss_only: bool,
         num_items_in_batch: Tensor | float | None,
+        hidden_states: bool = False,
     ) -> VideoXLOutput:
-        """Whole sequences in one pass a layer, differentiable where gradients are enabled."""
-        if labels is not None:
-            labels = labels.to(input_ids.device)
-            training.check_labels(labels, input_ids, self.config.vocab_size)
+        """Whole sequences in one pass a layer, differentiable where gradients are enabled:
+        logits of all columns where the caller computes a loss (`num_items_in_batch`) and for
+        text alone, else of the columns from the first suffix on."""
         keep = not torch.is_grad_enabled()
         if not keep:
             training.refuse_tensor_parallel(self, self.model.layers[0])
         encoder, visual = self.encoder(), self._visual_encoder()
         plans = row_plans(self.config, ratio, self.ratio, len(rows))
         features = [visual.whole_features(x) for x in sources or [VisualSource()] * len(rows)]
-        passes = training.run_groups(encoder, rows, features, plans, keep)
-        out = VideoXLOutput()
+        passes = training.run_groups(encoder, rows, features, plans, keep, hidden_states)
+        out, every = VideoXLOutput(), num_items_in_batch is not None
         if not loss_only:
-            columns = input_ids.shape[1]
-            out.logits = training.padded_logits(passes, rows, columns, self.lm_head)
+            out.logits = training.padded_logits(passes, rows, columns, self.lm_head, every)
+        if hidden_states:
+            out.hidden_states = training.padded_states(passes, rows, columns, every)
         if labels is not None:
             out.loss = training.token_loss(passes, rows, labels, self.lm_head, num_items_in_batch)
             if self.training and not keep:

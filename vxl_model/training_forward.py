@@ -39,6 +39,7 @@ __all__ = [
     "group_by_shape",
     "kept_states",
     "padded_logits",
+    "padded_states",
     "refuse_tensor_parallel",
     "run_groups",
     "token_loss",
@@ -51,6 +52,7 @@ class SequencePass:
 
     Attributes:
         hidden: normed hidden states of all rows, `(rows, hidden)`.
+        states: what `VideoXLModel.run` collects, `(rows, hidden)` each, if it was asked for.
         suffix: its suffix's rows of `hidden`.
         before_suffix: row that predicts the first suffix token, None if there is none.
         vst_counts: VSTs of every step.
@@ -58,6 +60,7 @@ class SequencePass:
     """
 
     hidden: Tensor
+    states: list[Tensor]
     suffix: slice
     before_suffix: int | None
     vst_counts: list[int]
@@ -70,17 +73,20 @@ def run_groups(
     features: Sequence[Tensor | None],
     plans: Sequence[RatioPlan],
     keep: bool,
+    hidden_states: bool = False,
 ) -> list[SequencePass]:
     """All rows through the decoder, those of one shape together, in the order of `rows`.
 
     Args:
         features: `(tokens, hidden)` of each row's video, None for text alone.
         keep: return what the sequences keep, too.
+        hidden_states: return the hidden states of every layer, too.
     """
     by_row: dict[int, SequencePass] = {}
     for members in group_by_shape(rows, features, plans, encoder.settings):
         texts, visual = [rows[i] for i in members], [features[i] for i in members]
-        passes = _run_group(encoder, texts, visual, plans[members[0]].copy(), keep)
+        plan = plans[members[0]].copy()
+        passes = _run_group(encoder, texts, visual, plan, keep, hidden_states)
         by_row.update(zip(members, passes, strict=True))
     return [by_row[i] for i in range(len(rows))]
 
@@ -114,6 +120,7 @@ def _run_group(
     features: Sequence[Tensor | None],
     plan: RatioPlan,
     keep: bool,
+    hidden_states: bool,
 ) -> list[SequencePass]:
     """Prefix, windows and suffix of sequences of one shape in one pass."""
     decoder = encoder.decoder
@@ -131,9 +138,9 @@ def _run_group(
         return sum(x.shape[1] for x in parts)
 
     # One lookup a pass: FSDP gathers the table for each, in all processes alike.
-    ids = torch.stack([torch.cat([row.prefix, row.suffix]) for row in rows])
+    text = torch.stack([torch.cat([row.prefix, row.suffix]) for row in rows])
     lengths = [len(rows[0].prefix), len(rows[0].suffix)]
-    prefix, suffix = decoder.embed_tokens(ids).split(lengths, dim=1)
+    prefix, suffix = encoder.embed(text).split(lengths, dim=1)
     if prefix.shape[1]:
         add(prefix, None)
     before_suffix = done() - 1 if parts else None
@@ -161,14 +168,18 @@ def _run_group(
         parts[-1] = parts[-1] + 0 * decoder.vst_embedding().sum()
     inv_freq = decoder.inv_freq()
     context = TrainingContext(segments, len(rows), inv_freq, encoder.settings, keep, idle)
-    hidden = decoder(torch.cat(parts, dim=1), context)
+    states: list[Tensor] | None = [] if hidden_states else None
+    hidden = decoder.run(torch.cat(parts, dim=1), context, states=states)
+    assert hidden is not None
     passes = []
     for i in range(len(rows)):
         kept = None
         if context.kept is not None:
             layers = [[x[i, :cached] for x in context.kept[n]] for n in range(len(decoder.layers))]
             kept = torch.stack([torch.stack(x) for x in zip(*layers, strict=True)])
-        passes.append(SequencePass(hidden[i], suffix_rows, before_suffix, [*vst_counts, 0], kept))
+        own = [x[i] for x in states or ()]
+        counts = [*vst_counts, 0]
+        passes.append(SequencePass(hidden[i], own, suffix_rows, before_suffix, counts, kept))
     return passes
 
 
@@ -188,17 +199,59 @@ def _equal_windows(plan: RatioPlan, tokens: int, window: int) -> list[tuple[int,
 # -- what a call returns --------------------------------------------------------------------
 
 
-def padded_logits(
-    passes: list[SequencePass], rows: list[TextRow], columns: int, lm_head: nn.Module
+def column_rows(one: SequencePass, row: TextRow, every: bool) -> tuple[Tensor, int]:
+    """The rows of a pass that belong to neighbouring columns of input_ids, and the first of
+    these columns: the suffix, before it with `every` the last raw visual row in the column of
+    -200, and the prefix. The row of each column predicts the token of the next one."""
+    first = one.suffix.start
+    suffix = [*range(first, first + len(row.suffix))]
+    rows, start = suffix, row.suffix_start
+    if every and row.visual:
+        assert one.before_suffix is not None
+        prefix = len(row.prefix)
+        rows, start = [*range(prefix), one.before_suffix, *suffix], start - prefix - 1
+    return torch.tensor(rows, device=one.hidden.device), start
+
+
+def _in_columns(
+    values: list[Tensor], starts: list[int], rows: list[TextRow], columns: int, every: bool
 ) -> Tensor:
-    """Logits `(batch, suffix, vocabulary)` in the columns that the suffixes have in input_ids
-    of `columns` columns, from the first suffix of the batch on. 0 elsewhere."""
-    first = min(row.suffix_start for row in rows)
-    padded = []
-    for one, row in zip(passes, rows, strict=True):
-        pad = (0, 0, row.suffix_start - first, columns - row.suffix_stop)
-        padded.append(F.pad(lm_head(one.hidden[one.suffix]), pad))
+    """Values `(own columns, ...)` of each row, padded with 0 to the columns of the batch."""
+    first = 0 if every else min(row.suffix_start if row.visual else 0 for row in rows)
+    padded = [
+        F.pad(x, (0, 0, start - first, columns - row.suffix_stop))
+        for x, start, row in zip(values, starts, rows, strict=True)
+    ]
     return torch.stack(padded)
+
+
+def padded_logits(
+    passes: list[SequencePass],
+    rows: list[TextRow],
+    columns: int,
+    lm_head: nn.Module,
+    every: bool,
+) -> Tensor:
+    """Logits `(batch, columns, vocabulary)` in the columns of input_ids: all of them with
+    `every` and for text alone, else those from the first suffix of the batch on. 0 for padding."""
+    own = [column_rows(one, row, every) for one, row in zip(passes, rows, strict=True)]
+    values = [lm_head(one.hidden[x]) for one, (x, _) in zip(passes, own, strict=True)]
+    return _in_columns(values, [start for _, start in own], rows, columns, every)
+
+
+def padded_states(
+    passes: list[SequencePass], rows: list[TextRow], columns: int, every: bool
+) -> tuple[Tensor, ...]:
+    """Hidden states of every layer `(batch, columns, hidden)` in the columns of the logits."""
+    own = [column_rows(one, row, every) for one, row in zip(passes, rows, strict=True)]
+    starts = [start for _, start in own]
+    layers = zip(*(one.states for one in passes), strict=True)
+    return tuple(
+        _in_columns(
+            [x[y] for x, (y, _) in zip(layer, own, strict=True)], starts, rows, columns, every
+        )
+        for layer in layers
+    )
 
 
 def token_loss(
@@ -260,11 +313,14 @@ def kept_states(
 # -- refusals -------------------------------------------------------------------------------
 
 
-def check_labels(labels: Tensor, input_ids: Tensor, vocabulary: int) -> None:
-    if labels.shape != input_ids.shape:
-        fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(input_ids.shape)} as input_ids")
-    wrong = (labels != IGNORE_INDEX) & (input_ids != IMAGE_TOKEN)
-    wrong &= (labels < 0) | (labels >= vocabulary)
+def check_labels(labels: Tensor, text: Tensor, vocabulary: int) -> None:
+    """`text`: input_ids `(batch, columns)` or inputs_embeds `(batch, columns, hidden)`."""
+    if labels.shape != text.shape[:2]:
+        got, want = tuple(labels.shape), tuple(text.shape[:2])
+        fail("labels", f"shape {got}", f"{want} as input_ids")
+    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
+    if text.dim() == 2:
+        wrong &= text != IMAGE_TOKEN
     if bool(wrong.any()):
         fail("labels", int(labels[wrong][0]), f"0 to {vocabulary - 1}, or {IGNORE_INDEX}")
 

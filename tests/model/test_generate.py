@@ -158,13 +158,13 @@ def test_beams_match_a_search_over_everything(model, videos):
 
 def test_beams_encode_the_video_once(model, videos, monkeypatch):
     calls = []
-    forward = type(model.model).forward
+    run = type(model.model).run
 
-    def counted(self, hidden, context, output_rows=None):
+    def counted(self, hidden, context, *rest):
         calls.append(context.layout)
-        return forward(self, hidden, context, output_rows)
+        return run(self, hidden, context, *rest)
 
-    monkeypatch.setattr(type(model.model), "forward", counted)
+    monkeypatch.setattr(type(model.model), "run", counted)
     ids, mask = ids_of(*TAILS[:2])
     out = model.generate(
         ids,

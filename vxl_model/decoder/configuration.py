@@ -18,6 +18,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig
 from transformers.utils import cached_file
 
+from ..auto_class import AutoClassMixin, write_auto_file
 from .qwen2 import MODEL_TYPE, ROPE_TYPES, TENSOR_PARALLEL_PLAN, TextConfig
 
 __all__ = ["VideoXLConfig"]
@@ -76,7 +77,7 @@ _NOT_IN_LAYOUT = {
 
 
 @strict
-class VideoXLConfig(TextConfig):
+class VideoXLConfig(AutoClassMixin, TextConfig):
     """The language model's configuration and Video-XL's own keys. Every other key of a file is
     kept as an attribute.
 
@@ -92,6 +93,7 @@ class VideoXLConfig(TextConfig):
     """
 
     model_type = "llava_qwen"
+    default_auto_class = "AutoConfig"
     sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012
     # What an output holds beside numbers: HF's Trainer gathers the rest from all processes.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "memory"]  # noqa: RUF012
@@ -207,7 +209,9 @@ class VideoXLConfig(TextConfig):
         # no keyword argument has touched). `published` writes what the file said as long as the
         # value is still what was made of it, and the new value otherwise.
         config._source = {
-            key: (value, fresh._layout_value(key)) for key, value in config_dict.items()
+            key: (value, fresh._layout_value(key))
+            for key, value in config_dict.items()
+            if key != "name_or_path"  # auto classes add it; it is no key of the file
         }
         return made
 
@@ -240,18 +244,18 @@ class VideoXLConfig(TextConfig):
     def published_vision(self) -> dict[str, Any] | None:
         """The contents of `vision_config.json`. None if there is no tower, or if the tower's name
         tells its shape."""
-        if self.vision_config is None:
+        now: Any = self.vision_config
+        if now is None:
             return None
         source = self._vision_source
-        if source is None:
-            known = _known_tower(self.mm_vision_tower or "")
-            if known is not None and _clip_config(known).to_dict() == self.vision_config.to_dict():
-                return None
-            shape = self.vision_config.to_diff_dict()
-            return {k: v for k, v in shape.items() if k != "transformers_version"}
-        made, now = (x.to_dict() for x in (_clip_config(source), self.vision_config))
-        changed = {k: v for k, v in now.items() if k in made and v != made[k]}
-        return {**source, **changed}
+        if source is not None:  # the file as it was read, but for what has changed since
+            made = _clip_config(source).to_dict()
+            changed = {k: v for k, v in now.to_dict().items() if k in made and v != made[k]}
+            return {**source, **changed}
+        known = _known_tower(self.mm_vision_tower or "")
+        if known is not None and _clip_config(known).to_dict() == now.to_dict():
+            return None
+        return {k: v for k, v in now.to_diff_dict().items() if k != "transformers_version"}
 
     def to_dict(self) -> dict[str, Any]:
         result = super().to_dict()
@@ -260,8 +264,13 @@ class VideoXLConfig(TextConfig):
         return result
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        entry = self.class_auto_map()
+        if entry:
+            self.auto_map = {**(getattr(self, "auto_map", None) or {}), **entry}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
+        if entry:
+            write_auto_file(folder)
         (folder / "config.json").write_text(json.dumps(self.published(), indent=1) + "\n")
         vision = self.published_vision()
         if vision is not None:

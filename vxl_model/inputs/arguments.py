@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoder.rows import token_spans
 from ..errors import fail
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "IMAGE_TOKEN",
     "TextRow",
     "VisualSource",
+    "embedded_rows",
     "given_one",
+    "joined_pixels",
     "prefix_row",
     "refuse_mismatch",
     "text_rows",
@@ -40,11 +43,11 @@ def given_one(call: str, options: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One row of input_ids.
+    """One row of input_ids or inputs_embeds.
 
     Attributes:
-        prefix, suffix: ids `(tokens,)` before and after the visual part, without padding. A row
-            without a visual part has only a suffix.
+        prefix, suffix: ids `(tokens,)` before and after the visual part, without padding, or
+            their embeddings `(tokens, hidden)`. A row without a visual part has only a suffix.
         prefix_start: column of the prefix's first token.
         suffix_start, suffix_stop: columns of the suffix in input_ids.
         visual: the row has a visual part.
@@ -70,12 +73,11 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
     if 0 in input_ids.shape:
         fail("input_ids", f"shape {tuple(input_ids.shape)}", "at least one token")
     host = input_ids.detach().cpu()
-    mask = torch.ones_like(host, dtype=torch.bool)
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            fail("attention_mask", f"shape {tuple(attention_mask.shape)}", tuple(input_ids.shape))
-        mask = attention_mask.cpu().bool()
-    outside = (host != IMAGE_TOKEN) & ((host < 0) | (host >= vocabulary)) & mask
+    spans = token_spans(attention_mask, input_ids.shape)
+    tokens = torch.zeros_like(host, dtype=torch.bool)
+    for b, (start, stop) in enumerate(spans):
+        tokens[b, start:stop] = True
+    outside = (host != IMAGE_TOKEN) & ((host < 0) | (host >= vocabulary)) & tokens
     if outside.any():
         fail(
             "input_ids",
@@ -83,13 +85,7 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
             f"0 to {vocabulary - 1}, or {IMAGE_TOKEN} for the visual part",
         )
     rows = []
-    for b in range(len(host)):
-        columns = mask[b].nonzero().flatten()
-        if not len(columns):
-            fail("attention_mask", f"no token in row {b}", "at least one")
-        start, stop = int(columns[0]), int(columns[-1]) + 1
-        if stop - start != len(columns):
-            fail("attention_mask", f"padding inside row {b}", "padding at the ends only")
+    for b, (start, stop) in enumerate(spans):
         places = (host[b, start:stop] == IMAGE_TOKEN).nonzero().flatten() + start
         if len(places) > 1:
             fail("input_ids", f"{len(places)} times {IMAGE_TOKEN} in row {b}", "one a row")
@@ -108,6 +104,24 @@ def text_rows(input_ids: Any, attention_mask: Tensor | None, vocabulary: int) ->
             )
         )
     return rows
+
+
+def embedded_rows(inputs_embeds: Any, attention_mask: Tensor | None, hidden: int) -> list[TextRow]:
+    """Rows of embedded text `(batch, tokens, hidden)`, which has no place for a video, without
+    what `attention_mask` masks."""
+    given = isinstance(inputs_embeds, Tensor)
+    if not given or inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden:
+        got = f"shape {tuple(inputs_embeds.shape)}" if given else type(inputs_embeds).__name__
+        fail("inputs_embeds", got, f"(batch, tokens, {hidden})")
+    if not inputs_embeds.is_floating_point():
+        fail("inputs_embeds", inputs_embeds.dtype, "a float type")
+    if 0 in inputs_embeds.shape:
+        fail("inputs_embeds", f"shape {tuple(inputs_embeds.shape)}", "at least one token")
+    spans = token_spans(attention_mask, inputs_embeds.shape[:2])
+    return [
+        TextRow(row[:0], row[start:stop], start, start, stop, False)
+        for row, (start, stop) in zip(inputs_embeds, spans, strict=True)
+    ]
 
 
 def prefix_row(input_ids: Any, vocabulary: int) -> Tensor:
@@ -135,6 +149,20 @@ class VisualSource:
     @property
     def empty(self) -> bool:
         return self.features is None and self.pixels is None
+
+
+def joined_pixels(pixel_values: Any, pixel_values_videos: Any) -> Any:
+    """Pixels of images and of videos, a processor's two names, as one argument. Of a row that
+    has neither both are None."""
+    if pixel_values is None or pixel_values_videos is None:
+        return pixel_values_videos if pixel_values is None else pixel_values
+    images, videos = list(pixel_values), list(pixel_values_videos)
+    if len(images) != len(videos):
+        fail("pixel_values_videos", f"{len(videos)} rows", f"{len(images)} as pixel_values")
+    for i, (image, video) in enumerate(zip(images, videos, strict=True)):
+        if image is not None and video is not None:
+            fail("pixel_values_videos", f"images and a video in row {i}", "one of the two")
+    return [x if y is None else y for x, y in zip(images, videos, strict=True)]
 
 
 def visual_sources(

@@ -16,29 +16,56 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..auto_class import write_auto_file
 from ..errors import fail
-from ..video.resize import resize_crop
 from .arguments import IMAGE_TOKEN
-from .images import PictureReader, bicubic, described, fit, open_frames, open_image, pinpoints
-
-PROMPT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-    "\n{question}<|im_end|>\n<|im_start|>assistant\n",
+from .images import PictureReader, open_frames, open_image
+from .preprocessing import (
+    CLIP_MEAN,
+    CLIP_SIZE,
+    CLIP_STD,
+    GRID,
+    SavedProcessor,
+    VideoXLImageProcessor,
+    VideoXLVideoProcessor,
+    clip_settings,
 )
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-GRID = "image_grid_pinpoints"
-# CLIP-ViT-L/14-336, for checkpoints that name the tower but have no preprocessor_config.json.
-CLIP_SIZE = 336
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from .prompts import CHAT_TEMPLATE, PROMPT, STOP_TOKENS, TURN, CallOptions, VisualRows
+
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+PROCESSOR_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
-class VideoXLProcessor:
+_PARTS_TEXT = PreTrainedTokenizerBase
+_PARTS: dict[str, Any] = {
+    "tokenizer": _PARTS_TEXT,
+    "image_processor": VideoXLImageProcessor,
+    "video_processor": VideoXLVideoProcessor,
+}
+
+
+class VideoXLProcessor(SavedProcessor, ProcessorMixin):
     """Preprocessing and tokenizer of a checkpoint.
 
     Args:
         tokenizer: a transformers tokenizer. With None the methods on text raise ValueError.
+        image_processor, video_processor: pictures and videos to pixels, alike. By default made
+            of the arguments that follow.
+        chat_template: of `apply_chat_template`, by default the released model's.
+        image_token, video_token: what stands in a text for a picture and for a video.
         size: edge of a frame for the vision tower, in pixels.
         mean, std: of the normalisation, RGB, for values from 0 to 1.
         rescale: factor from bytes to those values.
@@ -46,20 +73,39 @@ class VideoXLProcessor:
             into tiles.
     """
 
+    default_auto_class = "AutoProcessor"
+
     def __init__(
         self,
         tokenizer: Any = None,
+        image_processor: VideoXLImageProcessor | None = None,
+        video_processor: VideoXLVideoProcessor | None = None,
         *,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
         size: int = CLIP_SIZE,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         rescale: float = 1 / 255,
         grid_pinpoints: Sequence[Sequence[int]] | str = (),
     ) -> None:
-        self.tokenizer = tokenizer
-        self.size = size
-        self.mean, self.std, self.rescale = tuple(mean), tuple(std), rescale
-        self.grid_pinpoints = pinpoints(grid_pinpoints, size)
+        pixels = {"image_mean": mean, "image_std": std, "rescale_factor": rescale}
+        pixels |= {"size": size, "crop_size": size}
+        image_processor = image_processor or VideoXLImageProcessor(grid_pinpoints, **pixels)
+        if video_processor is None:
+            video_processor = VideoXLVideoProcessor(**image_processor.described_pixels())
+        self.image_token, self.video_token = image_token, video_token
+        template = CHAT_TEMPLATE if chat_template is None else chat_template
+        super().__init__(tokenizer, image_processor, video_processor, chat_template=template)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """The class that a part has to have. A processor may have no tokenizer."""
+        wanted = _PARTS[argument_name]
+        if not isinstance(argument, wanted) and not (argument is None and wanted is _PARTS_TEXT):
+            got = type(argument).__name__
+            raise TypeError(f"{argument_name}: got a {got}, expected a {wanted.__name__}")
+        return wanted
 
     @classmethod
     def from_pretrained(
@@ -72,16 +118,26 @@ class VideoXLProcessor:
             tokenizer: None loads the checkpoint's own with transformers' AutoTokenizer, if it has
                 one.
             kwargs: `revision`, `cache_dir`, `local_files_only` ... for the Hub's client and the
-                tokenizer.
+                tokenizer, and the constructor's own arguments.
         """
-        clip = _read_json(path, "preprocessor_config.json", kwargs) or {}
+        own = ("chat_template", "image_token", "video_token")
+        given = {name: kwargs.pop(name) for name in own if name in kwargs}
+        given |= {n: kwargs.pop(n) for n in ("image_processor", "video_processor") if n in kwargs}
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        saved = _read_json(path, PROCESSOR_FILE, hub) or {}
+        clip = saved.get("image_processor") or _read_json(path, PREPROCESSOR_FILE, hub) or {}
         grid = clip.get(GRID)
         if grid is None:
-            grid = cls.read_config(path, **kwargs).get(GRID) or ()
-        settings = _clip_settings(os.fspath(path), clip)
+            grid = cls.read_config(path, **hub).get(GRID) or ()
+        clip_settings(f"{os.fspath(path)}/{PREPROCESSOR_FILE}", clip)
+        images = VideoXLImageProcessor(**{**clip, GRID: grid})
+        videos = VideoXLVideoProcessor(**(saved.get("video_processor") or clip))
+        template = _read_text(path, TEMPLATE_FILE, hub) if saved else None
         if tokenizer is None:
             tokenizer = _load_tokenizer(path, kwargs)
-        return cls(tokenizer, grid_pinpoints=grid, **settings)
+        settings = {name: saved[name] for name in own[1:] if name in saved}
+        settings |= {"image_processor": images, "video_processor": videos}
+        return cls(tokenizer, **{"chat_template": template, **settings, **given})
 
     @staticmethod
     def read_config(path: str | os.PathLike[str], **kwargs: Any) -> dict:
@@ -90,6 +146,137 @@ class VideoXLProcessor:
         if config is None:
             raise ValueError(f"{os.fspath(path)}: not a checkpoint (no config.json)")
         return config
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Writes the settings, the chat template and the tokenizer, if there is one, for
+        `from_pretrained` and `AutoProcessor`. Returns the files' names but the tokenizer's."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+        else:
+            (folder / TEMPLATE_FILE).write_text(self.chat_template)
+            self.to_json_file(folder / PROCESSOR_FILE)
+            if self.class_auto_map():
+                write_auto_file(folder)
+        # For what reads CLIP's file: tools of the published model, and earlier releases.
+        clip = {**self.image_processor.to_dict(), "processor_class": type(self).__name__}
+        (folder / PREPROCESSOR_FILE).write_text(json.dumps(clip, indent=1) + "\n")
+        names = (PROCESSOR_FILE, TEMPLATE_FILE, PREPROCESSOR_FILE)
+        return [os.fspath(folder / name) for name in names]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **self.auto_entry()}
+
+    # -- settings ------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Edge of a frame, in pixels."""
+        return self.image_processor.edge
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.image_processor.image_mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.image_processor.image_std
+
+    @property
+    def rescale(self) -> float:
+        return self.image_processor.rescale_factor
+
+    @property
+    def grid_pinpoints(self) -> tuple[tuple[int, int], ...]:
+        return self.image_processor.image_grid_pinpoints
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of everything that a call may return."""
+        return [
+            "input_ids",
+            "attention_mask",
+            *self.image_processor.model_input_names,
+            *self.video_processor.model_input_names,
+        ]
+
+    # -- text and visual input together --------------------------------------------------------
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """The arguments of `forward` and `generate` for texts and what they show.
+
+        Args:
+            images: pictures for the `<image>`s of the texts, in one list or in one for each text.
+                One picture is cut into tiles. Several in a row are read like a video's frames.
+            text: one or several. A text has one visual part.
+            videos: videos for the `<video>`s, in any form that `watch` takes.
+            kwargs: `num_frames` and `fps` of video files; `return_tensors`, `padding` (at the
+                left, by default where there are several texts), `truncation`, `max_length`,
+                `add_special_tokens` (False by default).
+
+        Returns:
+            `input_ids` with one -200 for each visual part, `attention_mask`; `pixel_values`,
+            `image_sizes`, `pixel_values_videos`: one entry for each text, None where it has none.
+
+        Raises:
+            ValueError: the placeholders do not fit the visual input, or there are several visual
+                parts in one text.
+        """
+        options = CallOptions.of(kwargs)
+        if text is None:
+            return self._visual_alone(images, videos, options)
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(x, str) for x in texts):
+            fail("text", type(text).__name__, "a text, or a list of texts")
+        given = VisualRows(texts, self.image_token, self.video_token)
+        data = self._padded_ids(given, options)
+        data |= given.fill(images, videos, self.image_processor, self.video_processor, options)
+        return BatchFeature(data)
+
+    def _visual_alone(self, images: Any, videos: Any, options: CallOptions) -> BatchFeature:
+        if images is None and videos is None:
+            fail("processor", "nothing", "text, images or videos")
+        data: dict[str, Any] = {}
+        if images is not None:
+            data |= self.image_processor(images, **options.images)
+        if videos is not None:
+            data |= self.video_processor(videos, **options.videos)
+        return BatchFeature(data)
+
+    def _padded_ids(self, given: VisualRows, options: CallOptions) -> dict[str, Any]:
+        """input_ids and attention_mask. Each side of a visual part is tokenized alone, so that
+        the ids before it do not depend on the question."""
+        tokenizer = self._tokenizer()
+        rows = []
+        for parts in given.parts:
+            ids = [tokenizer(x, **options.tokenizing)["input_ids"] if x else [] for x in parts]
+            row = ids[0] if len(ids) == 1 else [*ids[0], IMAGE_TOKEN, *ids[1]]
+            rows.append(options.truncated(row, IMAGE_TOKEN))
+        padding = options.padding_of(rows)
+        if padding["padding"] and tokenizer.pad_token_id is None:
+            width = max(map(len, rows))
+            if padding["padding"] == "max_length":
+                width = max(width, padding["max_length"] or 0)
+            fill = self.stop_ids[0] if self.stop_ids else 0
+            left = padding["padding_side"] == "left"
+            masks = [[1] * len(row) for row in rows]
+            for values, filled in ((rows, fill), (masks, 0)):
+                for i, row in enumerate(values):
+                    more = [filled] * (width - len(row))
+                    values[i] = [*more, *row] if left else [*row, *more]
+            data = {"input_ids": rows, "attention_mask": masks}
+        else:
+            data = dict(tokenizer.pad({"input_ids": rows}, **padding))
+        return options.as_tensors(data)
 
     # -- pictures ------------------------------------------------------------------------------
 
@@ -101,24 +288,7 @@ class VideoXLProcessor:
         As CLIP: the short edge to `size` (bicubic, antialiased), then the middle. Frames of `size`
         are only normalised, on `device`. Arrays may have any strides.
         """
-        batch = frames.cpu().numpy() if isinstance(frames, Tensor) and frames.is_cpu else frames
-        if not isinstance(batch, (np.ndarray, Tensor)) or batch.ndim != 4 or batch.shape[-1] != 3:
-            fail("frames", described(frames), "uint8 (n, height, width, 3)")
-        if batch.dtype not in (np.uint8, torch.uint8):
-            fail("frames", batch.dtype, "uint8")
-        if 0 in batch.shape[1:3]:
-            fail("frames", described(frames), "pictures of at least one pixel")
-        if batch.shape[1:3] != (self.size, self.size):
-            pictures = batch if isinstance(batch, np.ndarray) else batch.cpu().numpy()
-            cut = [resize_crop(picture, self.size) for picture in pictures]
-            batch = np.stack(cut) if cut else np.zeros((0, self.size, self.size, 3), np.uint8)
-        if isinstance(batch, np.ndarray):
-            batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
-        pixels = batch.to(device).permute(0, 3, 1, 2).float()
-        # (x * rescale - mean) / std, as one product and one difference over the pixels
-        std = pixels.new_tensor(self.std)[:, None, None]
-        mean = pixels.new_tensor(self.mean)[:, None, None]
-        return (pixels * (self.rescale / std) - mean / std).to(dtype).contiguous()
+        return self.image_processor.frames_to_pixels(frames, device, dtype)
 
     def video_frames(
         self, video: Any, frames: int | None = None, fps: float | None = None
@@ -164,31 +334,11 @@ class VideoXLProcessor:
 
     def image_to_frames(self, image: Any) -> np.ndarray:
         """The same before normalising: uint8 `(1 + tiles, size, size, 3)`."""
-        picture = open_image(image)
-        squares = [np.asarray(picture.resize((self.size, self.size), bicubic()))]
-        if self.grid_pinpoints:
-            width, height = self.best_resolution(picture.size)
-            fitted = np.asarray(fit(picture, width, height))
-            squares += [
-                fitted[y : y + self.size, x : x + self.size]
-                for y in range(0, height, self.size)
-                for x in range(0, width, self.size)
-            ]
-        return np.stack(squares)
+        return self.image_processor.tiles(open_image(image))
 
     def best_resolution(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The size `(width, height)` of `grid_pinpoints` that keeps most of a picture's pixels and,
-        among those, wastes least. `image_size`: of the picture, (width, height)."""
-
-        def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
-            scale = min(pinpoint[0] / image_size[0], pinpoint[1] / image_size[1])
-            kept = int(image_size[0] * scale) * int(image_size[1] * scale)
-            kept = min(kept, image_size[0] * image_size[1])
-            return kept, kept - pinpoint[0] * pinpoint[1]
-
-        if not self.grid_pinpoints:
-            fail("grid_pinpoints", "none", "sizes in the checkpoint's config")
-        return max(self.grid_pinpoints, key=merit)  # the first of equals, as published
+        """`VideoXLImageProcessor.best_resolution`."""
+        return self.image_processor.best_resolution(image_size)
 
     # -- words ---------------------------------------------------------------------------------
 
@@ -206,13 +356,19 @@ class VideoXLProcessor:
             fail("question", repr(question), "text")
         if not isinstance(answer_prefix, str):
             fail("answer_prefix", repr(answer_prefix), "text")
-        for name, text in (("question", question), ("answer_prefix", answer_prefix)):
-            for token in self.control_tokens():
-                if token in text:
-                    fail(name, f"the control token {token!r}", "plain text")
+        self._refuse_control("question", question)
+        self._refuse_control("answer_prefix", answer_prefix)
         # The prefix is tokenized alone, so that its ids do not depend on the question.
         asked = self.text_ids(PROMPT[1].replace("{question}", question))
         return torch.cat((asked, self.text_ids(answer_prefix)), dim=1) if answer_prefix else asked
+
+    def turn_ids(self, question: str) -> Tensor:
+        """Ids between an answer and the next one, `(1, T)`: what closes the answer, and a further
+        question."""
+        if not isinstance(question, str) or not question.strip():
+            fail("question", repr(question), "text")
+        self._refuse_control("question", question)
+        return self.text_ids(TURN.replace("{question}", question))
 
     def encode_prompt(self, question: str, answer_prefix: str = "") -> Tensor:
         """`input_ids (1, P + 1 + T)` with one -200 in place of the video."""
@@ -225,34 +381,25 @@ class VideoXLProcessor:
         ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
-    def decode(self, ids: Tensor | Sequence[int]) -> str:
-        """The text of generated ids `(T,)` or `(1, T)`, without control tokens."""
-        flat = torch.as_tensor(ids).flatten().tolist()
-        return self._tokenizer().decode(flat, skip_special_tokens=True).strip()
+    def decode(
+        self, ids: Tensor | Sequence[int], skip_special_tokens: bool = True, **options: Any
+    ) -> str:
+        """The text of ids `(T,)` or `(1, T)`, by default without control tokens. -200 has none."""
+        flat = [i for i in torch.as_tensor(ids).flatten().tolist() if i != IMAGE_TOKEN]
+        options["skip_special_tokens"] = skip_special_tokens
+        return self._tokenizer().decode(flat, **options).strip()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `preprocessor_config.json` and the tokenizer, if there is one, for
-        `from_pretrained`."""
-        edge = {"height": self.size, "width": self.size}
-        clip = {
-            "do_resize": True,
-            "do_center_crop": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "do_convert_rgb": True,
-            "resample": 3,
-            "rescale_factor": self.rescale,
-            "size": {"shortest_edge": self.size},
-            "crop_size": edge,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "image_processor_type": "CLIPImageProcessor",
-            GRID: self.grid_pinpoints,
-        }
-        text = json.dumps(clip, indent=1) + "\n"
-        (Path(folder) / "preprocessor_config.json").write_text(text)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        """`decode` of each row."""
+        return [self.decode(row, **options) for row in ids]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **options: Any
+    ) -> list[str]:
+        """The texts of what `generate` returned, for pipelines."""
+        return self.batch_decode(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **options
+        )
 
     @property
     def stop_ids(self) -> list[int]:
@@ -270,6 +417,11 @@ class VideoXLProcessor:
         added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         return {*tokenizer.all_special_tokens, *added}
 
+    def _refuse_control(self, name: str, text: str) -> None:
+        for token in self.control_tokens():
+            if token in text:
+                fail(name, f"the control token {token!r}", "plain text")
+
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
@@ -277,37 +429,6 @@ class VideoXLProcessor:
                 "Give one: VideoXLProcessor.from_pretrained(path, tokenizer=...)"
             )
         return self.tokenizer
-
-
-def _clip_settings(path: str, clip: dict) -> dict[str, Any]:
-    """The constructor's settings from a preprocessor_config.json. Raises ValueError for settings
-    that this processor does not follow."""
-
-    def edge(value: Any) -> Any:
-        if isinstance(value, dict):
-            edges = {value.get("shortest_edge", value.get("height")), *value.values()}
-            return edges.pop() if len(edges) == 1 else value
-        return value
-
-    size, crop = (edge(clip.get(key, CLIP_SIZE)) for key in ("size", "crop_size"))
-    off = [
-        k
-        for k in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        if not clip.get(k, True)
-    ]
-    wrong = [f"{k} is false" for k in off]
-    if not isinstance(size, int) or size != crop:
-        wrong.append(f"size {clip.get('size')} and crop_size {clip.get('crop_size')} differ")
-    if clip.get("resample", 3) != 3:
-        wrong.append(f"resample is {clip['resample']}, expected 3 (bicubic)")
-    if wrong:
-        raise ValueError(f"{path}/preprocessor_config.json: unsupported: {'; '.join(wrong)}")
-    return {
-        "size": size,
-        "mean": clip.get("image_mean", CLIP_MEAN),
-        "std": clip.get("image_std", CLIP_STD),
-        "rescale": clip.get("rescale_factor", 1 / 255),
-    }
 
 
 def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | None:
@@ -334,6 +455,19 @@ def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | 
     if not isinstance(value, dict):
         raise ValueError(f"{file}: got a {type(value).__name__}, expected an object")
     return value
+
+
+def _read_text(path: str | os.PathLike[str], name: str, kwargs: dict) -> str | None:
+    """A text file of a checkpoint; None if it has no such file."""
+    file: Path | None = Path(path) / name
+    if not Path(path).is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            os.fspath(path), name, _raise_exceptions_for_missing_entries=False, **kwargs
+        )
+        file = None if found is None else Path(found)
+    return file.read_text() if file is not None and file.exists() else None
 
 
 def _load_tokenizer(path: str | os.PathLike[str], kwargs: dict) -> Any:

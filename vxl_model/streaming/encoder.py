@@ -146,12 +146,17 @@ class StreamEncoder:
         return state.flushed
 
     def append_suffix(
-        self, states: Sequence[VideoState], ids: Tensor, output_rows: int | None
+        self,
+        states: Sequence[VideoState],
+        text: Tensor,
+        output_rows: int | None,
+        collect: list[Tensor] | None = None,
     ) -> Tensor:
-        """Text `(batch, tokens)` at the end of one state for each row: normed hidden states of
-        the last `output_rows` rows, of all for None."""
+        """Text, ids `(batch, tokens)` or embeddings `(batch, tokens, hidden)`, at the end of one
+        state for each row: normed hidden states of the last `output_rows` rows, of all for None.
+        `collect` receives what `VideoXLModel.run` collects."""
         sequences = [state.sequence for state in states]
-        hidden = self._run(sequences, self.decoder.embed_tokens(ids), None, output_rows)
+        hidden = self._run(sequences, self.embed(text), None, output_rows, collect)
         assert hidden is not None
         for state in states:
             state.vst_counts.append(0)
@@ -168,6 +173,12 @@ class StreamEncoder:
         if layout.order == "interleaved":
             rows = rows[:, layout.interleaved_to_split(self.device).argsort()]
         return rows
+
+    def embed(self, text: Tensor) -> Tensor:
+        """Embeddings of ids. Embeddings are returned in the model's dtype."""
+        if text.is_floating_point():
+            return text.to(self.device, self.dtype)
+        return self.decoder.embed_tokens(text)
 
     # -- private -----------------------------------------------------------------------
 
@@ -205,12 +216,13 @@ class StreamEncoder:
         hidden: Tensor,
         layout: ChunkLayout | None,
         output_rows: int | None,
+        collect: list[Tensor] | None = None,
     ) -> Tensor | None:
-        """Rows `(batch, rows, hidden)` through all layers, as `VideoXLModel.forward`. If it
-        raises, the sequences are as before."""
+        """Rows `(batch, rows, hidden)` through all layers, as `VideoXLModel.run`. If it raises,
+        the sequences are as before."""
         rows = hidden.shape[1] if layout is None else layout.chunks * layout.vsts_per_chunk
         if output_rows == 0 and not self.settings.skip_last_layer_outputs:
             output_rows = None
         with sequences[0].cache.step(sequences, rows) as batch:
             context = CacheContext(batch, layout, self.decoder.inv_freq(), self.settings)
-            return self.decoder(hidden, context, output_rows)
+            return self.decoder.run(hidden, context, output_rows, collect)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import fail
 from . import memory_file
 from .batch import StreamBatch
+from .conversation import Conversation, answer_options
 from .encoder import StreamEncoder
 from .state import VideoState
 
@@ -145,8 +146,9 @@ class VideoMemory:
             options: of `generate`: `do_sample`, `num_beams`, `streamer`, ...
 
         Returns:
-            For text the answer without its prefix, or a list of answers for several videos. For
-            ids the new ids, `(new,)` or `(batch, new)`.
+            For text the answer without its prefix, or a list of answers for several videos or
+            with `num_return_sequences`. For ids the new ids, `(new,)` or `(batch, new)`. With
+            `return_dict_in_generate` what `generate` returns, its `sequences` the new ids.
 
         Raises:
             ValueError: the ids hold -200 or do not fit the number of videos, or have an
@@ -155,21 +157,33 @@ class VideoMemory:
         if isinstance(question, str):
             processor = self.model.processor
             ids = torch.as_tensor(processor.suffix_ids(question, answer_prefix))
-            if processor.stop_ids:
-                options.setdefault("eos_token_id", processor.stop_ids)
-                options.setdefault("pad_token_id", processor.stop_ids[0])
+            options = answer_options(processor, options)
             new = self.ask(ids.reshape(1, -1), max_new_tokens, **options)
+            if not isinstance(new, Tensor):
+                return new
             answers = [processor.decode(row) for row in new]
             return answers[0] if len(answers) == 1 else answers
         if answer_prefix:
             fail("answer_prefix", repr(answer_prefix), "none with ids: append its ids to them")
         ids = torch.as_tensor(question, device=self.model.device)
         if ids.dim() == 1 and len(self) == 1:
-            return self.ask(ids[None], max_new_tokens, **options)[0]
+            out = self.ask(ids[None], max_new_tokens, **options)
+            return out[0] if isinstance(out, Tensor) and len(out) == 1 else out
         ids = ids.expand(len(self), -1) if ids.dim() == 1 or len(ids) == 1 else ids
         out = self.model.generate(ids, memory=self, max_new_tokens=max_new_tokens, **options)
-        sequences = out if isinstance(out, Tensor) else out.sequences
-        return sequences[:, ids.shape[1] :]
+        if isinstance(out, Tensor):
+            return out[:, ids.shape[1] :]
+        out.sequences = out.sequences[:, ids.shape[1] :]
+        return out
+
+    def conversation(self) -> Conversation:
+        """Several turns about the video, of which each is read once."""
+        return Conversation(self)
+
+    def going_on(self, batch: StreamBatch) -> VideoMemory:
+        """A memory of sequences that a pass of the same model has returned: those of this memory
+        and the text that was read and generated after them."""
+        return VideoMemory(self.model, batch)
 
     def forks(self, rows: int) -> StreamBatch:
         """Sequences for `rows` rows of text after the video. One video serves them all.
