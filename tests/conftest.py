@@ -3,6 +3,24 @@ import torch
 
 collect_ignore = ["helpers"]
 
+# Marks on transformers' own tests (tests/transformers_suite).
+TRANSFORMERS_MARKS = (
+    "accelerate_tests",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "flash_attn_test",
+    "is_training_test",
+    "order",
+    "slow",
+    "torch_compile_test",
+)
+
+
+def pytest_configure(config):
+    for name in TRANSFORMERS_MARKS:
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # the GPU's tests run on machines that have only torch, triton and pytest

@@ -355,19 +355,20 @@ class VideoXLForConditionalGeneration(
         plans = row_plans(self.config, ratio, self.ratio, len(rows))
         features = [visual.whole_features(x) for x in sources or [VisualSource()] * len(rows)]
         passes = training.run_groups(encoder, rows, features, plans, keep, hidden_states)
-        out, every = VideoXLOutput(), num_items_in_batch is not None
-        if not loss_only:
-            out.logits = training.padded_logits(passes, rows, columns, self.lm_head, every)
-        if hidden_states:
-            out.hidden_states = training.padded_states(passes, rows, columns, every)
+        every = num_items_in_batch is not None
+        loss = logits = states = memory = None
         if labels is not None:
-            out.loss = training.token_loss(passes, rows, labels, self.lm_head, num_items_in_batch)
+            loss = training.token_loss(passes, rows, labels, self.lm_head, num_items_in_batch)
             if self.training and not keep:
-                out.loss = out.loss + self._idle_vision(rows)
+                loss = loss + self._idle_vision(rows)
+        if not loss_only:
+            logits = training.padded_logits(passes, rows, columns, self.lm_head, every)
+        if hidden_states:
+            states = training.padded_states(passes, rows, columns, every)
         if keep:
-            states = training.kept_states(encoder, passes, plans)
-            out.memory = VideoMemory(self, StreamBatch(states))
-        return out
+            batch = StreamBatch(training.kept_states(encoder, passes, plans))
+            memory = VideoMemory(self, batch)
+        return VideoXLOutput(loss, logits, memory, states)
 
     def _idle_vision(self, rows: list[TextRow]) -> Tensor | float:
         """0, with a graph through vision tower and projector. `training_forward.py` says why."""

@@ -228,15 +228,15 @@ def test_a_memory_survives_a_failed_append(model, features, monkeypatch):
     memory = watch(model, features[:100])
     want = watch(model, features)
     core = type(model.model)
-    forward = core.forward
+    run = core.run
 
     def fails(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(core, "forward", fails)
+    monkeypatch.setattr(core, "run", fails)
     with pytest.raises(RuntimeError, match="luck"):
         memory.append(visual_features=features[100:])
-    monkeypatch.setattr(core, "forward", forward)
+    monkeypatch.setattr(core, "run", run)
     same_memory(memory, watch(model, features[:100]))
     same_memory(memory.append(visual_features=features[100:]), want)
 
