@@ -17,6 +17,7 @@ help:
 	@echo "make demo       a clip through a small random Video-XL, and a tiny one that answers (20 seconds)"
 	@echo "make needle     trains a tiny Video-XL to find needles and draws the map (15 minutes)"
 	@echo "make test       the test suite"
+	@echo "make transformers-tests  transformers' common tests on our classes, downloaded"
 	@echo "make gpu-static the GPU kernels' machine code against its bars (needs no GPU)"
 	@echo "make gpu-check  the GPU's tests and benchmark (needs one)"
 	@echo "make test-oldest the core tests with the oldest versions that pyproject.toml allows"
@@ -56,6 +57,11 @@ needle: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+# The tests of the installed release, from the package index. Without them one line says why.
+transformers-tests: $(STAMP)
+	$(BIN)/python tests/transformers_suite/fetch.py
+	$(BIN)/python -m pytest -rs tests/transformers_suite $(ARGS)
+
 # All four targets take some five minutes on two cores; ARGS="--target cuda:90" takes one.
 gpu-static: $(STAMP)
 	$(BIN)/python -W ignore benchmarks/machine_code.py --check $(ARGS)
@@ -93,7 +99,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	  { rm -rf $(VENV); echo "make: $(PYTHON) has no venv (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch numpy safetensors \
 	  hypothesis import-linter matplotlib mypy ninja pybind11 pytest ruff \
-	  accelerate av peft pillow transformers
+	  accelerate av parameterized peft pillow transformers
 	@$(BIN)/python -c 'import torch; exit(not (torch.version.cuda or torch.version.hip))' || \
 	  $(BIN)/python -m pip install -q triton==$(TRITON)
 	@touch $@

@@ -38,6 +38,9 @@ class _ClipParts(nn.Module):
         self.vision_model = nn.Module()
         for name in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm"):
             setattr(self.vision_model, name, getattr(parts, name))
+        # CLIP's list of positions is no weight and is not read here. On the meta device it would
+        # have no values.
+        self.vision_model.embeddings._buffers.pop("position_ids", None)
 
 
 class VisionTower(nn.Module):
@@ -104,8 +107,6 @@ class VisionTower(nn.Module):
         with onloaded(embeddings):
             classes = embeddings.class_embedding.to(patch.weight.dtype).expand(len(pixels), 1, -1)
             hidden = torch.cat((classes, patches.flatten(2).transpose(1, 2)), dim=1)
-        # The weight itself, not a lookup by CLIP's `position_ids`. No checkpoint holds that
-        # buffer, so it has no values in a model that was loaded through the meta device.
         with onloaded(embeddings.position_embedding):
             hidden = hidden + embeddings.position_embedding.weight
         hidden = clip.pre_layrnorm(hidden)

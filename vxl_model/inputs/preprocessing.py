@@ -247,6 +247,8 @@ class VideoXLVideoProcessor(Pixels, SavedProcessor, BaseVideoProcessor):
         self, video: Any, frames: int | None = None, fps: float | None = None
     ) -> Iterator[Tensor]:
         """One video as batches of pixels."""
+        if getattr(video, "ndim", 0) == 4 and video.shape[1] == 3 != video.shape[-1]:
+            video = torch.as_tensor(video).permute(0, 2, 3, 1)  # transformers' order of frames
         for batch in open_frames(video, self.edge, frames, fps)[0]:
             yield self.frames_to_pixels(batch)
 

@@ -234,8 +234,9 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
         options = CallOptions.of(kwargs)
         if text is None:
             return self._visual_alone(images, videos, options)
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(x, str) for x in texts):
+        texts = [text] if isinstance(text, str) else text
+        listed = isinstance(texts, (list, tuple)) and len(texts) > 0
+        if not listed or not all(isinstance(x, str) for x in texts):
             fail("text", type(text).__name__, "a text, or a list of texts")
         given = VisualRows(texts, self.image_token, self.video_token)
         data = self._padded_ids(given, options)

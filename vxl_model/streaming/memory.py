@@ -156,7 +156,8 @@ class VideoMemory:
         """
         if isinstance(question, str):
             processor = self.model.processor
-            ids = torch.as_tensor(processor.suffix_ids(question, answer_prefix))
+            begun = (answer_prefix,) if answer_prefix else ()
+            ids = torch.as_tensor(processor.suffix_ids(question, *begun))
             options = answer_options(processor, options)
             new = self.ask(ids.reshape(1, -1), max_new_tokens, **options)
             if not isinstance(new, Tensor):
