@@ -114,7 +114,8 @@ def test_pictures_in_a_chat(processor, model):
 
 def test_turns_in_a_chat(processor):
     """A system message replaces the default one, and later turns follow the video's."""
-    talk = messages({"type": "video"}) + [
+    talk = [
+        *messages({"type": "video"}),
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": "Where?"},
     ]
