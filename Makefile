@@ -9,7 +9,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench bench-peers gpu-check test test-oldest test-newest test-clients test-gpu-env lint format sanitize fuzz \
+.PHONY: help bench bench-peers gpu-check test test-oldest test-newest test-clients test-gpu-env test-sdist \
+  lint format sanitize fuzz \
   cuda-check info clean docs gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
@@ -24,6 +25,7 @@ help:
 	@echo "make test-newest the core tests with the newest releases of everything"
 	@echo "make test-clients adapters, quantised weights and trainers of other packages"
 	@echo "make test-gpu-env  the versions that GPUs run, with nvcc and without a GPU"
+	@echo "make test-sdist   an sdist, installed and asked about a clip with each Python from 3.10 on"
 	@echo "make lint       ruff, mypy, formatting and the arrows of import"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
 	@echo "make fuzz       random operations on the page manager against a model"
@@ -172,9 +174,16 @@ cuda-check: $(BUILD)/address/cuda_shim
 find_python = $(shell for version in $(1); do for python in python$$version \
   $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
   "$$python" -c pass 2>/dev/null && echo "$$python" && exit; done; done)
-OLDEST_PYTHON ?= $(call find_python,3.10 3.11 3.12 3.13)
+# The oldest numpy has no build for Python 3.13.
+OLDEST_PYTHON ?= $(call find_python,3.10 3.11 3.12)
 NEWEST_PYTHON ?= $(call find_python,3.13 3.12 3.11 3.10)
 GPU_PYTHON ?= $(call find_python,3.12)
+
+.PHONY: has-oldest-python has-newest-python
+has-oldest-python:
+	@test -n "$(OLDEST_PYTHON)"
+has-newest-python:
+	@test -n "$(NEWEST_PYTHON)"
 
 # $(1) name, $(2) interpreter, $(3) its variable, $(4) arguments of pip, packages that come first
 # among them
@@ -187,9 +196,15 @@ define environment
 	  examples tests setup.py pyproject.toml README.md LICENSE | tar -x -C build/$(1)-tree
 	build/$(1)-venv/bin/python -m pip install -q $(4)
 	build/$(1)-venv/bin/python -m pip install -q 'build/$(1)-tree[gpu,model,video,bench]' \
-	  pytest hypothesis
+	  pytest pytest-xdist hypothesis
 	rm -rf build/$(1)-tree/vxl_*
 	cd build/$(1)-tree && ../$(1)-venv/bin/python -m vxl_kernels
+endef
+
+# Two processes of one thread: the suite is many small tests, which two threads do not speed up.
+define core_tests
+	cd build/$(1)-tree && OMP_NUM_THREADS=1 ../$(1)-venv/bin/python -m pytest tests -m core \
+	  -n 2 --dist loadfile $(2) $(ARGS)
 endef
 
 # Every lower bound of pyproject.toml, the builders' too, as a constraint.
@@ -200,12 +215,14 @@ test-oldest:
 	@grep -o '"[a-z][a-z0-9-]*>=[0-9.]*"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u \
 	  >$(PIP_CONSTRAINT)
 	$(call environment,oldest,$(OLDEST_PYTHON),OLDEST_PYTHON,torch)
-	cd build/oldest-tree && ../oldest-venv/bin/python -m pytest tests -m core $(ARGS)
+	$(call core_tests,oldest)
 
+# A machine's own constraints do not hold the newest back.
+test-newest: export PIP_CONSTRAINT = /dev/null
 test-newest:
 	$(call environment,newest,$(NEWEST_PYTHON),NEWEST_PYTHON,--upgrade --upgrade-strategy eager \
 	  pip torch)
-	cd build/newest-tree && ../newest-venv/bin/python -m pytest tests -m core $(ARGS)
+	$(call core_tests,newest)
 
 # What runs on top of the model, in a venv that sees the packages of the first: 300 MB more.
 CLIENTS := build/clients-venv
@@ -227,10 +244,39 @@ test-gpu-env:
 	@mkdir -p build
 	@printf '%s\n' torch==2.11.0 triton==3.6.0 'numpy==2.5.*' transformers==5.17.0 >$(PIP_CONSTRAINT)
 	$(call environment,gpu,$(GPU_PYTHON),GPU_PYTHON,torch)
-	cd build/gpu-tree && ../gpu-venv/bin/python benchmarks/gpu_check.py
+	cd build/gpu-tree && ../gpu-venv/bin/python -c \
+	  'from vxl_kernels import _ext; assert _ext.has_cuda, _ext.reason_missing or "built without CUDA"'
 	cd build/gpu-tree && ../gpu-venv/bin/python -m pytest tests -m gpu
 	cd build/gpu-tree && ../gpu-venv/bin/python -W ignore benchmarks/machine_code.py --check
-	cd build/gpu-tree && ../gpu-venv/bin/python -m pytest tests -m core -k 'not under_the_interpreter' $(ARGS)
+	$(call core_tests,gpu,-k 'not under_the_interpreter')
+	@cd build/gpu-tree && if ../gpu-venv/bin/python benchmarks/gpu_check.py 2>../gpu-check.log; then \
+	  cat ../gpu-check.log; \
+	else \
+	  cat ../gpu-check.log; grep -q 'this machine has no GPU' ../gpu-check.log || exit 1; \
+	  echo "make: $@: what needs no GPU has passed; run make gpu-check on a machine with one"; \
+	fi
+
+# An sdist as a user installs it, with nothing pinned: it answers about a clip, and its tests can be
+# collected. TORCH="torch==2.13.0" takes that one, SDIST_PYTHONS names the interpreters.
+TORCH ?= torch
+SDIST_PYTHONS ?= $(foreach version,3.10 3.11 3.12 3.13,$(call find_python,$(version)))
+test-sdist: $(VENV)/.installed
+	rm -rf build/sdist && mkdir -p build/sdist/tree
+	$(BIN)/python setup.py -q sdist -d build/sdist
+	tar -xzf build/sdist/vxl-*.tar.gz -C build/sdist/tree --strip-components=1
+	rm -rf build/sdist/tree/vxl_*
+	@set -e; for python in $(SDIST_PYTHONS); do \
+	  echo "$@: $$($$python --version) ($$python)"; \
+	  rm -rf build/sdist-venv && $$python -m venv build/sdist-venv; \
+	  build/sdist-venv/bin/python -m pip install -q '$(TORCH)'; \
+	  build/sdist-venv/bin/python -m pip install -q "$$(echo build/sdist/vxl-*.tar.gz)[model,video]"; \
+	  build/sdist-venv/bin/python build/sdist/tree/tests/project/try_sdist.py; \
+	  build/sdist-venv/bin/python -m pip install -q triton matplotlib pytest hypothesis; \
+	  (cd build/sdist/tree && ../../sdist-venv/bin/python -m pytest tests --collect-only -q) \
+	    >build/sdist/collected || { tail -50 build/sdist/collected; exit 1; }; \
+	  tail -1 build/sdist/collected; \
+	  rm -rf build/sdist-venv; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info vxl_kernels/*.so vxl_kernels/_build_info.json

@@ -1,13 +1,16 @@
 """`vxl chat` at a terminal and through a pipe."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -29,6 +32,13 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
 
 
+def take_terminal():
+    """In the child, before it starts: stdin becomes its terminal, and Ctrl-C reaches it even where
+    the tests run in a shell's background, which ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A process at a pseudo-terminal. Types, and reads until a pattern appears."""
 
@@ -42,7 +52,7 @@ class Terminal:
             stdout=device,
             stderr=device,
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=take_terminal,
         )
         os.close(device)
         self.shown = ""

@@ -51,6 +51,19 @@ def test_every_dependency_has_a_lower_bound():
         assert re.fullmatch(r'("[a-z0-9-]+>=[0-9.]+"(, )?)+', words), (name, words)
 
 
+def make_with(pyenv, folders, *arguments):
+    """make, where Pythons are in these folders, in pyenv's and in the system's alone."""
+    path = os.pathsep.join([*map(str, folders), "/usr/bin", "/bin"])
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": path, "PYENV_ROOT": str(pyenv)},
+    )
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_an_interpreter_that_does_not_start_is_passed_over(tmp_path):
     """pyenv puts names on the path for versions that it was not told to use."""
@@ -61,17 +74,9 @@ def test_an_interpreter_that_does_not_start_is_passed_over(tmp_path):
         python.chmod(0o755)
 
     def found(*folders):
-        done = subprocess.run(
-            ["make", "--no-print-directory", "--eval=found: ; @echo $(OLDEST_PYTHON)", "found"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-            env={
-                "PATH": os.pathsep.join([*map(str, folders), "/usr/bin", "/bin"]),
-                "PYENV_ROOT": str(tmp_path),
-            },
-        )
+        echo = ["--no-print-directory", "--eval=found: ; @echo $(OLDEST_PYTHON)", "found"]
+        done = make_with(tmp_path, folders, *echo)
+        assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     assert found(works.parent) == "python3.10"
@@ -80,3 +85,17 @@ def test_an_interpreter_that_does_not_start_is_passed_over(tmp_path):
     versions.parent.mkdir(parents=True)
     shutil.copy(works, versions)
     assert found(shim.parent) == str(versions)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_a_machine_without_a_python_for_an_environment(tmp_path):
+    """CI asks before it runs one. The oldest numpy has no build for Python 3.13."""
+    for version in ("3.10", "3.11", "3.12", "3.13"):  # the first on the path: others are not seen
+        python = tmp_path / f"python{version}"
+        python.write_text(f"#!/bin/sh\nexit {0 if version == '3.13' else 127}\n")
+        python.chmod(0o755)
+    assert make_with(tmp_path, [tmp_path], "-s", "has-newest-python").returncode == 0
+    assert make_with(tmp_path, [tmp_path], "-s", "has-oldest-python").returncode == 2
+    done = make_with(tmp_path, [tmp_path], "test-oldest")
+    assert done.returncode == 2
+    assert "make: test-oldest: no Python found; OLDEST_PYTHON names one" in done.stdout

@@ -1,0 +1,40 @@
+"""A user's first minutes with an sdist, which is installed in the environment of the Python that
+runs this: `vxl` on a clip and a tiny checkpoint of the published layout (`make test-sdist`).
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers.clips import write_clip
+from helpers.paths import CHECKPOINT
+
+from examples.demo_clip import byte_tokenizer
+
+QUESTION = "What is shown?"
+
+
+def vxl(folder, *arguments):
+    command = [str(Path(sys.executable).with_name("vxl")), *arguments]
+    print("$ vxl", *arguments, flush=True)
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, end="", flush=True)
+    return done.stdout
+
+
+with tempfile.TemporaryDirectory() as folder:
+    shutil.copytree(CHECKPOINT, Path(folder) / "model")
+    byte_tokenizer(128).save_pretrained(Path(folder) / "model")
+    write_clip(Path(folder) / "clip.mp4", count=60, fps=10)
+    model = ("--model", "model")
+    ask = ("ask", *model, "--max-new-tokens", "6", QUESTION)
+    video = ("--video", "clip.mp4", "--ratio", "4")
+    answer = vxl(folder, *ask, *video)
+    vxl(folder, "watch", *model, *video, "--save", "watched.vxl")
+    if vxl(folder, *ask, "--memory", "watched.vxl") != answer:
+        sys.exit("the saved memory answers something else")
