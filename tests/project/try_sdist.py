@@ -27,14 +27,19 @@ def vxl(folder, *arguments):
     return done.stdout
 
 
-with tempfile.TemporaryDirectory() as folder:
-    shutil.copytree(CHECKPOINT, Path(folder) / "model")
-    byte_tokenizer(128).save_pretrained(Path(folder) / "model")
-    write_clip(Path(folder) / "clip.mp4", count=60, fps=10)
-    model = ("--model", "model")
-    ask = ("ask", *model, "--max-new-tokens", "6", QUESTION)
-    video = ("--video", "clip.mp4", "--ratio", "4")
-    answer = vxl(folder, *ask, *video)
-    vxl(folder, "watch", *model, *video, "--save", "watched.vxl")
-    if vxl(folder, *ask, "--memory", "watched.vxl") != answer:
-        sys.exit("the saved memory answers something else")
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(CHECKPOINT, Path(folder) / "model")
+        byte_tokenizer(128).save_pretrained(Path(folder) / "model")
+        write_clip(Path(folder) / "clip.mp4", count=60, fps=10)
+        model = ("--model", "model")
+        ask = ("ask", *model, "--max-new-tokens", "6", QUESTION)
+        video = ("--video", "clip.mp4", "--ratio", "4")
+        answer = vxl(folder, *ask, *video)
+        vxl(folder, "watch", *model, *video, "--save", "watched.vxl")
+        if vxl(folder, *ask, "--memory", "watched.vxl") != answer:
+            sys.exit("the saved memory answers something else")
+
+
+if __name__ == "__main__":  # pytest imports every file for its doctests
+    main()
