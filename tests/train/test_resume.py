@@ -201,11 +201,13 @@ def test_one_run_at_a_time(begun, again, tmp_path):
         text=True,
         stdout=subprocess.PIPE,
     ) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=r"output: .*run is in use by another run"):
-            again()
-        assert sorted(path.name for path in run.iterdir()) == before
-        other.kill()
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=r"output: .*run is in use by another run"):
+                again()
+            assert sorted(path.name for path in run.iterdir()) == before
+        finally:
+            other.kill()
     assert again().steps == 2
 
 
