@@ -255,6 +255,9 @@ def test_batch_memories_can_be_split(model, features):
     out = model(ids, visual_features=[features, features[:61]])
     assert len(out.memory) == 2
     assert [len(m) for m in out.memory] == [1, 1]
+    assert [m.visual_tokens[0] for m in out.memory[::-1]] == out.memory.visual_tokens[::-1]
+    same_memory(out.memory[1:], out.memory[1])
+    assert out.memory[:] is out.memory
     same_memory(
         out.memory[1],
         model(ids[:1], visual_features=[features[:61]]).memory,

@@ -66,10 +66,14 @@ class VideoMemory:
     def __len__(self) -> int:
         return len(self.batch)
 
-    def __getitem__(self, index: int) -> VideoMemory:
-        if len(self) == 1 and index in (0, -1):
+    def __getitem__(self, index: int | slice) -> VideoMemory:
+        """One video, or those of a slice."""
+        places = range(len(self))[index]
+        chosen = list(places) if isinstance(places, range) else [places]
+        if chosen == list(range(len(self))):
             return self
-        return VideoMemory(self.model, StreamBatch([self.batch.states[index]]))
+        states = [self.batch.states[i] for i in chosen]
+        return VideoMemory(self.model, StreamBatch(states))
 
     def __iter__(self) -> Iterator[VideoMemory]:
         return (self[i] for i in range(len(self)))
