@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from vxl_model.decoder.configuration import VideoXLConfig
 from vxl_model.inputs.processing import VideoXLProcessor
 from vxl_model.modeling import VideoXLForConditionalGeneration
-from vxl_model.streaming.memory_file import first_row_bytes
+from vxl_model.streaming.fingerprint import first_row_bytes
 from vxl_model.streaming.ratios import make_plan
 
 from .data.dataset import TrainingData

@@ -197,6 +197,7 @@ class Reader:
     Attributes:
         header: geometry of the file.
         user: the strings in the file.
+        checksums: the CRC-32 of every tensor, in hexadecimal.
 
     Raises:
         ValueError: the file is not a safetensors file, has another format, or is truncated or
@@ -212,7 +213,7 @@ class Reader:
         try:
             # The package maps the file. It reads the header here, because it checks every rule.
             with self._same_file(safe_open) as file:
-                self.header, self._checksums, self.user = self._parse(file)
+                self.header, self.checksums, self.user = self._parse(file)
         except (SafetensorError, OSError) as error:
             self._stream.close()
             self._refuse(f"a file that is truncated, damaged or not in safetensors ({error})")
@@ -279,7 +280,7 @@ class Reader:
                 coming += [pool.submit(self._fill, part) for part in parts[i + 1 : i + 2]]
                 checksums[tensor] = zlib.crc32(_raw(parts[i]), checksums[tensor])
                 is_last = first + rows == h.length
-                if is_last and _hex(checksums[tensor]) != self._checksums[tensor]:
+                if is_last and _hex(checksums[tensor]) != self.checksums[tensor]:
                     self._refuse(f"whose tensor {h.tensor_names()[tensor]} is damaged")
                 yield tensor, first, parts[i]
 
@@ -297,7 +298,7 @@ class Reader:
 
         with self._same_file(safe_open) as file:
             found = {name: file.get_tensor(name) for name in self._extra}
-        checksums = self._checksums[2 * self.header.num_layers :]
+        checksums = self.checksums[2 * self.header.num_layers :]
         for (name, tensor), checksum in zip(found.items(), checksums, strict=True):
             if _hex(zlib.crc32(_raw(tensor))) != checksum:
                 self._refuse(f"whose tensor {name} is damaged")

@@ -151,6 +151,7 @@ class VstCache:
     memory_for = staticmethod(plan_memory)
     read_metadata = staticmethod(file_format.read_metadata)
     read_tensors = staticmethod(file_format.read_tensors)
+    reader = file_format.Reader
 
     def __repr__(self) -> str:
         return (

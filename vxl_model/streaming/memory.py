@@ -230,7 +230,7 @@ class VideoMemory:
             if self.batch.states[0].finished:
                 fail(
                     "append",
-                    "a memory that has read text after the video",
+                    "a memory whose video has ended",
                     "one from watch() or one of its forks",
                 )
             state = self.batch.states[0].fork()
@@ -244,8 +244,13 @@ class VideoMemory:
 
     # -- files -------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one video's memory to a file, a last window that is not full included.
+    def save(self, path: str | os.PathLike[str], final: bool = False) -> None:
+        """Writes one video's memory to a file.
+
+        Args:
+            final: encode a last window that is not full, so that the file holds the K and V of
+                the whole video, as other programs need them. `append` refuses such a memory. By
+                default the window's visual tokens are kept to go on with.
 
         Raises:
             ValueError: a memory of several videos.
@@ -253,7 +258,11 @@ class VideoMemory:
         """
         if len(self) != 1:
             fail("save", f"a memory of {len(self)} videos", "one video: memory[i]")
-        memory_file.save_state(path, self.batch.states[0], self.model.encoder().decoder)
+        state = self.batch.states[0]
+        if final:
+            state = self._flushed().states[0].fork()
+            state.finished = True
+        memory_file.save_state(path, state, self.model.encoder().decoder)
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: Owner) -> VideoMemory:

@@ -4,7 +4,6 @@ and counts in the header."""
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 
@@ -14,13 +13,13 @@ from torch import Tensor
 from vxl_kernels import VstCache
 
 from ..decoder.layers import VideoXLModel
-from ..decoder.placement import local, onloaded
 from .cache_pool import SLACK_TOKENS
 from .encoder import StreamEncoder
+from .fingerprint import model_fingerprint, text_fingerprint
 from .ratios import RatioPlan
 from .state import VideoState
 
-__all__ = ["first_row_bytes", "load_state", "model_fingerprint", "save_state"]
+__all__ = ["load_state", "save_state"]
 
 _FORMAT = "vxl-memory-2"
 _HEADER_FORMAT = "vxl-memory-1"  # pending tokens in base64 in the header, which holds 100 MB
@@ -36,6 +35,7 @@ def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXL
     metadata = {
         "memory": _FORMAT,
         "model": model_fingerprint(decoder),
+        "text_model": text_fingerprint(decoder),
         "plan": state.plan.state(),
         "state": json.dumps(
             {
@@ -88,46 +88,3 @@ def _pending_in_header(text: str, fields: dict) -> list[Tensor]:
         return []
     dtype = getattr(torch, fields["pending_dtype"])
     return [torch.frombuffer(raw, dtype=dtype).reshape(fields["pending"])]
-
-
-def model_fingerprint(decoder: VideoXLModel) -> str:
-    """What tells one model's memories from another's: geometry, dtype, and a digest of weights
-    from every layer."""
-    config = decoder.config
-    fields = [
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.beacon_window,
-        config.published()["rope_theta"],
-        str(decoder.beacon_embed_tokens.weight.dtype),
-    ]
-    digest = hashlib.sha256(json.dumps(fields).encode())
-    # One row of every parameter is enough: 9 MB for the 28 layers of Qwen2-7B.
-    embeddings = decoder.embed_tokens, decoder.beacon_embed_tokens
-    for part in (decoder.layers, decoder.norm, *embeddings):
-        for module in part.modules():
-            if not module._parameters:
-                continue
-            with onloaded(module):
-                for weight in module.parameters(recurse=False):
-                    packed = not weight.dtype.is_floating_point
-                    digest.update((_first_codes if packed else first_row_bytes)(local(weight)))
-    return digest.hexdigest()
-
-
-def first_row_bytes(weight: Tensor) -> bytes:
-    """The first row as float32, to tell one set of weights from another."""
-    return weight.detach()[:1].dequantize().float().cpu().contiguous().numpy().tobytes()
-
-
-def _first_codes(weight: Tensor) -> bytes:
-    """How often each number of 4 bits occurs in the first 32 rows of a quantised weight. The first
-    call on a CPU makes bitsandbytes reorder them, 32 rows by 32 rows."""
-    state = getattr(weight, "quant_state", None)
-    width = weight.shape[-1] if state is None else state.shape[-1] // 2
-    codes = weight.detach().flatten()[: 32 * width].contiguous().view(torch.uint8)
-    counts = torch.bincount(torch.cat([codes & 15, codes >> 4]).int(), minlength=16)
-    return counts.cpu().numpy().tobytes()

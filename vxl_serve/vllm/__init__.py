@@ -1,0 +1,29 @@
+"""vLLM answers questions about a video that Video-XL has watched.
+
+What is kept of a video are K and V of ordinary positions, and text after it is read by the plain
+language model. So vLLM serves that language model, and a KV connector loads what was kept as the
+beginning of a request. vLLM finds this package by the entry point `vllm.general_plugins`.
+
+    prefix = publish(memory, "talk.vxl")
+    llm = LLM(checkpoint, skip_tokenizer_init=True, kv_transfer_config=KVTransferConfig(
+        kv_connector="VxlConnector", kv_role="kv_consumer"))
+    llm.generate(prefix.prompt(ids), prefix.sampling(max_tokens=64, temperature=0))
+"""
+
+from .prefix import Prefix, publish
+
+__all__ = ["Prefix", "publish", "register"]
+
+
+def register() -> None:
+    """Makes connector and model known to vLLM, in each of its processes."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.model_executor.models import ModelRegistry
+
+    import vxl_model  # noqa: F401  its configuration, for transformers' AutoConfig
+
+    ModelRegistry.register_model("LlavaQwenForCausalLM", f"{__name__}.model:VideoXLTextModel")
+    if "VxlConnector" not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(
+            "VxlConnector", f"{__name__}.connector", "VxlConnector"
+        )
