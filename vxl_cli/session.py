@@ -77,7 +77,7 @@ class Session:
     def save(self, option: str, path: str) -> Path:
         """Writes the memory; ValueError names `option` where `path` cannot be written."""
         target = self._output(option, path)
-        self.memory.save(target)
+        self.memory.save(target, final=getattr(self.options, "final", False))
         return target
 
     def print_watched(self) -> None:

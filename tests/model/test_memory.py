@@ -14,6 +14,7 @@ from helpers.model_goldens import (
 from safetensors import safe_open
 
 from vxl_model import VideoMemory, WindowRatios
+from vxl_model.streaming.fingerprint import checkpoint_text_fingerprint, text_fingerprint
 
 pytestmark = pytest.mark.core
 
@@ -262,7 +263,7 @@ def test_batch_memories_can_be_split(model, features):
         out.memory[1],
         model(ids[:1], visual_features=[features[:61]]).memory,
     )
-    with pytest.raises(ValueError, match="read text"):
+    with pytest.raises(ValueError, match="has ended"):
         out.memory[0].append(visual_features=features)
 
 
@@ -292,3 +293,32 @@ def test_questions_in_words(features):
     assert memory.ask("9 10 11", max_new_tokens=6).split() == [
         str(i) for i in want[: want.index(want[2]) + 1]
     ]
+
+
+def test_a_final_memory_holds_the_whole_video(model, features, tmp_path):
+    memory = watch(model, features)
+    memory.save(tmp_path / "final.vxl", final=True)
+    back = VideoMemory.load(tmp_path / "final.vxl", model)
+    same_memory(back, memory)
+    with safe_open(tmp_path / "final.vxl", framework="pt") as file:
+        assert len(file.get_tensor("key.0")) == memory.cached_tokens[0]
+        assert "pending" not in file.keys()  # noqa: SIM118  (not a dict)
+    with pytest.raises(ValueError, match="has ended"):
+        back.append(visual_features=features)
+    memory.append(visual_features=features)  # the memory itself goes on
+    assert memory.visual_tokens == [2 * 205]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_has_the_text_fingerprint_of_its_model(tmp_path, dtype):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    found = checkpoint_text_fingerprint(tmp_path, dtype)
+    model.to(dtype)
+    assert found == text_fingerprint(model.model)
+    with torch.no_grad():  # VST weights have no part in it
+        model.model.layers[0].self_attn.beacon_q_proj.weight.zero_()
+    assert found == text_fingerprint(model.model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 1
+    assert found != text_fingerprint(model.model)

@@ -12,6 +12,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
 from vxl_serve.vllm import Prefix, publish
@@ -47,11 +48,13 @@ def questions(count):
     return [torch.randint(1, 1000, (5 + 3 * i,), generator=generator) for i in range(count)]
 
 
-def answers(memory, asked):
-    return [memory.ask(ids, NEW, do_sample=False, eos_token_id=None).tolist() for ids in asked]
+def answers(memory, asked, new=NEW):
+    return [memory.ask(ids, new, do_sample=False, eos_token_id=None).tolist() for ids in asked]
 
 
 def engine(checkpoint, dtype="float32", **options):
+    """A new engine. The workers of a process share one connector, so an older engine is done."""
+    ensure_kv_transfer_shutdown()
     transfer = KVTransferConfig(
         kv_connector="VxlConnector",
         kv_role="kv_consumer",
@@ -62,16 +65,16 @@ def engine(checkpoint, dtype="float32", **options):
         dtype=dtype,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        max_model_len=2048,
+        max_model_len=options.pop("max_model_len", 2048),
         kv_transfer_config=transfer,
         **options,
     )
 
 
-def ask(llm, requests):
+def ask(llm, requests, new=NEW):
     """Ids of (prefix, question ids) pairs, all asked at once. None where vLLM says "error"."""
     prompts = [prefix.prompt(ids) for prefix, ids in requests]
-    options = {"max_tokens": NEW, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    options = {"max_tokens": new, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
     sampling = [prefix.sampling(**options) for prefix, _ in requests]
     found = [out.outputs[0] for out in llm.generate(prompts, sampling, use_tqdm=False)]
     return [None if out.finish_reason == "error" else list(out.token_ids) for out in found]
@@ -192,12 +195,19 @@ def test_a_folder_bounds_what_a_request_may_name(model, memories, prefixes, plac
 
 
 def test_requests_that_are_preempted_load_again(model, memories, prefixes, place, loads):
-    """Pages for about three of the requests: they push each other out as they grow."""
-    llm = engine(place / "model", block_size=16, num_gpu_blocks_override=64)
+    """Pages for few of the requests: they push each other out as they grow."""
+    llm = engine(
+        place / "model",
+        max_model_len=512,
+        block_size=32,
+        num_gpu_blocks_override=32,
+        enable_prefix_caching=False,
+    )
     asked = questions(4)
     pairs = [(i, ids) for i in (0, 1, 3) for ids in asked]
-    wanted = [answers(memories[i], [ids])[0] for i, ids in pairs]
-    assert ask(llm, [(prefixes[i], ids) for i, ids in pairs]) == wanted
+    wanted = [answers(memories[i], [ids], 50)[0] for i, ids in pairs]
+    assert ask(llm, [(prefixes[i], ids) for i, ids in pairs], 50) == wanted
+    assert len(loads) > len(pairs)
 
 
 def test_bfloat16(place):

@@ -9,7 +9,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
 __all__ = ["VideoXLTextModel"]
 
-_OTHER_WEIGHTS = (".beacon_", "model.vision_tower.", "model.mm_projector.", "model.image_newline")
+_TEXT_WEIGHTS = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
 
 class VideoXLTextModel(Qwen2ForCausalLM):
@@ -20,5 +20,5 @@ class VideoXLTextModel(Qwen2ForCausalLM):
         return super().load_weights(
             (name, weight)
             for name, weight in weights
-            if not any(other in name for other in _OTHER_WEIGHTS)
+            if name.startswith(_TEXT_WEIGHTS) and ".beacon_" not in name
         )
