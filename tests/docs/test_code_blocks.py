@@ -1,7 +1,7 @@
 """Every code block of the documents runs, page by page.
 
 The Python blocks of a page run in order, in one namespace. Their folder holds stand-ins: the small
-checkpoint of the goldens as `sy1998/Video_XL`, a clip as `video.mp4`, pictures as `a.jpg`, `b.jpg`.
+checkpoint of the goldens as `sy1998/Video_XL`, a clip as `video.mp4`, pictures as `a.jpg`, `b.jpg`, and in `frames`.
 The checkpoint's head is changed so that an answer ends with its first token. The only change to a
 block is `device_map="cuda"`, which becomes the CPU on a machine without a GPU.
 """
@@ -71,6 +71,9 @@ def stand_ins(tmp_path_factory):
     write_clip(folder / "video.mp4", count=20, fps=10)
     for name, number in (("a.jpg", 5), ("b.jpg", 9)):
         image.fromarray(picture(number, 120, 80)).save(folder / name)
+    (folder / "frames").mkdir()
+    for number in range(3):
+        image.fromarray(picture(number, 120, 80)).save(folder / "frames" / f"{number}.jpg")
     return folder
 
 
