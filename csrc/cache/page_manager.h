@@ -25,9 +25,9 @@
 //   and someone else holds it. A reservation of no rows copies nothing.
 // - fork() shares the committed rows. An open reservation stays with the parent, which goes on
 //   writing its own rows in place even in a page the child now holds too: those rows lie
-//   behind the child's last one, and the child copies the page before it writes.
+//   after the child's last one, and the child copies the page before it writes.
 // - truncate() drops an open reservation, whatever the length, and the references to all pages
-//   behind the last row. What is left of a shared page is copied when the sequence grows again.
+//   after the last row. What is left of a shared page is copied when the sequence grows again.
 // - Ids count up from 0 and are never reused.
 // - Strong guarantee: a call that throws, std::bad_alloc included, has changed nothing.
 //   fork, truncate, free, fill_* and block_table take time in the pages they touch; the rest

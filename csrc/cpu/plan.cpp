@@ -91,12 +91,13 @@ BackwardPlan plan_backward(const AttentionParams& p, int lanes) {
     plan.cached = std::max(plan.cached, cached);
   }
 
-  const int64_t n = round_up(plan.tile_rows * plan.group, unit);
+  // AMX works on two vectors of lanes at a time.
+  const int64_t n = round_up(plan.tile_rows * plan.group, 2 * lanes);
   plan.scratch_floats = 5 * n * plan.dims +          // Q, dO, dQ by lanes; Q, dO by rows
                         2 * key_block * n +          // P and dS
                         3 * key_block * plan.dims +  // K twice, V
                         2 * key_block * unit +       // scores of a group
-                5 * n + 3 * lanes * plan.dims;
+                        5 * n + 3 * lanes * plan.dims;
   return plan;
 }
 

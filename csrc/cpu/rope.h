@@ -23,8 +23,8 @@ inline float largest_magnitude(const float* x, int64_t n) {
 // code. Cody-Waite reduction by pi/2 in three parts with fused multiply-adds, then minimax
 // polynomials on [-pi/4, pi/4]. `largest` is the largest magnitude in inv_freq. Where it leads
 // beyond kNearAngle, the reduction is in double: a row's result depends on its position alone.
-inline void angles(float position, const float* inv_freq, float largest, int64_t n,
-                   float* cos_out, float* sin_out) {
+inline void angles(float position, const float* inv_freq, [[maybe_unused]] float largest,
+                   int64_t n, float* cos_out, float* sin_out) {
   int64_t i = 0;
 #if defined(__FMA__) || defined(__aarch64__)
   if (!(position * largest <= kNearAngle)) {  // also where an angle is NaN

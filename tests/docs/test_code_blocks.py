@@ -1,9 +1,9 @@
 """Every code block of the documents runs, page by page.
 
 The Python blocks of a page run in order, in one namespace. Their folder holds stand-ins: the small
-checkpoint of the goldens as `sy1998/Video_XL`, a clip as `video.mp4`, pictures as `a.jpg`, `b.jpg`, and in `frames`.
-The checkpoint's head is changed so that an answer ends with its first token. The only change to a
-block is `device_map="cuda"`, which becomes the CPU on a machine without a GPU.
+checkpoint of the goldens as `sy1998/Video_XL`, a clip as `video.mp4`, pictures as `a.jpg`, `b.jpg`
+and in `frames`. The head of the checkpoint is changed so that an answer ends with its first token.
+The only change to a block is `device_map="cuda"`, which becomes the CPU on a machine without a GPU.
 """
 
 import contextlib
