@@ -16,7 +16,7 @@ from helpers.decoders import (
 )
 
 from vxl_kernels import PoolExhausted, VstCache
-from vxl_kernels.integrations.transformers import PagedCache, register
+from vxl_kernels.integrations.transformers import PagedCache, register, skip_cached
 
 pytestmark = pytest.mark.core
 
@@ -74,6 +74,23 @@ def test_assisted_decoding(pages):
     for options in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
         cache = paged(model) if pages else None
         assert torch.equal(generate(model, ids, None, cache, new=20, **options), truth)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}])
+def test_prompt_that_is_cached_already(options):
+    """A cache that holds the start of the prompt, for each question a copy of it."""
+    model, ids = decoder("qwen2"), random_ids(1, 8).repeat(1, 4)
+    truth = generate(model, ids, new=20)
+    model.set_attn_implementation("vxl")
+    prefix = paged(model)
+    with torch.no_grad():
+        model(ids[:, :20], **{CACHE: prefix})
+    for _ in range(2):
+        with skip_cached(model):
+            assert torch.equal(
+                generate(model, ids, None, copy.copy(prefix), new=20, **options), truth
+            )
+    assert prefix.get_seq_length() == 20
 
 
 def logits(model, cache, ids, mask=None):

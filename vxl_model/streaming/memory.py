@@ -18,6 +18,7 @@ from ..errors import fail
 from . import memory_file
 from .batch import StreamBatch
 from .conversation import Conversation, answer_options
+from .dense_cache import append_cache, cache_rows, dense_cache
 from .encoder import StreamEncoder
 from .state import VideoState
 
@@ -199,6 +200,60 @@ class VideoMemory:
         if len(self) not in (1, rows):
             fail("memory", f"{len(self)} videos", f"1 or {rows} as input_ids")
         return self._flushed().forks(rows)
+
+    # -- a plain decoder -----------------------------------------------------------------
+
+    def to_cache(self, rows: int = 1) -> Any:
+        """Copies of K and V as transformers' `DynamicCache`, for a plain decoder of the same
+        weights (for a Video-XL on Qwen2, a `Qwen2ForCausalLM`).
+
+        Args:
+            rows: of the batch, for each video.
+
+        Raises:
+            ValueError: videos of several lengths, or `rows` is not positive.
+        """
+        if not isinstance(rows, int) or rows < 1:
+            fail("rows", repr(rows), "at least 1")
+        return dense_cache(self._flushed(), rows)
+
+    def generate_inputs(self, question: Tensor | Sequence[int], rows: int = 1) -> dict[str, Any]:
+        """Arguments of a plain decoder's `generate` that asks this memory.
+
+        Args:
+            question: ids of everything after the video, `(tokens,)`.
+            rows: of the batch, for each video.
+
+        Returns:
+            `input_ids (batch, cached + tokens)`, its `attention_mask` and `past_key_values`, which
+            is `to_cache(rows)`. `generate` wants an id for each cached token, and none is looked
+            at. Here it is the first id of the question. Beams and `num_return_sequences` want
+            `past_key_values.batch_repeat_interleave(n)` first.
+        """
+        ids = torch.as_tensor(question, device=self.model.device)
+        if ids.dim() != 1 or not len(ids):
+            fail("question", f"shape {tuple(ids.shape)}", "ids (tokens,), at least one")
+        cache = self.to_cache(rows)
+        cached = ids[:1].expand(cache.get_seq_length())
+        ids = torch.cat([cached, ids]).expand(len(self) * rows, -1)
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+
+    def from_cache(self, cache: Any) -> VideoMemory:
+        """A memory that has read what a plain decoder added to the cache of `to_cache`, such as a
+        question and its answer. This memory stays as it is.
+
+        Args:
+            cache: `(batch, ...)` with a row for each video, or any number of rows for one video.
+                After `generate` it holds all tokens but the last one.
+
+        Raises:
+            ValueError: it does not begin with what this memory holds.
+        """
+        batch = self.forks(cache_rows(cache))
+        with torch.no_grad():
+            append_cache(batch, cache)
+        return VideoMemory(self.model, batch)
 
     # -- going on ----------------------------------------------------------------------
 

@@ -7,5 +7,6 @@
 
 from .attention import register
 from .cache import PagedCache
+from .prefilled import skip_cached
 
-__all__ = ["PagedCache", "register"]
+__all__ = ["PagedCache", "register", "skip_cached"]
