@@ -14,6 +14,8 @@ from vxl_model.decoder.vision_tower import FRAME_BATCH
 from vxl_model.streaming.cache_pool import SLACK_TOKENS
 from vxl_model.streaming.encoder import default_chunks
 
+from .weights import empty_model, weight_bytes
+
 __all__ = ["VideoEstimate", "device_memory", "estimate_video", "released_config"]
 
 
@@ -101,6 +103,7 @@ def estimate_video(
     question: int = 64,
     answer: int = 256,
     page_size: int = 64,
+    quantize: str | None = None,
 ) -> VideoEstimate:
     """Memory and FLOPs for one video of `frames` frames and a question.
 
@@ -109,6 +112,8 @@ def estimate_video(
         ratio: raw tokens per VST.
         device: its memory decides how many windows a step takes.
         prefix, question, answer: tokens of text.
+
+        quantize: "8bit" or "4bit", how bitsandbytes stores the decoder's linear modules; None.
 
     Raises:
         ValueError: no frames, a ratio larger than the window, or a model without a tower.
@@ -148,7 +153,7 @@ def estimate_video(
         visual_tokens=tokens,
         cached_tokens=cache.video_tokens,
         parameters=parameters,
-        weight_bytes=parameters * dtype.itemsize,
+        weight_bytes=weight_bytes(config, dtype, quantize),
         cache_bytes=cache.bytes,
         raw_cache_bytes=cache.raw_bytes,
         step_bytes=_step_bytes(config, clip, tokens, ratio, chunks, dtype),
@@ -167,11 +172,7 @@ def _kv_heads(config: VideoXLConfig) -> int:
 
 def count_parameters(config: VideoXLConfig) -> int:
     """Number of parameters of the whole model; allocates none."""
-    from vxl_model.modeling import VideoXLForConditionalGeneration
-
-    with torch.device("meta"):
-        model = VideoXLForConditionalGeneration(config)
-    return sum(p.numel() for p in model.parameters())  # tied parameters count once
+    return sum(p.numel() for p in empty_model(config).parameters())  # tied parameters count once
 
 
 class _Decoder:

@@ -57,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
         "--free", type=_bytes, metavar="SIZE", help="memory of a device that is not here, as 80G"
     )
     add_device_arguments(plan)
+    plan.add_argument(
+        "--quantize", choices=("8bit", "4bit"), help="of bitsandbytes, the decoder's weights"
+    )
+    plan.add_argument(
+        "--train", choices=("full", "lora"), help="also the memory of a training step on the video"
+    )
+    plan.add_argument("--lora-rank", type=count, default=32, help="(default: %(default)s)")
+    plan.add_argument(
+        "--vst", choices=("full", "adapters"), default="full", help="as the recipe's setting"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON, one object a ratio")
     plan.set_defaults(run=_plan)
 

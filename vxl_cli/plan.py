@@ -13,6 +13,7 @@ from vxl_model.decoder.configuration import VideoXLConfig
 
 from .common import placement, quiet
 from .estimate import VideoEstimate, device_memory, estimate_video, released_config
+from .training_memory import TrainingEstimate, estimate_training
 
 __all__ = ["print_plans"]
 
@@ -44,9 +45,11 @@ def print_plans(options: argparse.Namespace) -> None:
             device=device,
             question=QUESTION,
             answer=ANSWER,
+            quantize=options.quantize,
         )
         for ratio in ratios
     ]
+    training = [_training(config, ratio, dtype, options) for ratio in ratios]
     about: dict[str, Any] = {
         "model": name,
         "device": str(device) if here else "not here",
@@ -55,18 +58,60 @@ def print_plans(options: argparse.Namespace) -> None:
         "trained_positions": config.max_position_embeddings,
     }
     if options.json:
-        for estimate in estimates:
-            print(json.dumps({**about, **estimate.to_dict()}))
+        for estimate, trained in zip(estimates, training, strict=True):
+            more = {} if trained is None else {"training": trained.to_dict()}
+            print(json.dumps({**about, **estimate.to_dict(), **more}))
         return
     first = estimates[0]
     print(
-        f"model     {name}, {first.parameters / 1e9:.2f} G parameters, {first.dtype}, on "
+        f"model     {name}, {first.parameters / 1e9:.2f} G parameters, {first.dtype}"
+        + (f", decoder in {options.quantize}, on " if options.quantize else ", on ")
         + (str(device) if here else f"a device with {options.free / GIB:.1f} GiB")
     )
     if len(estimates) == 1:
         _print_one(first, about)
     else:
         _print_table(estimates, about)
+    for ratio, trained in zip(ratios, training, strict=True):
+        if trained is not None:
+            _print_training(trained, ratio, options, about["free_bytes"])
+
+
+def _training(
+    config: VideoXLConfig, ratio: int, dtype: torch.dtype, options: argparse.Namespace
+) -> TrainingEstimate | None:
+    if options.train is None:
+        return None
+    return estimate_training(
+        config,
+        options.frames,
+        ratio,
+        train=options.train,
+        rank=options.lora_rank,
+        vst=options.vst,
+        quantize=options.quantize,
+        dtype=dtype,
+    )
+
+
+def _print_training(
+    estimate: TrainingEstimate, ratio: int, options: argparse.Namespace, free: int
+) -> None:
+    kind = f"LoRA of rank {options.lora_rank}" if options.train == "lora" else "everything"
+    print(f"training  {kind}: {estimate.learning:,} weights learn, a video a step, ratio {ratio}")
+    rows = (
+        ("weights", estimate.weight_bytes),
+        ("gradients", estimate.gradient_bytes),
+        ("AdamW", estimate.optimizer_bytes),
+        ("activations, about", estimate.activation_bytes),
+    )
+    for name, size in rows:
+        print(f"  {name:<22} {size / GIB:9.2f} GiB")
+    fits = "fits" if estimate.total_bytes < free else "does not fit"
+    print(
+        f"  total                  {estimate.total_bytes / GIB:9.2f} GiB   "
+        f"{fits}: {free / GIB:.1f} GiB are free"
+    )
 
 
 def _print_one(estimate: VideoEstimate, about: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from vxl_model.modeling import VideoXLForConditionalGeneration
 from vxl_model.streaming.fingerprint import first_row_bytes
 from vxl_model.streaming.ratios import make_plan
 
+from .adapter_settings import quantization_config
+from .adapters import add_adapters
 from .data.dataset import TrainingData
 from .data.samples import SAMPLE_KINDS, BadSampleError, BadSamples, VisualShape, read_samples
 from .run_folder import (
@@ -196,6 +198,7 @@ def _run(
     if args.should_save:  # the process that writes run.json
         prepared.record["base_crc32"] = _weights_crc(net)
         check_same_run(output / RUN, prepared.record, checkpoint)
+    _make_trainable(net, settings, args)
     learning = sum(p.numel() for p in net.parameters() if p.requires_grad)
     log(
         f"{settings.stage}: {learning:,} of {sum(p.numel() for p in net.parameters()):,} "
@@ -203,7 +206,7 @@ def _run(
     )
     if resume:
         log(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
-    trainer = VideoXLTrainer(net, args, prepared.data, settings)
+    trainer = VideoXLTrainer(net, args, prepared.data, settings, model)
     if args.should_save:
         names = {"model": os.fspath(model), "data": [os.fspath(x) for x in data]}
         write_run(output / RUN, {**names, **prepared.record})
@@ -234,20 +237,35 @@ def _run(
 def _load(
     path: str | os.PathLike[str], settings: TrainSettings, args: TrainingArguments
 ) -> VideoXLForConditionalGeneration:
-    """The model as the stage trains it."""
+    """The model that the run starts from."""
+    more: dict[str, Any] = {}
+    if settings.quantization is not None:
+        config = quantization_config(settings.quantization, settings.vst)
+        more = {"quantization_config": config, "device_map": {"": args.device}}
     net = VideoXLForConditionalGeneration.from_pretrained(
-        path, dtype=getattr(torch, settings.dtype)
+        path, dtype=getattr(torch, settings.dtype), **more
     )
-    set_trainable_parameters(net, settings)
+    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
+    return net
+
+
+def _make_trainable(
+    net: VideoXLForConditionalGeneration, settings: TrainSettings, args: TrainingArguments
+) -> None:
+    """What learns, adapters or the model's own weights, requires gradients."""
+    if settings.peft is None:
+        set_trainable_parameters(net, settings)
+    else:
+        add_adapters(net, settings, args.seed)
+        net._hf_peft_config_loaded = True  # the Trainer takes no quantised model without adapters
     if args.bf16 or args.fp16:
         for parameter in net.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if settings.torch_compile:
-        for layer in net.model.layers:
+        layers: Any = net.model.layers
+        for layer in layers:
             layer.compile_dense(settings.torch_compile_backend)
-    args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
-    return net
 
 
 def _weights_crc(net: nn.Module) -> int:

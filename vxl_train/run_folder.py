@@ -19,6 +19,7 @@ from .data.samples import Sample
 from .sharded import OPTIMIZER
 
 __all__ = [
+    "ADAPTER",
     "BAD",
     "LOG",
     "RESULT",
@@ -40,6 +41,7 @@ __all__ = [
     "write_run",
 ]
 
+ADAPTER = "adapter"
 LOG, BAD, RUN, RESULT, WRITING = (
     "train_log.jsonl",
     "bad_samples.jsonl",
@@ -138,15 +140,17 @@ def check_output(output: Path, resume: bool, **inputs: Any) -> Path | None:
     for path in output.glob("checkpoint-*"):
         if path.name.removeprefix("checkpoint-").isdigit() and path not in own:
             raise ValueError(f"output: {output} holds {path.name}, which no run wrote")
+    results = [output / name for name in (ADAPTER, RESULT)]
     if resume:
         checkpoint = last_checkpoint(output)
-        if checkpoint is None and (output / RESULT).exists():
+        there = [path.name for path in results if path.exists()]
+        if checkpoint is None and there:
             raise ValueError(
-                f"resume: {output} holds {RESULT} and no checkpoint, expected one to go on from; "
-                "name another folder"
+                f"resume: {output} holds {there[-1]} and no checkpoint, expected one to go on "
+                "from; name another folder"
             )
         return checkpoint
-    held = [*checkpoints(output), *output.glob(RESULT)]
+    held = [*checkpoints(output), *(path for path in results if path.exists())]
     if held:
         raise ValueError(f"output: {output} holds {held[-1].name}; resume, or name another folder")
     return None

@@ -13,6 +13,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from .adapter_settings import VST_CHOICES, adapter_config, quantization_config
+
 __all__ = ["TrainSettings", "reproducibility_fields"]
 
 STAGES = ("align", "finetune")
@@ -50,6 +52,7 @@ _SWITCHES = (
     "probe_files",
     "torch_compile",
     "new_optimizer",
+    "merge",
 )
 _FIXED: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
 # TrainingArguments that the recipe does not serve, and why. Their default is allowed.
@@ -90,6 +93,7 @@ _FREE = {
     "log_level",
     "on_bad_sample",
     "new_optimizer",
+    "merge",
     # Their product, over all processes, is compared instead.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -115,6 +119,10 @@ class TrainSettings:
         torch_compile: compile norms, MLP and residuals with `torch_compile_backend`.
         new_optimizer: a resumed run may start with a new optimizer and schedule where the
             checkpoint holds none (`save_only_model`); its losses then differ.
+        peft: a configuration of PEFT, or a JSON file of one. The base is frozen then.
+        vst: with `peft`, how the VSTs' projections learn: "full" or "adapters".
+        merge: with `peft`, write the model with the adapter merged into it too.
+        quantization: with `peft`, keys of transformers' `BitsAndBytesConfig` for frozen weights.
         dtype: of the weights, "float32" or "bfloat16". Under autocast (TrainingArguments' `bf16`)
             trainable weights are float32 regardless.
         arguments: the TrainingArguments.
@@ -134,6 +142,10 @@ class TrainSettings:
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
     new_optimizer: bool = False
+    peft: dict[str, Any] | None = None
+    vst: str = "full"
+    merge: bool = True
+    quantization: dict[str, Any] | None = None
     dtype: str = "float32"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -147,6 +159,9 @@ class TrainSettings:
         given = _read_config(config) if config is not None else {}
         given |= {key: value for key, value in overrides.items() if value is not None}
         given["stage"] = stage
+        if isinstance(given.get("peft"), str):
+            place = Path(config).parent if config is not None else Path()
+            given["peft"] = _read_config(place / given["peft"])
         own = {f.name: f for f in dataclasses.fields(cls) if f.name != "arguments"}
         theirs = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
         arguments: dict[str, Any] = {}
@@ -178,6 +193,7 @@ class TrainSettings:
             ("stage", STAGES),
             ("on_bad_sample", ("skip", "stop")),
             ("dtype", ("float32", "bfloat16")),
+            ("vst", VST_CHOICES),
         ):
             if getattr(self, name) not in allowed:
                 want = " or ".join(map(repr, allowed))
@@ -196,6 +212,27 @@ class TrainSettings:
             )
         if self.train_vision_tower and self.stage == "align":
             raise ValueError("train_vision_tower: got true in stage 'align', expected false there")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        for name in ("peft", "quantization"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}: got {value!r}, expected keys and values")
+        if self.peft is None:
+            for name, default in (("vst", "full"), ("merge", True), ("quantization", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: got {getattr(self, name)!r} without peft")
+            return
+        if self.stage == "align":
+            raise ValueError("peft: got adapters in stage 'align', where the projector learns")
+        adapter_config(self.peft, self.vst)
+        if self.quantization is not None:
+            quantization_config(self.quantization, self.vst)
+            if self.torch_compile:
+                raise ValueError("torch_compile: got true with quantization, expected false")
+            if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+                raise ValueError("quantization: got it under FSDP, expected one copy a process")
 
     def training_arguments(self, output: str) -> TrainingArguments:
         """HF's arguments, with the recipe's defaults.
@@ -256,6 +293,9 @@ def reproducibility_fields(settings: TrainSettings) -> dict[str, Any]:
     """What a resumed run must not change."""
     values = dataclasses.asdict(settings)
     arguments = {**_DEFAULTS, **_STAGE_DEFAULTS[settings.stage], **values.pop("arguments")}
+    if settings.peft is None:  # as the runs that began before there were adapters
+        for name in ("peft", "vst", "quantization"):
+            del values[name]
     return {k: v for k, v in {**arguments, **values}.items() if k not in _FREE}
 
 

@@ -21,11 +21,15 @@ __all__ = ["gather_weights", "load_optimizer", "load_weights", "save_optimizer"]
 OPTIMIZER = "optimizer"
 
 
-def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """All weights, whole, on the CPU, for the process with `keep`. Every process calls it; one
-    weight at a time is gathered."""
+def gather_weights(
+    model: nn.Module, keep: bool, names: set[str] | None = None
+) -> dict[str, Tensor]:
+    """The named weights, or all, whole, on the CPU, for the process with `keep`. Every process
+    calls it; one weight at a time is gathered."""
     gathered = {}
     for name, value in model.state_dict().items():
+        if names is not None and name not in names:
+            continue
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
             gathered[name] = whole.detach().cpu().clone()
@@ -33,10 +37,16 @@ def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Loads the safetensors of a folder; each process reads all and keeps its shards."""
+def load_weights(
+    model: nn.Module, folder: str | os.PathLike[str], names: set[str] | None = None
+) -> None:
+    """Loads the safetensors of a folder; each process reads all and keeps its shards.
+
+    Args:
+        names: of the weights that must be there; by default all.
+    """
     held = model.state_dict()
-    missing = set(held)
+    missing = set(held if names is None else names)
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118

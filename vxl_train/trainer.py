@@ -11,7 +11,8 @@ A run's output folder::
                          (tokens: those of process 0 since the line before)
     bad_samples.jsonl    a line a sample that could not be used: kind, id, message
     checkpoint-N/        to resume from; complete where all weights learn
-    model/               the result, in the published layout
+    adapter/             with adapters: the trained one, as PEFT writes it
+    model/               the result, in the published layout, adapters merged
 
 A run that is killed at any moment resumes from its last checkpoint. A checkpoint is written to a
 temporary folder and renamed. Sample order, ratios and replacements of bad samples depend only on
@@ -44,10 +45,12 @@ from vxl_model.decoder.placement import local
 from vxl_model.modeling import VideoXLForConditionalGeneration
 
 from . import sharded
+from .adapters import export
 from .data.dataset import TrainingData, collate
 from .data.order import TrainingOrder
 from .data.samples import BadSample, BadSampleError, BadSamples
 from .run_folder import (
+    ADAPTER,
     BAD,
     LOG,
     RESULT,
@@ -113,6 +116,7 @@ class VideoXLTrainer(Trainer):
         model: its trainable parameters require gradients.
         data: the samples.
         settings: the recipe.
+        base: the checkpoint that the model was loaded from, for adapters.
     """
 
     def __init__(
@@ -121,14 +125,18 @@ class VideoXLTrainer(Trainer):
         args: TrainingArguments,
         data: TrainingData,
         settings: TrainSettings,
+        base: str | os.PathLike[str] = "",
     ) -> None:
+        self.base = base
         self.recipe, self.samples = settings, data
         self.bad = BadSamples()
         self.tokens = 0
         self._beside: Path | None = None
-        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        learning = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
         # Frozen weights are in the checkpoint that the run started from.
-        self._light = 2 * learning < sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
+        light = settings.peft is not None or 2 * sum(learning.values()) < total
+        self._light = set(learning) if light else None
         super().__init__(
             model=model,
             args=args,
@@ -264,7 +272,8 @@ class VideoXLTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, sharded.gather_weights(self.model, self.args.should_save))
+        names = self._light if self._beside is not None else None
+        self._save(output_dir, sharded.gather_weights(self.model, self.args.should_save, names))
 
     # Under FSDP accelerate would save all weights again, and would wait forever on a CPU.
 
@@ -285,21 +294,27 @@ class VideoXLTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        sharded.load_weights(self.model, resume_from_checkpoint)
+        sharded.load_weights(self.model, resume_from_checkpoint, self._light)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if self._light and self._beside is not None and not self.is_fsdp_enabled:
-            learning = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        if self._light is not None and self._beside is not None:
+            learning = self._learning_weights() if state_dict is None else state_dict
             save_file(
                 {n: p.contiguous() for n, p in learning.items()}, folder / "model.safetensors"
             )
             return
         super()._save(os.fspath(folder), state_dict)
         self.samples.processor.save_pretrained(folder)
+
+    def _learning_weights(self) -> dict[str, Tensor]:
+        """What learns, whole, by name. Under FSDP every process calls it."""
+        if self.is_fsdp_enabled:
+            return sharded.gather_weights(self.model, self.args.should_save, self._light)
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         missing = set(load_result.missing_keys)
@@ -324,6 +339,8 @@ class VideoXLTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(output / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        if self.recipe.peft is not None:
+            return self._save_adapters()
         self.save_model(os.fspath(output / WRITING / RESULT), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -331,6 +348,23 @@ class VideoXLTrainer(Trainer):
             put_in_place(output / WRITING / RESULT, output / RESULT)
             shutil.rmtree(output / WRITING, ignore_errors=True)
         return output / RESULT
+
+    def _save_adapters(self) -> Path:
+        """The adapter, and the base with it merged in; returns the folder of the latter if it is
+        wanted."""
+        output, merge = Path(self.args.output_dir), self.recipe.merge
+        weights = self._learning_weights()
+        if self.args.should_save:
+            writing = output / WRITING
+            merged = writing / RESULT if merge else None
+            export(self.base, self.recipe, weights, writing / ADAPTER, merged)
+            if merged is not None:
+                self.samples.processor.save_pretrained(merged)
+            for name in (ADAPTER, RESULT)[: 1 + merge]:
+                put_in_place(writing / name, output / name)
+            shutil.rmtree(writing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return output / (RESULT if merge else ADAPTER)
 
 
 def _inner(optimizer: Any) -> Any:

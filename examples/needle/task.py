@@ -28,10 +28,13 @@ __all__ = [
     "ANIMALS",
     "COLOURS",
     "FRAME_TOKENS",
+    "NEW_COLOUR",
+    "PALETTE",
     "TRAINED_FRAMES",
     "WEIGHTS",
     "WINDOW_FRAMES",
     "Needle",
+    "add_new_colour",
     "answer",
     "draw_needles",
     "load_needle_model",
@@ -42,6 +45,8 @@ __all__ = [
 
 ANIMALS = ["ant", "bear", "cat", "dog", "eel", "fox", "goat", "hare", "ibis", "jay"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "violet", "white", "black"]
+PALETTE = [*COLOURS, "pink"]  # one more than the shipped weights have seen
+NEW_COLOUR = len(COLOURS)
 SIDE, PICTURE, HIDDEN = 8, 4, 64  # tokens across a frame and a picture; features of a token
 WINDOW_FRAMES = 4
 FRAME_TOKENS = SIDE * SIDE
@@ -75,22 +80,22 @@ class Needle(NamedTuple):
 
 
 def question(colour: int) -> str:
-    return f"Which animal is {COLOURS[colour]}?"
+    return f"Which animal is {PALETTE[colour]}?"
 
 
 def answer(needle: Needle) -> str:
     """The colour again, then the animal, so the token before the animal names what to look for.
     With the animal alone as the answer, the same model learned nothing in 400 steps."""
-    return f"{COLOURS[needle.colour]} {ANIMALS[needle.animal]}"
+    return f"{PALETTE[needle.colour]} {ANIMALS[needle.animal]}"
 
 
 @functools.cache
 def _appearances() -> Tensor:
-    """Features `(animals + colours, hidden)`, the same on every machine: NumPy's legacy generator
+    """Features `(animals + palette, hidden)`, the same on every machine: NumPy's legacy generator
     never changes its numbers."""
     import numpy as np
 
-    drawn = np.random.RandomState(0).standard_normal((len(ANIMALS) + len(COLOURS), HIDDEN))
+    drawn = np.random.RandomState(0).standard_normal((len(ANIMALS) + len(PALETTE), HIDDEN))
     return normalize(torch.from_numpy(drawn).float(), dim=-1) * _CONTRAST
 
 
@@ -193,9 +198,22 @@ def new_needle_model(seed: int = 0) -> VideoXLForConditionalGeneration:
         model = VideoXLForConditionalGeneration(config)
     # Words start at their looks, as after the alignment stage of the recipe.
     names = tokenizer.convert_tokens_to_ids([*ANIMALS, *COLOURS])
-    model.model.embed_tokens.weight.data[names] = _appearances() / _CONTRAST
+    model.model.embed_tokens.weight.data[names] = _appearances()[: len(names)] / _CONTRAST
     model.processor = VideoXLProcessor(tokenizer)
     return model
+
+
+def add_new_colour(model: VideoXLForConditionalGeneration) -> None:
+    """Gives a model the word of `NEW_COLOUR`: its look as the embedding, as after the alignment
+    stage, and the mean of the other colours' rows in the head."""
+    tokenizer, word = model.processor.tokenizer, PALETTE[NEW_COLOUR]
+    tokenizer.add_tokens([word])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    row = tokenizer.convert_tokens_to_ids(word)
+    known = tokenizer.convert_tokens_to_ids(COLOURS)
+    embeddings, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    embeddings[row] = normalize(_appearances()[-1], dim=0) * embeddings[known].norm(dim=1).mean()
+    head[row] = head[known].mean(0)
 
 
 def load_needle_model(path: Path = WEIGHTS) -> VideoXLForConditionalGeneration:

@@ -82,3 +82,71 @@ def test_ratios_side_by_side(run):
         code, out, err = run("plan", "--frames", 9, "--ratio", 8, f"--free={wrong}")
         assert (code, out) == (2, "")
         assert "--free" in err
+
+
+# -- quantised weights and training -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "share"), [("8bit", 0.5), ("4bit", 0.5 * 0.5625)])
+def test_quantised_weights(bits, share):
+    """Of the decoder's linear modules, 6.99 G of 8.40 G parameters; the rest is bfloat16."""
+    config = released_config()
+    whole, small = (
+        estimate_video(config, 64, 8, quantize=quantize).weight_bytes for quantize in (None, bits)
+    )
+    hidden, kv, mlp = 3584, 512, 18944
+    linear = 28 * (3 * hidden * hidden + 4 * hidden * kv + 3 * hidden * mlp)
+    assert small == pytest.approx(whole - 2 * linear * (1 - share), rel=2e-3)
+
+
+def test_plan_of_training_is_what_learns():
+    """Counted against a model under adapters."""
+    peft = pytest.importorskip("peft")
+    from vxl_cli.training_memory import estimate_training
+    from vxl_train.adapters import add_adapters
+    from vxl_train.settings import TrainSettings
+
+    for vst in ("full", "adapters"):
+        model = demo_model()
+        config, held = model.config, sum(p.numel() for p in model.parameters())
+        wrapped = add_adapters(model, TrainSettings("finetune", peft={"r": 8}, vst=vst))
+        assert isinstance(wrapped, peft.PeftModel)
+        plan = estimate_training(config, 4, 8, train="lora", rank=8, vst=vst, dtype=torch.float32)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        assert plan.learning == sum(p.numel() for p in learning)
+        assert plan.weight_bytes == 4 * (held + plan.learning)
+        optimizer = torch.optim.AdamW(learning)
+        for p in learning:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        states = [x for s in optimizer.state.values() for x in s.values() if x.dim()]
+        assert plan.optimizer_bytes == sum(x.numel() * 4 for x in states)
+
+
+def test_plan_of_full_training():
+    """Everything but the tower, in float32, and gradients and two numbers of AdamW for each."""
+    from vxl_cli.training_memory import estimate_training
+
+    config = released_config()
+    plan = estimate_training(config, 128, 8)
+    towerless = 7.616e9 + 0.462e9 + 0.0165e9
+    assert plan.learning == pytest.approx(towerless, rel=1e-3)
+    assert plan.gradient_bytes + plan.optimizer_bytes == 12 * plan.learning
+    longer = estimate_training(config, 256, 8)
+    assert 1.8 < longer.activation_bytes / plan.activation_bytes < 2
+    with pytest.raises(ValueError, match="quantize: got '4bit' with train 'full'"):
+        estimate_training(config, 128, 8, quantize="4bit")
+
+
+def test_training_in_the_command(run):
+    arguments = ["plan", "--frames", 128, "--ratio", "8,16", "--free", "24G", "--train", "lora"]
+    code, out, err = run(*arguments, "--quantize", "4bit")
+    assert (code, err) == (0, "")
+    assert "bfloat16, decoder in 4bit, on a device" in out
+    assert out.count("LoRA of rank 32") == 2
+    code, out, _ = run(*arguments, "--json")
+    found = [json.loads(line)["training"] for line in out.splitlines()]
+    assert all(x["total_bytes"] > x["weight_bytes"] for x in found)
+    code, _, err = run("plan", "--frames", 8, "--ratio", 8, "--train", "full", "--quantize", "8bit")
+    assert code == 2
+    assert "quantize: got '8bit' with train 'full'" in err

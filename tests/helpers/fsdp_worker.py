@@ -31,11 +31,11 @@ if __name__ == "__main__":
 
     seen = sharded.gather_weights
 
-    def watched(model, keep):
+    def watched(model, keep, names=None):
         layer = model.model.layers[0].self_attn.q_proj.weight
         assert isinstance(layer, DTensor)
         assert layer.to_local().shape[0] * 2 == layer.shape[0]
-        return seen(model, keep)
+        return seen(model, keep, names)
 
     sharded.gather_weights = watched
     status = main(sys.argv[1:])

@@ -115,3 +115,38 @@ def test_two_processes_are_one(tmp_path):
     assert [x["loss"] for x in again] == [x["loss"] for x in got]
     final = load_file(place / "two" / "model" / "model.safetensors")
     assert all(torch.equal(final[k], found[k]) for k in found)
+
+
+def test_adapters_of_two_processes_are_those_of_one(tmp_path):
+    """Checkpoints hold what learns, adapter and merged model are whole, and a resumed run is the
+    same."""
+    pytest.importorskip("peft")
+    place = make_place(tmp_path)
+    two = {
+        **QUICK,
+        "per_device_train_batch_size": 1,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": RATE,
+        "peft": {"r": 4},
+    }
+    (place / "two.json").write_text(json.dumps(two))
+    one = settings(**{**two, "per_device_train_batch_size": 2, "save_strategy": "no"})
+    train(place / "model", [place / "data.json"], place / "one", one)
+    launch(place)
+    want, got = (read_log(place / name / "train_log.jsonl") for name in ("one", "two"))
+    for a, b in zip(want, got, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=16 * 2**-23)
+    for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        want, found = (load_file(place / name / file) for name in ("one", "two"))
+        assert found.keys() == want.keys()
+        assert all(float((found[k] - want[k]).abs().max()) < 0.02 * RATE * 2 for k in want)
+    held = load_file(place / "two" / "checkpoint-1" / "model.safetensors")
+    assert all("lora_" in name or "modules_to_save" in name for name in held)
+
+    for gone in ("checkpoint-2", "model", "adapter"):
+        shutil.rmtree(place / "two" / gone)
+    assert "resumed from checkpoint-1" in launch(place, "--resume").stderr
+    final = load_file(place / "two" / "model" / "model.safetensors")
+    assert all(torch.equal(final[k], found[k]) for k in found)
