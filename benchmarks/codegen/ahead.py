@@ -46,13 +46,13 @@ def reached(
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    layouts = [ChunkLayout(1440, 8), *_ROWS]
+    calls = [(None, rows) for rows in _ROWS]
+    chunk = ChunkLayout(1440, 8)
     found: list[Kernel] = []
     for dtype in dtypes:
         for page_size in page_sizes:
-            for call in layouts:
-                layout = ops.layout_to_ints(call) if isinstance(call, ChunkLayout) else []
-                rows = call.rows if isinstance(call, ChunkLayout) else call
+            for of_call, rows in [(chunk, chunk.rows), *calls]:
+                layout = ops.layout_to_ints(of_call)
                 for batch in (1, 2):
                     q = empty(batch, rows, heads, head_dim, dtype=dtype)
                     k = empty(batch, rows, kv_heads, head_dim, dtype=dtype)
@@ -70,7 +70,7 @@ def reached(
                         planned += launch_backward.plan_attention_backward(
                             q, lse, q, k, k, *cache, q, lse, layout, scale, arch
                         )[0]
-                    how = f"d{head_dim} pages of {page_size} {call if rows == call else 'chunk'}"
+                    how = f"d{head_dim} pages of {page_size} {'chunk' if layout else rows}"
                     found += [catalog.compilation(p, how, dtype) for p in planned]
     return distinct(found)
 

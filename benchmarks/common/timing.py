@@ -50,7 +50,7 @@ class Clock:
         cycles = _MAX_CYCLES if known else self._cycles
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._evict.zero_()
+            self._evict.sum()  # read, not written: dirty lines would be written back in the call
             torch.cuda._sleep(cycles)
             start.record()
             began = time.perf_counter()

@@ -153,6 +153,22 @@ def _sdpa(x: Inputs, mask: str, **options: bool) -> Run:
     return Run(call, lambda outs: _join(case, outs))
 
 
+def _cudnn(x: Inputs) -> Run:
+    """cuDNN's attention alone, with the mask that it takes for the case."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    case = x.case
+    square = case.cache_len + case.earlier_vsts == 0
+    mask = "none" if case.is_decode else "causal" if square else "bool"
+    run = _sdpa(x, mask, enable_gqa=True)
+
+    def call() -> object:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return run.call()
+
+    return Run(call, run.rows)
+
+
 def _causal_arguments(case: Case, rows: int, keys: int) -> dict:
     if rows == keys:
         return {"is_causal": True}
@@ -247,6 +263,7 @@ _ALL = (
     ),
     Provider("sdpa_gqa", lambda x: _sdpa(x, "none", enable_gqa=True), ("decode",)),
     Provider("sdpa_packed", _sdpa_packed, ("decode",)),
+    Provider("sdpa_cudnn", _cudnn, devices=("cuda",)),
     Provider("flex", _flex, only_if_asked=True),
     Provider("vllm", lambda x: Run(*vllm_cpu(x)), devices=("cpu",), unsupported=vllm_unsupported),
     Provider(
