@@ -114,7 +114,12 @@ class ChunkLayout:
         return torch.cat([twin.raw_rows(device), twin.vst_rows(device)])
 
     def split_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The raw rows of x `(batch, rows, ...)`, and its VST rows."""
+        """The raw rows of x `(batch, rows, ...)`, and its VST rows.
+
+        Raises:
+            ValueError: x has another number of rows.
+        """
+        _check_rows("x", x, self.rows)
         if self.order == "split":
             raw, vst = x.split(
                 [self.chunks * self.window, self.chunks * self.vsts_per_chunk], dim=1
@@ -124,7 +129,13 @@ class ChunkLayout:
         return x.index_select(1, rows[0]), x.index_select(1, rows[1])
 
     def join_rows(self, raw: torch.Tensor, vst: torch.Tensor) -> torch.Tensor:
-        """What `split_rows` has split, in the order of the layout."""
+        """What `split_rows` has split, in the order of the layout.
+
+        Raises:
+            ValueError: a part has another number of rows.
+        """
+        _check_rows("raw", raw, self.chunks * self.window)
+        _check_rows("vst", vst, self.chunks * self.vsts_per_chunk)
         if self.order == "split":
             return torch.cat([raw, vst], dim=1)
         out = raw.new_empty(raw.shape[0], self.rows, *raw.shape[2:])
@@ -247,3 +258,9 @@ def takes_ints(fn: Callable) -> Callable:
         return fn(*(layout_from_ints(x) if isinstance(x, list) else x for x in args))
 
     return call
+
+
+def _check_rows(name: str, x: torch.Tensor, rows: int) -> None:
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[1] != rows:
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else repr(x)
+        fail(name, got, f"a tensor (batch, {rows}, ...)")

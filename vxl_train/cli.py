@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -187,7 +188,9 @@ def run(options: argparse.Namespace) -> None:
         resume=options.resume,
         log=log,
     )
-    # With the group's threads alive a process may abort at its exit.
+    # With the group's threads alive a process may abort at its exit. A model in a cycle of
+    # references keeps them alive.
+    gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not first:

@@ -49,6 +49,10 @@ def public_calls():
     yield "ChunkLayout", ChunkLayout, {"window": 6, "ratio": 2}
     for name, given in (("materialize", {}), ("draw", {}), ("pairs", {})):
         yield f"ChunkLayout.{name}", getattr(LAYOUT, name), given
+    x = torch.zeros(1, LAYOUT.rows, 4)
+    raw, vst = LAYOUT.split_rows(x)
+    yield "ChunkLayout.split_rows", LAYOUT.split_rows, {"x": x}
+    yield "ChunkLayout.join_rows", LAYOUT.join_rows, {"raw": raw, "vst": vst}
     yield "ChunkLayout.flops", LAYOUT.flops, {"heads": 2, "head_dim": 16}
     yield "VstCache", VstCache, SIZES
     yield "VstCache.memory_for", VstCache.memory_for, {"frames": 8, "ratio": 8}
