@@ -5,6 +5,8 @@ Environment:
                     slow reference on a CPU.
     VXL_BUILD_CUDA  auto (default): compile csrc/cuda if nvcc and a CUDA build of torch are
                     found. 0: do not compile it. 1: fail if either is missing.
+    VXL_BUILD_UNITS a folder for the objects of csrc/cpu/isa_*.cpp, which include neither Python nor
+                    torch. Builds for several of these share the objects that are newer than csrc.
 The build writes what it built, and why it left something out, to _build_info.json beside the
 package. `python -m vxl_kernels` shows it.
 """
@@ -16,10 +18,12 @@ import shutil
 import site
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).resolve().parent
 
@@ -37,8 +41,9 @@ except ImportError:
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # GCC's own AVX-512 headers trip these two.
 ISA_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# No -std: torch adds the one that its headers need (C++20 for torch 2.14).
-COMMON = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
+# No -std: torch adds the one that its headers need (C++20 for torch 2.14). -g0: Python's own -g
+# would write debug information of torch's headers, which takes longer than all else.
+COMMON = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
 # sm_80 code runs on 8.6 and 8.9 too; PTX for what comes after. Without a GPU to ask.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # One unit an instruction set, chosen at run time: no wheel needs the machine it was built on.
@@ -118,16 +123,30 @@ def extension_arguments() -> dict:
     class BuildWithIsaUnits(BuildExtension):
         """Compiles each ISA unit with its own flags and links the objects in."""
 
+        def unit(self, isa: str) -> str:
+            """The object of one unit, compiled or taken from VXL_BUILD_UNITS."""
+            source = f"csrc/cpu/isa_{isa}.cpp"
+            folder = os.environ.get("VXL_BUILD_UNITS")
+            kept = Path(folder) / f"isa_{isa}.o" if folder else None
+            if kept and not newer_group([__file__, source, *headers], kept):
+                return str(kept)
+            flags = ["-std=c++17", *COMMON, *ISA_WARNINGS, *ISA_FLAGS[isa], "-fPIC"]
+            (made,) = self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=flags
+            )
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                part = kept.with_suffix(f".{os.getpid()}")
+                shutil.copyfile(made, part)
+                part.replace(kept)  # whole, also for a build beside this one
+            return made
+
         def build_extensions(self) -> None:
-            for isa, flags in ISA_FLAGS.items():
-                objects = self.compiler.compile(
-                    [f"csrc/cpu/isa_{isa}.cpp"],
-                    output_dir=self.build_temp,
-                    extra_postargs=["-std=c++17", *COMMON, *ISA_WARNINGS, *flags, "-fPIC"],
-                    depends=headers,
-                )
-                for extension in self.extensions:
-                    extension.extra_objects = [*extension.extra_objects, *objects]
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as pool:
+                objects = list(pool.map(self.unit, ISA_FLAGS))
+            for extension in self.extensions:
+                extension.extra_objects = [*extension.extra_objects, *objects]
             super().build_extensions()
 
     cuda_sources = ["csrc/bindings/cuda_ops.cpp", "csrc/cuda/pages.cu", "csrc/cuda/rope.cu"]
@@ -135,13 +154,16 @@ def extension_arguments() -> dict:
     extension = make_extension(
         "vxl_kernels._C",
         sources=[
+            "csrc/bindings/linear_ops.cpp",
             "csrc/bindings/module.cpp",
             "csrc/bindings/ops.cpp",
             "csrc/bindings/page_manager.cpp",
             "csrc/bindings/page_ops.cpp",
+            "csrc/bindings/varlen_ops.cpp",
             "csrc/cache/page_manager.cpp",
             "csrc/cpu/kernels.cpp",
             "csrc/cpu/pages.cpp",
+            "csrc/cpu/pieces.cpp",
             "csrc/cpu/plan.cpp",
             *(cuda_sources if use_cuda else []),
         ],

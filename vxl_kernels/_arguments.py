@@ -1,4 +1,4 @@
-"""The words of a refusal, and numbers as arguments."""
+"""The one form of errors, and checks of numbers that a caller gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fail(argument: str, got: object, expected: object) -> NoReturn:
 
 def at_least(name: str, value: object, least: int, most: int | None = None) -> int:
     """value as an int from `least` to `most`, by default to the end of int32. NumPy's integers are
-    taken too. A bool is one for Python only."""
+    taken too. A bool is refused, although it is an int of Python."""
     limit = _INT32_MAX if most is None else most
     if type(value) is int and least <= value <= limit:
         return value
@@ -47,7 +47,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def sequence_id(name: str, value: object) -> int:
-    """value as an int of 64 bits. Whether there is such a sequence is the page manager's to say."""
+    """value as an int of 64 bits. The page manager knows whether the sequence exists."""
     number = value if type(value) is int else _index(value)
     if number is None or not -_INT64_MAX <= number <= _INT64_MAX:
         fail(name, _shown(value), "a sequence's id, an integer")
@@ -55,7 +55,7 @@ def sequence_id(name: str, value: object) -> int:
 
 
 def _is_one(value: Any) -> bool:
-    """Whether value is not an array of several numbers, and no bool."""
+    """Whether value is neither an array of several numbers nor a bool."""
     bools = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     return not bools and getattr(value, "ndim", 0) == 0
 
@@ -68,7 +68,7 @@ def _index(value: Any) -> int | None:
 
 
 def _shown(value: object) -> str:
-    """value in a line of an error; Python refuses to print an integer of thousands of digits."""
+    """value in one line. Python refuses to print an integer of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     text = " ".join(repr(value).split())

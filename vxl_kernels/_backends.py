@@ -1,7 +1,7 @@
 """The backends: one table. A new one is a folder with functions of the operators' names, and a line
 in `BACKENDS`.
 
-A named backend serves or raises a ValueError with every reason; nothing falls back.
+A named backend runs the call or raises a ValueError with every reason. Nothing falls back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import _ext, _triton, linear, reference
 from ._arguments import fail
 from .layout import takes_ints
 
-__all__ = ["BACKENDS", "OPERATORS", "Backend", "backends", "chosen", "default", "named"]
+__all__ = ["BACKENDS", "OPERATORS", "Backend", "backends", "chosen", "default", "named", "serves"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Backend:
     Attributes:
         implements: names of the operators that it has. One without "vst_attention_backward"
             refuses inputs that require a gradient.
-        reasons: from a tensor, why it cannot serve that one; from None, why it cannot serve any
-            on this machine. An empty list means that it can.
+        reasons: a function. Given a tensor, it returns why the backend cannot compute on it; given
+            None, why it cannot run on this machine at all. An empty list means that it can.
         kernel: from an operator's name to its function, which takes the arguments of the
             operator's schema but `backend`. Called below autograd, on the tensors' device.
-        device: type of the device whose tensors it serves when no backend is named.
+        device: the backend runs by default, when a call names none, on devices of this type.
     """
 
     implements: frozenset[str]
@@ -43,14 +43,30 @@ class Backend:
         return missing + self.reasons(x)
 
 
-OPERATORS = frozenset(
-    ("vst_attention", "vst_attention_backward", "rope_append", "rope_append_", "vst_linear")
+FIXED = frozenset(
+    (
+        "vst_attention",
+        "vst_attention_backward",
+        "rope_append",
+        "rope_append_",
+        "vst_linear",
+        "invariant_linear",
+    )
 )
+RAGGED = frozenset(
+    (
+        "vst_attention_varlen",
+        "vst_attention_varlen_backward",
+        "rope_append_varlen",
+        "rope_append_varlen_",
+    )
+)
+OPERATORS = FIXED | RAGGED
 BACKENDS = {
     # The extension registers its kernels with the dispatcher itself: all but the linear products.
     "cpu": Backend(OPERATORS, _ext.reasons, lambda op: takes_ints(linear.vst_linear), "cpu"),
     "triton": Backend(OPERATORS, _triton.reasons, _triton.kernel, "cuda"),
-    # The last, and the one that serves a device which is nobody's.
+    # The last one, and the one for every device that no other backend names.
     "reference": Backend(OPERATORS, lambda x: [], lambda op: takes_ints(getattr(reference, op))),
 }
 
@@ -66,13 +82,13 @@ def named(name: str, op: str, x: torch.Tensor) -> Backend:
         fail("backend", repr(name), f"{', '.join(map(repr, BACKENDS))} or None")
     reasons = BACKENDS[name].refusals(op, x)
     if reasons:
-        raise ValueError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+        raise ValueError(f"backend {name!r} cannot run this call: {'; '.join(reasons)}")
     return BACKENDS[name]
 
 
 def default(op: str, x: torch.Tensor) -> tuple[Backend, list[str]]:
-    """The backend of x's device, or the reference with the reasons why it has to serve."""
-    if op == "vst_linear":  # PyTorch's products serve every device and dtype
+    """The backend of x's device, or the reference with the reasons why that one cannot run."""
+    if op == "vst_linear":  # PyTorch's products run on every device and dtype
         return BACKENDS["cpu"], []
     why = []
     for backend in BACKENDS.values():
@@ -84,11 +100,29 @@ def default(op: str, x: torch.Tensor) -> tuple[Backend, list[str]]:
     return BACKENDS["reference"], why or [f"no backend is made for {x.device.type}"]
 
 
-def chosen(name: str | None, op: str, x: torch.Tensor) -> str:
-    """The operators' `backend` argument: "" for the device's own, else a name that can serve x."""
+def serves(op: str, x: torch.Tensor, backend: str | None = None) -> bool:
+    """Whether `backend` has a kernel of an operator for tensors like x. None: the device's own, and
+    False where the slow reference would run in place of a kernel.
+
+    Args:
+        op: its name in `torch.ops.vxl`, such as "vst_attention_varlen_backward".
+    """
+    if not isinstance(op, str) or op not in OPERATORS:
+        fail("op", repr(op), f"one of {', '.join(sorted(OPERATORS))}")
+    if not isinstance(x, torch.Tensor):
+        fail("x", type(x).__name__, "a tensor")
+    if backend is None:
+        return not default(op, x)[1]
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        fail("backend", repr(backend), f"{', '.join(map(repr, BACKENDS))} or None")
+    return not BACKENDS[backend].refusals(op, x)
+
+
+def chosen(name: str | None, op: str, x: torch.Tensor, argument: str = "q") -> str:
+    """The operators' `backend` argument: "" for the device's own, else a name that runs op on x."""
     if name is None:
         if x.dtype == torch.float64 and x.device.type == "cpu":
-            fail("q", x.dtype, "float32, bfloat16 or float16 (or backend='reference')")
+            fail(argument, x.dtype, "float32, bfloat16 or float16 (or backend='reference')")
         return ""
     # While a graph is traced only the name is looked at; the operator asks when the graph runs.
     if not isinstance(name, str) or name not in BACKENDS or not torch.compiler.is_compiling():

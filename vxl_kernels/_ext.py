@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reasons(x: torch.Tensor | None) -> list[str]:
-    """Why the CPU kernels cannot serve x (or anything here, for None). Empty: they can."""
+    """Why the CPU kernels cannot run on x (for None: on this machine at all). Empty: they can."""
     found = []
     if extension is None:
         found.append(f"the extension is not built or does not load ({reason_missing})")

@@ -8,7 +8,7 @@ is stored rotated at its final position and never touched again.
 `layout` is a `ChunkLayout`, or None for ordinary tokens (prompt, text, decode).
 
 `backend` is a name of `backends()` ("cpu", "triton", "reference"), or None for the device's own. A
-named backend that cannot serve raises a ValueError with every reason; it never falls back.
+named backend that cannot run the call raises a ValueError with every reason. It never falls back.
 
 Under `torch.autocast` results have the dtype that it gives, as those of PyTorch's attention and
 linear layers. What is rotated, kept and attended to has the cache's dtype where there is a cache:
@@ -23,11 +23,12 @@ from typing import Any, Literal, overload
 import torch
 
 from . import checks, gradients, linear, reference  # noqa: F401  gradients: by import
-from ._arguments import finite
-from ._backends import backends, chosen
+from ._arguments import fail, finite
+from ._backends import backends, chosen, serves
 from .layout import ChunkLayout, layout_to_ints
+from .varlen import VarlenLayout
 
-__all__ = ["backends", "rope_append", "vst_attention", "vst_linear"]
+__all__ = ["backends", "invariant_linear", "rope_append", "serves", "vst_attention", "vst_linear"]
 
 
 def _is_plain(name: str) -> bool:
@@ -125,15 +126,15 @@ def vst_attention(
     Returns:
         `(batch, rows, heads, head_dim)` in q's dtype, and with `return_lse` also float32
         `(batch, heads, rows)`. Differentiable in q, k, v and the cache. The backward pass needs the
-        cache as it was: a loop over windows, which goes on writing it, is trained under
+        cache as it was. A loop over windows keeps writing to it, and is trained under
         `torch.autograd.graph.allow_mutation_on_saved_tensors()`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `scale` is no finite number; on a CPU
+        ValueError: shapes, dtypes or devices do not fit, or `scale` is not finite; on a CPU
             also a block table entry outside k_cache, too few pages, or a negative length. Nothing
             is computed then.
         NotImplementedError: inside `torch.func.grad`, `vjp` or `jvp`, or forward-mode AD, which
-            backend="reference" alone serves. `torch.vmap` runs one call after the other.
+            only backend="reference" supports. `torch.vmap` runs one call after the other.
 
     Source: Video-XL section 3.2 (chunks, VSTs); published `Qwen2SdpaAttention.forward`.
     """
@@ -214,9 +215,23 @@ def rope_append(
     checks.qkv_shapes(q, k, v, layout)
     checks.cache_shapes(k, *cache, required=True)
     checks.inv_freq_shape(inv_freq, k)
+    return _append("rope_append", (q, k, v), cache, layout, inv_freq, inplace, backend)
+
+
+def _append(
+    op: str,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: ChunkLayout | VarlenLayout | None,
+    inv_freq: torch.Tensor,
+    inplace: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope_append` and `rope_append_varlen` (op) after their checks of shapes."""
+    (q, k, v), (k_cache, v_cache, *_) = qkv, cache
     rows, caches = {"q": q, "k": k}, {"k_cache": k_cache, "v_cache": v_cache}
     checks.writable(caches | rows if inplace else caches, {**rows, "v": v})
-    name = chosen(backend, "rope_append_" if inplace else "rope_append", q)
+    name = chosen(backend, f"{op}_" if inplace else op, q)
     wants_grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, k_cache, v_cache)
     )
@@ -226,20 +241,20 @@ def rope_append(
             "torch.no_grad(), for inference)"
         )
     if _is_plain(name):
-        rotated = reference.rope_append(q, k, v, *cache, layout, inv_freq)
-        if inplace:
-            return q.copy_(rotated[0]), k.copy_(rotated[1])
-        return rotated
-    checks.transforms("rope_append", q, k, v, k_cache, v_cache, writes=True)
-    args = (q, k, v, *cache, layout_to_ints(layout), inv_freq.float(), name)
+        given = layout.table if isinstance(layout, VarlenLayout) else layout
+        rotated = getattr(reference, op)(*qkv, *cache, given, inv_freq)
+        return (q.copy_(rotated[0]), k.copy_(rotated[1])) if inplace else rotated
+    checks.transforms(op, q, k, v, k_cache, v_cache, writes=True)
+    data = layout.table if isinstance(layout, VarlenLayout) else layout_to_ints(layout)
+    args = (*qkv, *cache, data, inv_freq.float(), name)
     if inplace:
-        torch.ops.vxl.rope_append_(*args)
+        getattr(torch.ops.vxl, f"{op}_")(*args)
         return q, k
     if not wants_grad:
-        return torch.ops.vxl.rope_append(*args)
-    q, k, *caches = torch.ops.vxl.rope_append_copy(*args)
-    k_cache.copy_(caches[0])
-    v_cache.copy_(caches[1])
+        return getattr(torch.ops.vxl, op)(*args)
+    q, k, new_k_cache, new_v_cache = getattr(torch.ops.vxl, f"{op}_copy")(*args)
+    k_cache.copy_(new_k_cache)
+    v_cache.copy_(new_v_cache)
     return q, k
 
 
@@ -249,14 +264,14 @@ def vst_linear(
     bias: torch.Tensor | None,
     vst_weight: torch.Tensor | None,
     vst_bias: torch.Tensor | None,
-    layout: ChunkLayout | None,
+    layout: ChunkLayout | VarlenLayout | None,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Raw rows through one weight set, VST rows through the other.
 
     Args:
-        x: `(batch, rows, in_features)`.
+        x: `(batch, rows, in_features)`; `(rows, in_features)` with a `VarlenLayout`.
         weight, vst_weight: `(out_features, in_features)`; vst_weight may be None without a
             layout.
         bias, vst_bias: `(out_features,)` or None.
@@ -265,7 +280,7 @@ def vst_linear(
             is one launch for both weight sets, and the two products where a gradient is wanted.
 
     Returns:
-        `(batch, rows, out_features)`; differentiable.
+        x's shape with out_features; differentiable.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -280,6 +295,10 @@ def vst_linear(
     name = "" if backend is None else chosen(backend, "vst_linear", x)
     if _is_plain(name):
         return reference.vst_linear(*args, layout)
+    if isinstance(layout, VarlenLayout):
+        if name == "triton":
+            fail("backend", repr(name), "None, 'cpu' or 'reference' with a VarlenLayout")
+        return linear.vst_linear(*args, layout)
     # A kernel has no gradient to offer that the two products do not have.
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         return linear.vst_linear(*args, layout)
@@ -288,3 +307,41 @@ def vst_linear(
     checks.transforms("vst_linear", *args)
     cast = args if dtype is None else _cast(dtype, *args)
     return torch.ops.vxl.vst_linear(*cast, layout_to_ints(layout), name)
+
+
+def invariant_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` for few rows, such as those of a decoding step. The result of a row
+    is bitwise independent of the other rows.
+
+    The order of a row's sums depends only on `in_features`, not on the number of rows or threads.
+    Products and sums are float32's, and the result is rounded once. Weights are read from memory
+    once for all rows. `torch.nn.functional.linear` gives a row other bits in another batch, because
+    matrix libraries choose their kernel by the number of rows.
+
+    Args:
+        x: `(..., in_features)`.
+        weight: `(out_features, in_features)`, as `nn.Linear` holds it.
+        bias: `(out_features,)` or None.
+
+    Returns:
+        `(..., out_features)` in x's dtype. Differentiable: the gradients are PyTorch's products,
+        whose bits do depend on the batch.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        NotImplementedError: as `vst_attention`.
+    """
+    dtype = _autocast(x)
+    checks.invariant_shapes(x, weight, bias, any_dtype=dtype is not None)
+    args = (x, weight, bias) if dtype is None else _cast(dtype, x, weight, bias)
+    name = chosen(backend, "invariant_linear", x, "x")
+    if _is_plain(name):
+        return reference.invariant_linear(*args)
+    checks.transforms("invariant_linear", *args)
+    return torch.ops.vxl.invariant_linear(*args, name)

@@ -7,6 +7,8 @@ implementations do that before they write (the compiled one in C++, with the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch._subclasses import FakeTensor
@@ -14,6 +16,7 @@ from torch.autograd import forward_ad
 
 from ._arguments import fail
 from .layout import ChunkLayout
+from .varlen import VarlenLayout
 
 # Private to torch, and asked in every call: a torch without it has no such transforms to lose.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -55,21 +58,48 @@ def qkv_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: object
     _tensor("q", q, 4, dims)
     _tensor("k", k, 4, "(batch, rows, kv_heads, head_dim)")
     _tensor("v", v, 4, "(batch, rows, kv_heads, head_dim)")
+    _heads(q, k, v)
+    layout_rows(layout, q.shape[1], "q")
+
+
+def varlen_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: object
+) -> VarlenLayout:
+    """Checks the rows of a ragged call; returns its layout."""
+    _tensor("q", q, 3, "(rows, heads, head_dim)")
+    _tensor("k", k, 3, "(rows, kv_heads, head_dim)")
+    _tensor("v", v, 3, "(rows, kv_heads, head_dim)")
+    _heads(q, k, v)
+    return varlen_rows(layout, q, "q")
+
+
+def varlen_rows(layout: object, x: torch.Tensor, name: str) -> VarlenLayout:
+    if not isinstance(layout, VarlenLayout):
+        fail("layout", type(layout).__name__, "a VarlenLayout")
+    if layout.rows != x.shape[0]:
+        fail(name, f"{x.shape[0]} rows", f"{layout.rows} rows by {layout}")
+    if layout.table.device != x.device:
+        fail("layout", f"a table on {layout.table.device}", f"on {x.device} as {name}")
+    return layout
+
+
+def _heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """q `(..., rows, heads, head_dim)` and k, v `(..., rows, kv_heads, head_dim)` fit."""
     if q.dtype not in FLOATS:
         fail("q", q.dtype, "float32, bfloat16, float16 or float64")
     _like("k", k, q, "q")
     _like("v", v, q, "q")
-    batch, rows, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    if tuple(k.shape) != (batch, rows, kv_heads, head_dim):
-        fail("k", f"shape {tuple(k.shape)}", f"({batch}, {rows}, kv_heads, {head_dim}) as q")
+    *rows, heads, head_dim = q.shape
+    kv_heads = k.shape[-2]
+    if tuple(k.shape) != (*rows, kv_heads, head_dim):
+        expected = ", ".join(map(str, [*rows, "kv_heads", head_dim]))
+        fail("k", f"shape {tuple(k.shape)}", f"({expected}) as q")
     if v.shape != k.shape:
         fail("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)} as k")
     if not 16 <= head_dim <= 256:
         fail("q", f"head_dim {head_dim}", "16 to 256")
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         fail("q", f"{heads} heads", f"a multiple of the {kv_heads} KV heads of k")
-    layout_rows(layout, rows, "q")
 
 
 def cache_shapes(
@@ -79,8 +109,10 @@ def cache_shapes(
     block_table: torch.Tensor | None,
     cache_seqlens: torch.Tensor | None,
     required: bool,
+    batch: int | None = None,
 ) -> bool:
-    """Checks the four cache arguments; returns whether there is a cache."""
+    """Checks the four cache arguments; returns whether there is a cache. batch: sequences of the
+    call; default those of k `(batch, rows, kv_heads, head_dim)`."""
     parts = {
         "k_cache": k_cache,
         "v_cache": v_cache,
@@ -92,7 +124,8 @@ def cache_shapes(
         return False
     if missing:
         fail(missing[0], None, "a tensor" if required else "a tensor as the rest of the cache")
-    batch, _, kv_heads, head_dim = k.shape
+    kv_heads, head_dim = k.shape[2:]
+    batch = k.shape[0] if batch is None else batch
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         cache = _tensor(name, cache, 4, "(pages, page_size, kv_heads, head_dim)")
         _like(name, cache, k, "k")
@@ -207,7 +240,7 @@ def transforms(op: str, *tensors: torch.Tensor | None, writes: bool = False) -> 
             if functorch.is_gradtrackingtensor(x):
                 raise NotImplementedError(
                     f"{op}: got a tensor of torch.func (grad, vjp, jvp, ...), which only "
-                    "backend='reference' serves; torch.autograd goes through every backend"
+                    "backend='reference' supports; torch.autograd works with every backend"
                 )
             if writes and functorch.is_batchedtensor(x):
                 raise NotImplementedError(
@@ -217,7 +250,7 @@ def transforms(op: str, *tensors: torch.Tensor | None, writes: bool = False) -> 
             x = functorch.get_unwrapped(x)
         if dual and x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                f"{op}: got a tensor of forward-mode AD, which only backend='reference' serves"
+                f"{op}: got a tensor of forward-mode AD, which only backend='reference' supports"
             )
 
 
@@ -241,10 +274,14 @@ def linear_shapes(
     any_dtype: bool,
 ) -> None:
     """any_dtype: the dtypes need not be equal, as `torch.autocast` makes them so."""
-    _tensor("x", x, 3, "(batch, rows, in_features)")
+    ragged = isinstance(layout, VarlenLayout)
+    if ragged:
+        _tensor("x", x, 2, "(rows, in_features)")
+    else:
+        _tensor("x", x, 3, "(batch, rows, in_features)")
     weight = _tensor("weight", sets["weight"], 2, "(out_features, in_features)")
-    if weight.shape[1] != x.shape[2]:
-        fail("weight", f"shape {tuple(weight.shape)}", f"(out_features, {x.shape[2]}) for x")
+    if weight.shape[1] != x.shape[-1]:
+        fail("weight", f"shape {tuple(weight.shape)}", f"(out_features, {x.shape[-1]}) for x")
     for name, value in sets.items():
         if value is None:
             continue
@@ -254,9 +291,30 @@ def linear_shapes(
         want = (weight.shape[0],) if is_bias else tuple(weight.shape)
         if tuple(value.shape) != want:
             fail(name, f"shape {tuple(value.shape)}", want)
-    layout_rows(layout, x.shape[1], "x")
+    if ragged:
+        varlen_rows(layout, x, "x")
+    else:
+        layout_rows(layout, x.shape[1], "x")
     if layout is not None and sets["vst_weight"] is None:
         fail("vst_weight", None, "a tensor, since layout has VST rows")
+
+
+def invariant_shapes(x: object, weight: object, bias: object, any_dtype: bool) -> None:
+    """any_dtype: as in `linear_shapes`."""
+    rank = max(x.dim(), 1) if isinstance(x, torch.Tensor) else 2
+    x = _tensor("x", x, rank, "(..., in_features)")
+    if x.dtype not in FLOATS:
+        fail("x", x.dtype, "float32, bfloat16, float16 or float64")
+    weight = _tensor("weight", weight, 2, "(out_features, in_features)")
+    if weight.shape[1] != x.shape[-1]:
+        fail("weight", f"shape {tuple(weight.shape)}", f"(out_features, {x.shape[-1]}) for x")
+    _like("weight", weight, x, "x", any_dtype)
+    if bias is None:
+        return
+    bias = _tensor("bias", bias, 1, "(out_features,)")
+    _like("bias", bias, x, "x", any_dtype)
+    if len(bias) != len(weight):
+        fail("bias", f"shape {tuple(bias.shape)}", f"({len(weight)},)")
 
 
 def paging(
@@ -264,21 +322,23 @@ def paging(
     cache_seqlens: torch.Tensor,
     pages: int,
     page_size: int,
-    extra: int,
+    extra: int | Sequence[int],
     written: bool = False,
 ) -> None:
     """Every sequence's first `cache_seqlens + extra` tokens lie in existing pages. written: the
     extra ones are written, and no other entry names their pages. Reads both tensors on the host."""
+    lengths = cache_seqlens.tolist()
+    extras = [extra] * len(lengths) if isinstance(extra, int) else extra
     capacity = block_table.shape[1] * page_size
-    for b, length in enumerate(cache_seqlens.tolist()):
+    for b, length in enumerate(lengths):
         if length < 0:
             fail("cache_seqlens", f"{length} at sequence {b}", "at least 0")
-        need = length + extra
+        need = length + extras[b]
         if need > capacity:
             fail(
                 "block_table",
                 f"{block_table.shape[1]} pages of {page_size} tokens",
-                f"room for {need} tokens (cache_seqlens {length} + {extra}) of sequence {b}",
+                f"room for {need} tokens (cache_seqlens {length} + {extras[b]}) of sequence {b}",
             )
         used = block_table[b, : -(-need // page_size)]
         bad = used[(used < 0) | (used >= pages)]
@@ -286,13 +346,13 @@ def paging(
             fail(
                 "block_table", f"page {int(bad[0])} at sequence {b}", f"0 to {pages - 1} in k_cache"
             )
-    if not written or extra == 0:
+    if not written:
         return
     sequence_of: dict[int, int] = {}
-    lengths = cache_seqlens.tolist()
     for appended in (True, False):  # the pages that are written, then all others
         for b, entries in enumerate(block_table.tolist()):
-            kept, used = lengths[b] // page_size, -(-(lengths[b] + extra) // page_size)
+            used = -(-(lengths[b] + extras[b]) // page_size)
+            kept = lengths[b] // page_size if extras[b] else used
             for page in entries[kept:used] if appended else entries[:kept]:
                 other = sequence_of.get(page)
                 if other is not None:

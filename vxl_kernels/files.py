@@ -51,7 +51,7 @@ def atomic_write(
             an existing file in one of these folders, is refused.
 
     Raises:
-        ValueError: the target is an input, or a device or FIFO that cannot be served.
+        ValueError: the target is an input, or a device or FIFO that cannot be written as asked.
         OSError: the file cannot be written. An existing file is unchanged.
     """
     target = check_target(path, inputs=inputs, devices=not callable(data))

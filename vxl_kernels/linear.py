@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 from .layout import ChunkLayout
+from .varlen import VarlenLayout
 
 __all__ = ["vst_linear"]
 
@@ -16,7 +17,7 @@ def vst_linear(
     bias: torch.Tensor | None,
     vst_weight: torch.Tensor | None,
     vst_bias: torch.Tensor | None,
-    layout: ChunkLayout | None,
+    layout: ChunkLayout | VarlenLayout | None,
 ) -> torch.Tensor:
     """`(batch, rows, out_features)`; arguments as in `api.vst_linear`."""
     if layout is None:
@@ -24,4 +25,6 @@ def vst_linear(
     assert vst_weight is not None
     raw, vst = layout.split_rows(x)
     raw, vst = linear(raw, weight, bias), linear(vst, vst_weight, vst_bias)
+    if isinstance(layout, VarlenLayout):
+        return torch.cat([raw, vst])
     return layout.join_rows(raw, vst)

@@ -46,10 +46,37 @@ SCHEMAS = {
         "Tensor block_table, Tensor cache_seqlens, int[] layout, Tensor inv_freq, "
         'str backend="") -> ()'
     ),
+    # Ragged calls, tensors (rows, heads, head_dim). layout: VarlenLayout.table. chunks: of all
+    # sequences, which bounds a grid.
+    "vst_attention_varlen": (
+        f"(Tensor q, Tensor k, Tensor v, {_CACHE}Tensor layout, SymInt chunks, float scale, "
+        'str backend="") -> (Tensor, Tensor)'
+    ),
+    "vst_attention_varlen_backward": (
+        f"(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, {_CACHE}Tensor out, "
+        'Tensor lse, Tensor layout, SymInt chunks, float scale, str backend="") '
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "rope_append_varlen": (
+        "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor block_table, Tensor cache_seqlens, Tensor layout, Tensor inv_freq, "
+        'str backend="") -> (Tensor, Tensor)'
+    ),
+    "rope_append_varlen_copy": (
+        "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+        'Tensor cache_seqlens, Tensor layout, Tensor inv_freq, str backend="") '
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "rope_append_varlen_": (
+        "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, "
+        "Tensor block_table, Tensor cache_seqlens, Tensor layout, Tensor inv_freq, "
+        'str backend="") -> ()'
+    ),
     "vst_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, Tensor? vst_bias, "
         'int[] layout, str backend="") -> Tensor'
     ),
+    "invariant_linear": '(Tensor x, Tensor weight, Tensor? bias, str backend="") -> Tensor',
     # Pages of all layers, k_cache and v_cache (layers, pages, page_size, kv_heads, head_dim).
     # copies: int32 (n, 3), source page, target page, rows; targets are distinct and no
     # sources; rows == 0 marks an unused entry, so that n may be fixed in a CUDA graph.
@@ -82,6 +109,14 @@ def _(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, scale, back
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=dtype)
 
 
+@torch.library.register_fake("vxl::vst_attention_varlen", lib=_library)
+def _(q, k, v, k_cache, v_cache, block_table, cache_seqlens, layout, chunks, scale, backend=""):
+    rows, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((heads, rows), dtype=dtype)
+
+
+@torch.library.register_fake("vxl::vst_attention_varlen_backward", lib=_library)
 @torch.library.register_fake("vxl::vst_attention_backward", lib=_library)
 def _(grad_out, grad_lse, q, k, v, k_cache, v_cache, *rest):
     none = q.new_empty(0)
@@ -89,16 +124,19 @@ def _(grad_out, grad_lse, q, k, v, k_cache, v_cache, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *caches
 
 
+@torch.library.register_fake("vxl::rope_append_varlen", lib=_library)
 @torch.library.register_fake("vxl::rope_append", lib=_library)
 def _(q, k, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+@torch.library.register_fake("vxl::rope_append_varlen_copy", lib=_library)
 @torch.library.register_fake("vxl::rope_append_copy", lib=_library)
 def _(q, k, v, k_cache, v_cache, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, k_cache, v_cache))
 
 
+@torch.library.register_fake("vxl::rope_append_varlen_", lib=_library)
 @torch.library.register_fake("vxl::rope_append_", lib=_library)
 def _(*args):
     return None
@@ -107,6 +145,11 @@ def _(*args):
 @torch.library.register_fake("vxl::vst_linear", lib=_library)
 def _(x, weight, *rest):
     return x.new_empty((*x.shape[:2], weight.shape[0]))
+
+
+@torch.library.register_fake("vxl::invariant_linear", lib=_library)
+def _(x, weight, *rest):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("vxl::copy_pages_", lib=_library)
@@ -180,13 +223,18 @@ for _name in _backends.OPERATORS:
     _on_any_device(_name)
 
 
-def _rope_append_copy(q, k, v, k_cache, v_cache, *rest):
-    """`rope_append` that returns new caches, for gradients."""
-    caches = k_cache.clone(), v_cache.clone()
-    return *torch.ops.vxl.rope_append(q, k, v, *caches, *rest), *caches
+def _copying(op: str) -> None:
+    """`op` that returns new caches, for gradients."""
+
+    def call(q, k, v, k_cache, v_cache, *rest):
+        caches = k_cache.clone(), v_cache.clone()
+        return *getattr(torch.ops.vxl, op)(q, k, v, *caches, *rest), *caches
+
+    _library.impl(f"{op}_copy", call, "CompositeExplicitAutograd")
 
 
-_library.impl("rope_append_copy", _rope_append_copy, "CompositeExplicitAutograd")
+_copying("rope_append")
+_copying("rope_append_varlen")
 
 # Pages: plain PyTorch wherever the extension registers nothing better.
 for _name in ("copy_pages_", "gather_rows", "scatter_rows_"):

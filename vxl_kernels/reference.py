@@ -8,18 +8,25 @@ inputs. Shapes are documented in `api.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import checks
 from .layout import ChunkLayout
+from .varlen import VarlenLayout
 
 __all__ = [
+    "invariant_linear",
     "rope_append",
     "rope_append_",
+    "rope_append_varlen",
+    "rope_append_varlen_",
     "vst_attention",
     "vst_attention_backward",
+    "vst_attention_varlen",
+    "vst_attention_varlen_backward",
     "vst_linear",
 ]
 
@@ -148,16 +155,26 @@ def vst_attention_backward(
     """Gradients of q, k, v and the caches (of no elements without one), from the attention
     computed again."""
     inputs = [q, k, v, k_cache, v_cache]
+    rest = [block_table, cache_seqlens, layout, scale]
+    return _gradients(vst_attention, inputs, rest, [grad_out, grad_lse])
+
+
+def _gradients(
+    attention: Callable[..., tuple[torch.Tensor, ...]],
+    inputs: list[torch.Tensor | None],
+    rest: list[Any],
+    grad_outputs: list[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `attention(*inputs, *rest)` in its inputs, whose first is q."""
+    q = inputs[0]
+    assert q is not None
     if q.numel() == 0:
         return tuple(q.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs)
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    call: list[Any] = [*leaves, block_table, cache_seqlens, layout, scale]
     with torch.enable_grad():
-        outputs = vst_attention(*call)
+        outputs = attention(*leaves, *rest)
     present = [x for x in leaves if x is not None]
-    grads = iter(
-        torch.autograd.grad(outputs, present, [grad_out, grad_lse], materialize_grads=True)
-    )
+    grads = iter(torch.autograd.grad(outputs, present, grad_outputs, materialize_grads=True))
     return tuple(q.new_empty(0) if x is None else next(grads) for x in leaves)
 
 
@@ -218,12 +235,132 @@ def vst_linear(
     bias: torch.Tensor | None,
     vst_weight: torch.Tensor | None,
     vst_bias: torch.Tensor | None,
-    layout: ChunkLayout | None,
+    layout: ChunkLayout | VarlenLayout | None,
 ) -> torch.Tensor:
-    """`(batch, rows, out_features)`: both weight sets over all rows, then a choice by row."""
+    """`(batch, rows, out_features)`, flat for a VarlenLayout: both weight sets over all rows, then
+    a choice by row."""
     raw = torch.nn.functional.linear(x, weight, bias)
     if layout is None:
         return raw
     assert vst_weight is not None
     vst = torch.nn.functional.linear(x, vst_weight, vst_bias)
+    if isinstance(layout, VarlenLayout):
+        is_vst = torch.arange(layout.rows, device=x.device) >= layout.raw_rows
+        return torch.where(is_vst[:, None], vst, raw)
     return torch.where(layout.is_vst(x.device)[None, :, None], vst, raw)
+
+
+def invariant_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`(..., out_features)`: a product of its own for every row, in float32 or float64."""
+    dtype = _compute_dtype(x)
+    wide, rows = weight.to(dtype), x.to(dtype).reshape(-1, x.shape[-1])
+    offset = None if bias is None else bias.to(dtype)
+    each = [torch.nn.functional.linear(row, wide, offset) for row in rows.split(1)]
+    return torch.cat(each).to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+
+# -- ragged calls: one sequence after the other -----------------------------------------------
+
+
+def _table_layout(table: torch.Tensor) -> VarlenLayout:
+    return VarlenLayout(
+        [
+            ChunkLayout(window, ratio, chunks) if ratio else window
+            for window, ratio, chunks, _, _ in table.tolist()
+        ],
+        table.device,
+    )
+
+
+def vst_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    table: torch.Tensor,
+    chunks: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `(rows, heads, head_dim)` and natural-log LSE `(heads, rows)`."""
+    layout = _table_layout(table)
+    out = q.new_empty(0, *q.shape[1:])
+    lse = q.new_empty(q.shape[1], 0, dtype=_compute_dtype(q))
+    outs, lses = [out] * len(layout), [lse] * len(layout)
+    for i, sequence in enumerate(layout.sequences):
+        rows = layout.rows_of(i, q.device)
+        if len(rows):
+            own = sequence if isinstance(sequence, ChunkLayout) else None
+            own_table, own_lens = (
+                None if x is None else x[i : i + 1] for x in (block_table, cache_seqlens)
+            )
+            found = vst_attention(
+                q[rows][None], k[rows][None], v[rows][None], k_cache, v_cache,
+                own_table, own_lens, own, scale,
+            )  # fmt: skip
+            outs[i], lses[i] = found[0][0], found[1][0]
+    if not outs:
+        return out, lse
+    order = torch.cat([layout.rows_of(i, q.device) for i in range(len(layout))]).argsort()
+    return torch.cat(outs)[order], torch.cat(lses, dim=1)[:, order]
+
+
+def vst_attention_varlen_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: torch.Tensor,
+    chunks: int,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v and the caches, as `vst_attention_backward`."""
+    inputs = [q, k, v, k_cache, v_cache]
+    rest = [block_table, cache_seqlens, table, chunks, scale]
+    return _gradients(vst_attention_varlen, inputs, rest, [grad_out, grad_lse])
+
+
+def rope_append_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    table: torch.Tensor,
+    inv_freq: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated q and k; writes the kept rows into k_cache and v_cache in place."""
+    layout = _table_layout(table)
+    pages, page_size = k_cache.shape[:2]
+    checks.paging(block_table, cache_seqlens, pages, page_size, layout.appended(), written=True)
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    for i, sequence in enumerate(layout.sequences):
+        rows = layout.rows_of(i, q.device)
+        if len(rows) == 0:
+            continue
+        own = sequence if isinstance(sequence, ChunkLayout) else None
+        cache = k_cache, v_cache, block_table[i : i + 1], cache_seqlens[i : i + 1]
+        q_row, k_row, v_row = (x[rows][None] for x in (q, k, v))
+        q_part, k_part = rope_append(q_row, k_row, v_row, *cache, own, inv_freq)
+        q_out = q_out.index_copy(0, rows, q_part[0])
+        k_out = k_out.index_copy(0, rows, k_part[0])
+    return q_out, k_out
+
+
+def rope_append_varlen_(q: torch.Tensor, k: torch.Tensor, *args) -> None:
+    """The same with q and k rotated in place."""
+    for x, rotated in zip((q, k), rope_append_varlen(q, k, *args), strict=True):
+        x.copy_(rotated)

@@ -17,13 +17,13 @@ namespace vxl::bindings {
 
 using at::Tensor;
 
-inline vxl::DType dtype_of(const Tensor& x) {
+inline vxl::DType dtype_of(const Tensor& x, const char* name = "q") {
   switch (x.scalar_type()) {
     case at::kFloat: return vxl::DType::f32;
     case at::kBFloat16: return vxl::DType::bf16;
     case at::kHalf: return vxl::DType::f16;
     default:
-      TORCH_CHECK_VALUE(false, "q: got ", x.scalar_type(),
+      TORCH_CHECK_VALUE(false, name, ": got ", x.scalar_type(),
                         ", expected float32, bfloat16 or float16");
   }
 }
@@ -85,7 +85,7 @@ inline void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 inline void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& block_table, const Tensor& cache_seqlens) {
+                        const Tensor& block_table, const Tensor& cache_seqlens, int64_t batch) {
   TORCH_CHECK_VALUE(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() &&
                         k_cache.size(1) > 0 && k_cache.size(2) == k.size(2) &&
                         k_cache.size(3) == k.size(3) && k_cache.stride(3) == 1 &&
@@ -94,9 +94,9 @@ inline void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_
                     "k_cache, v_cache: got ", k_cache.scalar_type(), " ", k_cache.sizes(), ", ",
                     v_cache.scalar_type(), " ", v_cache.sizes(), ", expected ", k.scalar_type(),
                     " (pages, page_size, ", k.size(2), ", ", k.size(3), "), head_dim contiguous");
-  TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == k.size(0) &&
+  TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == batch &&
                         block_table.scalar_type() == at::kInt && cache_seqlens.dim() == 1 &&
-                        cache_seqlens.size(0) == k.size(0) &&
+                        cache_seqlens.size(0) == batch &&
                         cache_seqlens.scalar_type() == at::kInt,
                     "block_table, cache_seqlens: got shapes ", block_table.sizes(), ", ",
                     cache_seqlens.sizes(), ", expected int32 (batch, max_pages) and (batch,)");
@@ -104,9 +104,9 @@ inline void check_cache(const Tensor& k, const Tensor& k_cache, const Tensor& v_
 
 inline void check_rope(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                        const Tensor& v_cache, const Tensor& block_table,
-                       const Tensor& cache_seqlens, const Tensor& inv_freq) {
+                       const Tensor& cache_seqlens, const Tensor& inv_freq, int64_t batch) {
   check_shapes(q, k, v);
-  check_cache(k, k_cache, v_cache, block_table, cache_seqlens);
+  check_cache(k, k_cache, v_cache, block_table, cache_seqlens, batch);
   TORCH_CHECK_VALUE(inv_freq.dim() == 1 && 2 * inv_freq.size(0) == q.size(3) &&
                         inv_freq.scalar_type() == at::kFloat,
                     "inv_freq: got ", inv_freq.scalar_type(), " ", inv_freq.sizes(),

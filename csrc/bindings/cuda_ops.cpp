@@ -27,7 +27,7 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
                       const Tensor& v_cache, const Tensor& table_in, const Tensor& lens_in,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
-  check_rope(q, k, v_in, k_cache, v_cache, table_in, lens_in, inv_freq_in);
+  check_rope(q, k, v_in, k_cache, v_cache, table_in, lens_in, inv_freq_in, q.size(0));
   check_device(k, "k", q);
   check_device(v_in, "v", q);
   check_device(k_cache, "k_cache", q);

@@ -3,14 +3,13 @@
 // before anything is written.
 #include <torch/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
 #include "backends.h"
+#include "paging.h"
 #include "rope_forms.h"
 #include "threads.h"
 
@@ -18,74 +17,6 @@ namespace {
 
 using at::Tensor;
 using namespace vxl::bindings;
-
-// Checks that the first cache_seqlens + extra tokens of every sequence lie in existing pages. The
-// messages are those of vxl_kernels/checks.py.
-void check_paging(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
-                  int64_t extra) {
-  const int64_t pages = cache.size(0), page_size = cache.size(1);
-  const int64_t max_pages = block_table.size(1);
-  const int32_t* table = block_table.const_data_ptr<int32_t>();
-  const int32_t* lens = cache_seqlens.const_data_ptr<int32_t>();
-  for (int64_t b = 0; b < cache_seqlens.size(0); ++b) {
-    TORCH_CHECK_VALUE(lens[b] >= 0, "cache_seqlens: got ", lens[b], " at sequence ", b,
-                      ", expected at least 0");
-    const int64_t need = lens[b] + extra;
-    const int64_t used = (need + page_size - 1) / page_size;
-    TORCH_CHECK_VALUE(used <= max_pages, "block_table: got ", max_pages, " pages of ", page_size,
-                      " tokens, expected room for ", need, " tokens (cache_seqlens ", lens[b],
-                      " + ", extra, ") of sequence ", b);
-    for (int64_t i = 0; i < used; ++i) {
-      const int32_t page = table[b * max_pages + i];
-      TORCH_CHECK_VALUE(page >= 0 && page < pages, "block_table: got page ", page,
-                        " at sequence ", b, ", expected 0 to ", pages - 1, " in k_cache");
-    }
-  }
-}
-
-// A page that rows are appended to is no other entry's: two would write one place, or one would
-// change what the other has kept. All that a call writes lies in the last pages of a sequence.
-void check_written(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
-                   int64_t extra) {
-  if (extra == 0) return;
-  const int64_t page_size = cache.size(1), max_pages = block_table.size(1);
-  const int32_t* table = block_table.const_data_ptr<int32_t>();
-  const int32_t* lens = cache_seqlens.const_data_ptr<int32_t>();
-  std::vector<int64_t> sequence_of(cache.size(0), -1);
-  const auto each_entry = [&](bool written, auto&& look) {
-    for (int64_t b = 0; b < cache_seqlens.size(0); ++b) {
-      const int64_t kept = lens[b] / page_size;
-      const int64_t used = (lens[b] + extra + page_size - 1) / page_size;
-      for (int64_t i = written ? kept : 0; i < (written ? used : kept); ++i) {
-        look(b, table[b * max_pages + i]);
-      }
-    }
-  };
-  const auto refuse_twin = [&](int64_t b, int32_t page) {
-    const int64_t first = std::min(b, sequence_of[page]), second = std::max(b, sequence_of[page]);
-    TORCH_CHECK_VALUE(sequence_of[page] != b, "block_table: got page ", page,
-                      " twice at sequence ", b, ", expected one place for what is appended");
-    TORCH_CHECK_VALUE(sequence_of[page] < 0, "block_table: got page ", page, " at sequences ",
-                      first, " and ", second, ", expected one place for what is appended");
-  };
-  each_entry(true, [&](int64_t b, int32_t page) {
-    refuse_twin(b, page);
-    sequence_of[page] = b;
-  });
-  each_entry(false, refuse_twin);
-}
-
-struct Paging {  // owns what PagedCache points to
-  Tensor block_table, cache_seqlens;
-  vxl::PagedCache cache;
-
-  Paging(const Tensor& k_cache, const Tensor& v_cache, const Tensor& table, const Tensor& lens,
-         int64_t extra)
-      : block_table(table.contiguous()), cache_seqlens(lens.contiguous()) {
-    check_paging(block_table, cache_seqlens, k_cache, extra);
-    cache = paged_cache(k_cache, v_cache, block_table, cache_seqlens);
-  }
-};
 
 std::tuple<Tensor, Tensor> vst_attention(
     const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -107,9 +38,9 @@ std::tuple<Tensor, Tensor> vst_attention(
   if (k_cache.has_value()) {
     TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_seqlens.has_value(),
                       "v_cache: got None, expected all four cache arguments or none");
-    check_cache(k, *k_cache, *v_cache, *block_table, *cache_seqlens);
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_seqlens, k.size(0));
     paging.emplace(*k_cache, *v_cache, *block_table, *cache_seqlens,
-                   (p.geometry.chunks - 1) * p.geometry.vsts());
+                   same((p.geometry.chunks - 1) * p.geometry.vsts()));
     p.cache = paging->cache;
   } else {
     TORCH_CHECK_VALUE(p.geometry.chunks == 1, "k_cache: got None, expected a tensor");
@@ -156,9 +87,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vst_attention_backward(
   if (k_cache.has_value()) {
     TORCH_CHECK_VALUE(v_cache.has_value() && block_table.has_value() && cache_seqlens.has_value(),
                       "v_cache: got None, expected all four cache arguments or none");
-    check_cache(k, *k_cache, *v_cache, *block_table, *cache_seqlens);
+    check_cache(k, *k_cache, *v_cache, *block_table, *cache_seqlens, k.size(0));
     const vxl::ChunkGeometry& g = p.call.geometry;
-    paging.emplace(*k_cache, *v_cache, *block_table, *cache_seqlens, (g.chunks - 1) * g.vsts());
+    paging.emplace(*k_cache, *v_cache, *block_table, *cache_seqlens,
+                   same((g.chunks - 1) * g.vsts()));
     p.call.cache = paging->cache;
     grad_k_cache = at::zeros(k_cache->sizes(), q.options());
     grad_v_cache = at::zeros(k_cache->sizes(), q.options());
@@ -176,15 +108,15 @@ void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v_in, cons
                       const Tensor& v_cache, const Tensor& block_table, const Tensor& cache_seqlens,
                       at::IntArrayRef layout, const Tensor& inv_freq_in, const Tensor& q_out,
                       const Tensor& k_out) {
-  check_rope(q, k, v_in, k_cache, v_cache, block_table, cache_seqlens, inv_freq_in);
+  check_rope(q, k, v_in, k_cache, v_cache, block_table, cache_seqlens, inv_freq_in, q.size(0));
   const Tensor v = rows_contiguous(v_in), inv_freq = inv_freq_in.contiguous();
   vxl::RopeParams p;
   set_call(p, q, k, v, layout);
   p.q_out = row_tensor(q_out);
   p.k_out = row_tensor(k_out);
   const int64_t kept = layout.empty() ? q.size(1) : p.geometry.chunks * p.geometry.vsts();
-  const Paging paging(k_cache, v_cache, block_table, cache_seqlens, kept);
-  check_written(paging.block_table, paging.cache_seqlens, k_cache, kept);
+  const Paging paging(k_cache, v_cache, block_table, cache_seqlens, same(kept));
+  check_written(paging.block_table, paging.cache_seqlens, k_cache, same(kept));
   p.cache = paging.cache;
   p.inv_freq = inv_freq.const_data_ptr<float>();
   if (q.numel() > 0) vxl::rope_append_cpu(p, thread_pool());

@@ -40,19 +40,38 @@ void translate(std::exception_ptr thrown) {
 py::arg integer(const char* name) { return py::arg(name).noconvert(); }
 
 // Ids from anything that NumPy turns into integers (n,). The type Ids alone would round 1.5.
-Ids ids(const py::object& seqs) {
+Ids ids(const py::object& seqs, const std::string& name = "seqs") {
   const py::array given = py::array::ensure(seqs);
-  if (!given) throw py::type_error("seqs: got no array of numbers, expected integers (n,)");
+  if (!given) throw py::type_error(name + ": got no array of numbers, expected integers (n,)");
   const char kind = given.dtype().kind();
   if (given.size() > 0 && kind != 'i' && kind != 'u') {
-    throw py::type_error("seqs: got " + std::string(py::str(given.dtype())) +
+    throw py::type_error(name + ": got " + std::string(py::str(given.dtype())) +
                          ", expected integers");
   }
   if (given.ndim() != 1) {
-    throw std::invalid_argument("seqs: got " + std::to_string(given.ndim()) +
+    throw std::invalid_argument(name + ": got " + std::to_string(given.ndim()) +
                                 " dimensions, expected 1");
   }
   return Ids(given);
+}
+
+// Rows of each of n sequences: one number for all, or integers (n,).
+std::vector<int64_t> rows_of_each(const py::object& rows, int64_t n) {
+  if (PyIndex_Check(rows.ptr()) && !py::isinstance<py::array>(rows)) {
+    const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(rows.ptr()));
+    int overflow = 0;
+    const int64_t all = number ? PyLong_AsLongLongAndOverflow(number.ptr(), &overflow) : -1;
+    if (!number) throw py::error_already_set();
+    if (overflow != 0) throw py::type_error("rows: got an integer outside int64");
+    return std::vector<int64_t>(n, all);
+  }
+  const Ids each = ids(rows, "rows");
+  if (each.size() != n) {
+    throw std::invalid_argument("rows: got " + std::to_string(each.size()) +
+                                " numbers, expected one for each of " + std::to_string(n) +
+                                " sequences");
+  }
+  return std::vector<int64_t>(each.data(), each.data() + n);
 }
 
 py::array_t<int32_t> copies_array(const std::vector<vxl::PageCopy>& copies) {
@@ -86,20 +105,23 @@ py::array_t<int32_t> reserve(PageManager& self, int64_t seq, int64_t rows) {
   return copies_array(copies);
 }
 
-py::array_t<int32_t> reserve_many(PageManager& self, const py::object& seqs, int64_t rows) {
+py::array_t<int32_t> reserve_many(PageManager& self, const py::object& seqs,
+                                  const py::object& rows) {
   const Ids batch = ids(seqs);
+  const std::vector<int64_t> each = rows_of_each(rows, batch.size());
   std::vector<vxl::PageCopy> copies;
   {
     const py::gil_scoped_release release;
-    copies = self.reserve(batch.data(), batch.size(), rows);
+    copies = self.reserve(batch.data(), batch.size(), each.data());
   }
   return copies_array(copies);
 }
 
-void commit_many(PageManager& self, const py::object& seqs, int64_t rows) {
+void commit_many(PageManager& self, const py::object& seqs, const py::object& rows) {
   const Ids batch = ids(seqs);
+  const std::vector<int64_t> each = rows_of_each(rows, batch.size());
   const py::gil_scoped_release release;
-  self.commit(batch.data(), batch.size(), rows);
+  self.commit(batch.data(), batch.size(), each.data());
 }
 
 py::array_t<int32_t> block_table(const PageManager& self, int64_t seq) {
@@ -214,16 +236,18 @@ rows of the source page to the target page before you write. There is one copy i
 of seq is partly filled and shared, else none.
 
 Raises PoolExhausted, with pages_needed and pages_free.)");
-  c.def("reserve_many", &reserve_many, py::arg("seqs"), integer("rows"),
-        R"(reserve() for all of `seqs`, int (n,), distinct. Reserves for all or for none.
+  c.def("reserve_many", &reserve_many, py::arg("seqs"), py::arg("rows"),
+        R"(reserve() for all of `seqs`, int (n,), distinct. Reserves for all or for none. `rows` is one
+number for all of them, or int (n,).
 
 Returns int32 (copies, 3), at most one copy for each sequence. No page is both a source and a
 target, so the copies may run in any order or at once.)");
   c.def("commit", py::overload_cast<int64_t, int64_t>(&PageManager::commit), integer("seq"),
         integer("rows"), ReleaseGil(),
         "Turns the first `rows` reserved rows into committed ones. The others stay reserved.");
-  c.def("commit_many", &commit_many, py::arg("seqs"), integer("rows"),
-        "commit() for all of `seqs`, int (n,), distinct. Commits for all or for none.");
+  c.def("commit_many", &commit_many, py::arg("seqs"), py::arg("rows"),
+        "commit() for all of `seqs`, int (n,), distinct. Commits for all or for none. `rows` is one "
+        "number for all of them, or int (n,).");
 }
 
 void bind_reading(py::class_<PageManager>& c) {

@@ -100,10 +100,10 @@ void PageManager::free(int64_t seq) {
 std::vector<PageCopy> PageManager::reserve(int64_t seq, int64_t rows) {
   const Lock lock(mutex_);
   Sequence* const s = &find(seq);
-  return grow(&s, 1, rows);
+  return grow(&s, 1, &rows);
 }
 
-std::vector<PageCopy> PageManager::reserve(const int64_t* seqs, int64_t n, int64_t rows) {
+std::vector<PageCopy> PageManager::reserve(const int64_t* seqs, int64_t n, const int64_t* rows) {
   const Lock lock(mutex_);
   const std::vector<Sequence*> batch = find_distinct(seqs, n);
   return grow(batch.data(), n, rows);
@@ -116,11 +116,11 @@ void PageManager::commit(int64_t seq, int64_t rows) {
   advance(s, rows);
 }
 
-void PageManager::commit(const int64_t* seqs, int64_t n, int64_t rows) {
+void PageManager::commit(const int64_t* seqs, int64_t n, const int64_t* rows) {
   const Lock lock(mutex_);
   const std::vector<Sequence*> batch = find_distinct(seqs, n);
-  for (const Sequence* s : batch) check_commit(*s, rows);
-  for (Sequence* s : batch) advance(*s, rows);
+  for (int64_t i = 0; i < n; ++i) check_commit(*batch[i], rows[i]);
+  for (int64_t i = 0; i < n; ++i) advance(*batch[i], rows[i]);
 }
 
 // Whether a new reservation of s would write into a page that another sequence holds. If s already
@@ -130,24 +130,25 @@ bool PageManager::must_copy(const Sequence& s, int64_t rows) const noexcept {
   return opens && s.length % page_size_ != 0 && holders_[s.table.back()] > 1;
 }
 
-std::vector<PageCopy> PageManager::grow(Sequence* const* batch, int64_t n, int64_t rows) {
+std::vector<PageCopy> PageManager::grow(Sequence* const* batch, int64_t n,
+                                        const int64_t* rows) {
   Growth growth = prepare_growth(batch, n, rows);
   leave_shared_pages(batch, n, rows, growth);
   const int64_t needed = growth.new_pages + static_cast<int64_t>(growth.copies.size());
   const int64_t available = static_cast<int64_t>(free_.size());
   if (needed > available) {
     for (const PageCopy& c : growth.copies) add_holder(c.source);
-    exhausted(rows, needed, available, num_pages_);
+    exhausted(n > 0 ? *std::max_element(rows, rows + n) : 0, needed, available, num_pages_);
   }
   for (size_t i = 0; i < growth.copies.size(); ++i) {
     growth.copies[i].target = growth.movers[i]->table.back() = take_page();
   }
   for (int64_t i = 0; i < n; ++i) {
     Sequence& s = *batch[i];
-    for (int64_t pages = pages_to_add(s, rows); pages > 0; --pages) {
+    for (int64_t pages = pages_to_add(s, rows[i]); pages > 0; --pages) {
       s.table.push_back(take_page());
     }
-    s.reserved = std::max(s.reserved, rows);
+    s.reserved = std::max(s.reserved, rows[i]);
   }
   page_copies_ += static_cast<int64_t>(growth.copies.size());
   return std::move(growth.copies);
@@ -155,29 +156,31 @@ std::vector<PageCopy> PageManager::grow(Sequence* const* batch, int64_t n, int64
 
 // Does everything in growing that can run out of memory.
 PageManager::Growth PageManager::prepare_growth(Sequence* const* batch, int64_t n,
-                                                int64_t rows) const {
+                                                const int64_t* rows) const {
   Growth growth;
   size_t shared = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Sequence& s = *batch[i];
-    in_range("rows", rows, 0, kMaxTokens - s.length);
-    growth.new_pages += pages_to_add(s, rows);
-    shared += must_copy(s, rows);
+    in_range("rows", rows[i], 0, kMaxTokens - s.length);
+    growth.new_pages += pages_to_add(s, rows[i]);
+    shared += must_copy(s, rows[i]);
   }
   growth.copies.reserve(shared);
   growth.movers.reserve(shared);
   if (growth.new_pages > static_cast<int64_t>(free_.size())) return growth;  // grow() will refuse
-  for (int64_t i = 0; i < n; ++i) make_room(batch[i]->table, pages_to_add(*batch[i], rows));
+  for (int64_t i = 0; i < n; ++i) {
+    make_room(batch[i]->table, pages_to_add(*batch[i], rows[i]));
+  }
   return growth;
 }
 
 // In the order of the batch: the last holder of a shared page keeps it. So the number of copies is
 // known only after the other holders have left.
-void PageManager::leave_shared_pages(Sequence* const* batch, int64_t n, int64_t rows,
+void PageManager::leave_shared_pages(Sequence* const* batch, int64_t n, const int64_t* rows,
                                      Growth& growth) noexcept {
   for (int64_t i = 0; i < n; ++i) {
     Sequence& s = *batch[i];
-    if (!must_copy(s, rows)) continue;
+    if (!must_copy(s, rows[i])) continue;
     drop_holder(s.table.back());
     growth.movers.push_back(&s);
     growth.copies.push_back(

@@ -97,9 +97,10 @@ class PageManager {
   // A batch is reserved or committed as a whole or not at all; `seqs` are distinct. Each
   // sequence asks for at most one copy, and no page is both a source and a target.
   std::vector<PageCopy> reserve(int64_t seq, int64_t rows);
-  std::vector<PageCopy> reserve(const int64_t* seqs, int64_t n, int64_t rows);
+  // rows: of each sequence.
+  std::vector<PageCopy> reserve(const int64_t* seqs, int64_t n, const int64_t* rows);
   void commit(int64_t seq, int64_t rows);
-  void commit(const int64_t* seqs, int64_t n, int64_t rows);
+  void commit(const int64_t* seqs, int64_t n, const int64_t* rows);
 
   int64_t length(int64_t seq) const;    // committed rows
   int64_t reserved(int64_t seq) const;  // rows after them that may be written
@@ -140,9 +141,9 @@ class PageManager {
   int64_t pages_for(int64_t rows) const noexcept;
   int64_t pages_to_add(const Sequence& s, int64_t rows) const noexcept;
   bool must_copy(const Sequence& s, int64_t rows) const noexcept;
-  std::vector<PageCopy> grow(Sequence* const* batch, int64_t n, int64_t rows);
-  Growth prepare_growth(Sequence* const* batch, int64_t n, int64_t rows) const;
-  void leave_shared_pages(Sequence* const* batch, int64_t n, int64_t rows,
+  std::vector<PageCopy> grow(Sequence* const* batch, int64_t n, const int64_t* rows);
+  Growth prepare_growth(Sequence* const* batch, int64_t n, const int64_t* rows) const;
+  void leave_shared_pages(Sequence* const* batch, int64_t n, const int64_t* rows,
                           Growth& growth) noexcept;
   void check_commit(const Sequence& s, int64_t rows) const;
   void advance(Sequence& s, int64_t rows) noexcept;

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <new>
+#include <vector>
 
 #include "page_manager.h"
 
@@ -17,6 +18,11 @@ thread_local char last_error[256] = "";
 vxl_status failed(vxl_status status, const char* reason) noexcept {
   std::snprintf(last_error, sizeof(last_error), "%s", reason);
   return status;
+}
+
+// The same number of rows for each of n sequences.
+std::vector<int64_t> same(int64_t n, int64_t rows) {
+  return std::vector<int64_t>(static_cast<size_t>(n), rows);
 }
 
 // Runs fn() and turns an exception into a status.
@@ -98,7 +104,7 @@ vxl_status vxl_pages_reserve(vxl_pages* pages, const int64_t* seqs, int64_t n, i
     require_array(seqs, n, "seqs");
     require_array(copies, n, "copies");
     require(num_copies, "num_copies");
-    const std::vector<vxl::PageCopy> wanted = pages->manager.reserve(seqs, n, rows);
+    const std::vector<vxl::PageCopy> wanted = pages->manager.reserve(seqs, n, same(n, rows).data());
     for (const vxl::PageCopy& c : wanted) *copies++ = {c.source, c.target, c.rows};
     *num_copies = static_cast<int64_t>(wanted.size());
   });
@@ -108,7 +114,7 @@ vxl_status vxl_pages_commit(vxl_pages* pages, const int64_t* seqs, int64_t n, in
   return guarded([&] {
     require(pages, "pages");
     require_array(seqs, n, "seqs");
-    pages->manager.commit(seqs, n, rows);
+    pages->manager.commit(seqs, n, same(n, rows).data());
   });
 }
 

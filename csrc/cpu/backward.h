@@ -141,7 +141,8 @@ struct FloatGradient {
   using Session = typename FloatTile<T>::Session;
 
   float scale;
-  explicit FloatGradient(float x) : scale(x) {}
+  int64_t part;  // of a score, as in the forward pass: dims counts padding too
+  FloatGradient(float x, int64_t head_dim) : scale(x), part(score_part(head_dim)) {}
   float query_scale() const { return scale; }  // of the gradients of q that `block` adds up
 
   static void pack_keys(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t dims,
@@ -175,8 +176,9 @@ struct FloatGradient {
     float unused[NV * kLanes], ones[NV * kLanes];
     for (int j = 0; j < NV; ++j) store(ones + j * kLanes, splat(1.0f));
     float *s = t.p + lane * kKeyBlock, *dp = t.ds + lane * kKeyBlock;
-    scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, t.limits + lane, s, unused, prefetch);
-    scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, t.no_limits + lane, dp, unused,
+    scores<NV>(keys.k, padded, t.q_lanes + lane * dims, dims, part, t.limits + lane, s, unused,
+               prefetch);
+    scores<NV>(keys.v, padded, t.do_lanes + lane * dims, dims, part, t.no_limits + lane, dp, unused,
                prefetch);
     softmax_backward<NV>(s, dp, padded, t.lse + lane, t.delta + lane);
     accumulate<NV>(keys.k_panels, padded, dp, dims, ones, t.dq_lanes + lane * dims);
@@ -210,9 +212,9 @@ void load_queries(const vxl::AttentionBackwardParams& p, int64_t batch, int64_t 
         load_row(at(p.grad_out, lane), grad + i * dims, call.head_dim);
         const T* out = at(call.out, lane);
         for (int64_t d = 0; d < call.head_dim; ++d) delta += grad[i * dims + d] * to_float(out[d]);
-        const int64_t index = (batch * call.heads + lane_head(lane)) * call.geometry.rows();
-        delta -= p.grad_lse[index + lane_row(lane)];
-        lse = call.lse[index + lane_row(lane)] * kLog2e;
+        const int64_t at = call.lse_index(batch, call.heads, lane_head(lane), lane_row(lane));
+        delta -= p.grad_lse[at];
+        lse = call.lse[at] * kLog2e;
       }
       t.delta[lane] = delta;
       t.lse[lane] = lse;
@@ -239,11 +241,11 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
   const int64_t rows = min_(plan.tile_rows, call.geometry.chunk_rows() - first);
   const int64_t lanes = rows * group;
   auto row_of_lane = [&](int64_t lane) {
-    return call.geometry.row_of(chunk, first + lane / group);
+    return call.row_of(batch, chunk, first + lane / group);
   };
   auto head_of_lane = [&](int64_t lane) { return kv_head * group + lane % group; };
 
-  const Math math(call.scale);
+  const Math math(call.scale, call.head_dim);
   const int64_t vecs = round_up(ceil_div(lanes, kLanes), Math::kVecUnit);
   QueryTile t(vecs, Math::kScoreFloats, dims, scratch);
   const KeyBlock block{scratch, scratch + kKeyBlock * dims, scratch + 2 * kKeyBlock * dims};
@@ -265,7 +267,7 @@ void backward_tile(const vxl::AttentionBackwardParams& p, const vxl::BackwardPla
     Math::pack_keys(prefetch.rows, n, call.head_dim, dims, block);
     const int64_t n_next = key + n < end ? block_end(key + n) - key - n : 0;
     stream.find(key + n, n_next, prefetch.rows);
-    prefetch.plan(n_next, 2 * ceil_div(n, Math::kRows) * groups.count());
+    prefetch.plan(n_next, 2 * ceil_div(n, Math::kRows) * groups.count(), false);
     for (int64_t lane = 0; lane < t.vecs * kLanes; ++lane) {
       const int64_t row = min_(lane / group, rows - 1);
       t.limits[lane] = int32_t(min_(n, max_(0, stream.cached + first + row + 1 - key)));
@@ -331,7 +333,7 @@ void sum_new_rows(const vxl::AttentionBackwardParams& p, const vxl::BackwardPlan
   const int64_t segment = chunk / plan.segment_chunks, in_segment = chunk % plan.segment_chunks;
   const int64_t keys = plan.workspace_keys(g);
   for (int64_t position = 0; position < g.chunk_rows(); ++position) {
-    const int64_t row = g.row_of(chunk, position);
+    const int64_t row = p.call.row_of(batch, chunk, position);
     for (int side = 0; side < 2; ++side) {
       const int64_t key = side * keys + plan.cached + in_segment * g.chunk_rows() + position;
       std::memset(sum, 0, plan.dims * sizeof(float));

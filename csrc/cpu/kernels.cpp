@@ -1,11 +1,15 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "pieces.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -68,9 +72,11 @@ bool has_amx() {
 CpuKernels with_bf16(const Bf16Kernels& x) {
   CpuKernels k = kernels_avx512;
   k.name = x.name;
-  k.prefill_task[static_cast<int>(DType::bf16)] = x.prefill_task;
-  k.backward_task[static_cast<int>(DType::bf16)] = x.backward_task;
-  k.decode_rows[static_cast<int>(DType::bf16)] = x.decode_rows;
+  const int bf16 = static_cast<int>(DType::bf16);
+  k.tile_piece[bf16] = x.tile_piece;
+  k.backward_task[bf16] = x.backward_task;
+  k.linear[bf16] = x.linear;
+  k.narrow_lanes[bf16] = 0;  // float32 products would give a row other bits than its tile
   return k;
 }
 
@@ -170,18 +176,20 @@ const char* cpu_isa() { return kernels().name; }
 void attention_cpu(const AttentionParams& p, const ThreadPool& pool) {
   const CpuKernels& k = kernels();
   const int type = static_cast<int>(p.dtype);
-  const AttentionPlan plan = plan_attention(p, k.lanes, k.decode_rows[type], pool.threads);
-  thread_local Arena arena;  // bounded: a row has at most 64 splits, whatever the cache length
+  const AttentionWork work =
+      plan_attention(p, UnitShape{k.lanes, k.narrow_lanes[type]}, pool.threads);
+  const AttentionPlan& plan = work.plan;
+  thread_local Arena arena;
   float* workspace = plan.workspace_floats > 0 ? arena.floats(plan.workspace_floats) : nullptr;
-  each_task(pool, plan.tasks, plan.scratch_floats, [&](int64_t task, float* scratch) {
-    (plan.decode ? k.decode_task : k.prefill_task)[type](p, plan, task, scratch, workspace);
-  });
-  if (plan.splits > 1) {
-    const int64_t rows = p.geometry.rows();
-    each_task(pool, p.batch * rows, p.head_dim, [&](int64_t task, float* scratch) {
-      k.merge_row[type](p, plan, task / rows, task % rows, scratch, workspace);
+  for (const std::vector<Piece>& pieces : work.pieces) {
+    each_task(pool, pieces.size(), plan.scratch_floats, [&](int64_t task, float* scratch) {
+      const Piece& piece = pieces[task];
+      (piece.narrow ? k.narrow_piece : k.tile_piece)[type](p, plan, piece, scratch, workspace);
     });
   }
+  each_task(pool, work.merges.size(), plan.scratch_floats, [&](int64_t task, float* scratch) {
+    k.merge_row[type](p, plan, work.merges[task], scratch, workspace);
+  });
 }
 
 void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& pool) {
@@ -214,11 +222,35 @@ void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& 
 
 void rope_append_cpu(const RopeParams& p, const ThreadPool& pool) {
   const CpuKernels& k = kernels();
-  const int64_t blocks = (p.geometry.chunk_rows() + k.rope_rows - 1) / k.rope_rows;
-  each_task(pool, p.batch * p.geometry.chunks * blocks, p.head_dim,
-            [&](int64_t task, float* scratch) {
-              k.rope_task[static_cast<int>(p.dtype)](p, task, scratch);
-            });
+  std::vector<Member> tasks;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const ChunkGeometry& g = p.geometry_at(b);
+    for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
+      for (int64_t first = 0; first < g.chunk_rows(); first += k.rope_task_rows) {
+        const int64_t rows = std::min(k.rope_task_rows, g.chunk_rows() - first);
+        tasks.push_back({int32_t(b), int32_t(chunk), int32_t(first), int32_t(rows)});
+      }
+    }
+  }
+  each_task(pool, tasks.size(), p.head_dim, [&](int64_t task, float* scratch) {
+    k.rope_rows[static_cast<int>(p.dtype)](p, tasks[task], scratch);
+  });
+}
+
+void linear_cpu(const LinearParams& p, const ThreadPool& pool) {
+  const LinearKernel& k = kernels().linear[static_cast<int>(p.dtype)];
+  const int64_t groups = (p.rows + k.pack_rows - 1) / k.pack_rows;
+  const int64_t tasks = (p.out + k.task_outs - 1) / k.task_outs;
+  const int64_t group_floats = k.packed_floats(p.in), floats = groups * group_floats;
+  thread_local Arena kept;
+  Arena freed;  // many rows
+  constexpr int64_t few = int64_t(1) << 20;
+  float* packed = (floats <= few ? kept : freed).floats(floats);
+  const auto pack = [&](int64_t group, float*) { k.pack(p, group, packed + group * group_floats); };
+  const ThreadPool alone;  // waking threads takes longer than packing little
+  each_task(floats <= few / 4 ? alone : pool, groups, 0, pack);
+  each_task(pool, tasks, k.scratch_floats,
+            [&](int64_t task, float* scratch) { k.task(p, task, scratch, packed); });
 }
 
 }  // namespace vxl

@@ -24,7 +24,7 @@ struct KeyStream {
 
   KeyStream(const vxl::AttentionParams& params, int64_t b, int64_t h, int64_t c)
       : p(params), batch(b), kv_head(h), chunk(c),
-        cached(params.cache.lens ? params.cache.lens[b] + c * params.geometry.vsts() : 0) {}
+        cached(params.cache.lens ? params.cache.lens[b] + c * params.geometry_at(b).vsts() : 0) {}
 
   // Finds the addresses of keys [begin, begin + n) for KV head `kv_head`.
   void find(int64_t begin, int64_t n, HeadRows* rows) const {
@@ -44,7 +44,7 @@ struct KeyStream {
         rows[i] = entry(k, v, c.k_strides[2], c.v_strides[2]);
     }
     for (; i < n; ++i) {
-      const int64_t row = p.geometry.row_of(chunk, begin + i - cached);
+      const int64_t row = p.row_of(batch, chunk, begin + i - cached);
       rows[i] = entry(at(p.k, row), at(p.v, row), p.k.head_stride, p.v.head_stride);
     }
   }
@@ -65,14 +65,17 @@ struct KeyStream {
 struct Prefetch {
   HeadRows rows[kKeyBlock];
   int64_t count = 0, next = 0, step = 0, bytes = 0;
+  bool packing = false;  // half of the rows while this block is packed: with few lanes that is long
 
-  void plan(int64_t keys, int64_t calls) {
+  void plan(int64_t keys, int64_t calls, bool few_lanes) {
     count = keys;
     next = 0;
-    step = ceil_div(count, max_(calls, 1));
+    packing = few_lanes;
+    step = ceil_div(few_lanes ? ceil_div(count, 2) : count, max_(calls, 1));
   }
-  VXL_INLINE void touch() {
-    const int64_t end = min_(next + step, count);
+  VXL_INLINE void touch() { touch(step); }
+  VXL_INLINE void touch(int64_t keys) {
+    const int64_t end = min_(next + keys, count);
     for (; next < end; ++next)
       for (int64_t b = 0; b < bytes; b += 64) {
         __builtin_prefetch(rows[next].k + b, 0, 2);

@@ -162,31 +162,6 @@ VXL_INLINE void store_rounded(Pair* to, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
 
-// Sets s to -inf where key >= limits[lane]. block_max[NV lanes] gets the maximum of each lane.
-template <int NV>
-VXL_NOINLINE void mask_scores(float* s, int64_t keys, const int32_t* limits, float* block_max) {
-  Vec top[NV];
-  IVec limit[NV];
-  for (int j = 0; j < NV; ++j) {
-    top[j] = splat(-INFINITY);
-    std::memcpy(&limit[j], limits + j * kLanes, sizeof(IVec));
-  }
-  const int64_t free = min_(keys, limits[0]);  // limits ascend
-#pragma GCC unroll 4
-  for (int64_t key = 0; key < free; ++key)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) top[j] = vmax(load(s + (key * NV + j) * kLanes), top[j]);
-  for (int64_t key = max_(free, 0); key < keys; ++key)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      float* const at = s + (key * NV + j) * kLanes;
-      const Vec x = limit[j] > isplat(int32_t(key)) ? load(at) : splat(-INFINITY);
-      store(at, x);
-      top[j] = vmax(x, top[j]);
-    }
-  for (int j = 0; j < NV; ++j) store(block_max + j * kLanes, top[j]);
-}
-
 // 2^x for any x, as exp2v with fewer steps: `vreduceps` leaves x - floor(x), `vscalefps` multiplies
 // by 2^floor(x), and both take -inf. Minimax polynomial on [0, 1), exact at 0; relative error 1.4e-7.
 VXL_INLINE Vec exp2_reduced(Vec x) {
@@ -266,8 +241,9 @@ VXL_INLINE void copy_pairs(const Bf16* row, int64_t n, int64_t pairs, Pair* to,
 // out[dims][kPairKeys] gets kPackKeys rows of keys, transposed: pairs of keys. Rows past n and
 // dimensions past head_dim become zero. head_dim may be anything; dims is a multiple of kLanes.
 inline void transpose_pairs(const Bf16* const* rows, int64_t n, int64_t head_dim, int64_t dims,
-                            Pair* out) {
+                            Pair* out, Prefetch* prefetch) {
   for (int64_t d = 0; d < dims; d += kLanes) {
+    if (prefetch != nullptr) prefetch->touch(1);
     const int64_t width = head_dim - d;  // values left
     const __mmask16 keep = width >= kLanes ? 0xffff : width <= 0 ? 0 : (1u << width) - 1;
     auto values = [&](int64_t i) {
@@ -291,14 +267,14 @@ inline void transpose_pairs(const Bf16* const* rows, int64_t n, int64_t head_dim
 // Transposes one whole key block, of K or of V.
 template <const char* HeadRows::*Row>
 inline void transpose_block(const HeadRows* rows, int64_t keys, int64_t head_dim, int64_t dims,
-                            Pair* out) {
+                            Pair* out, Prefetch* prefetch = nullptr) {
   for (int64_t key = 0; key < keys; key += kPackKeys) {
     const Bf16* found[kPackKeys];
     const int64_t n = min_(kPackKeys, keys - key);
     for (int64_t i = 0; i < n; ++i) {
       found[i] = reinterpret_cast<const Bf16*>(rows[key + i].*Row);
     }
-    transpose_pairs(found, n, head_dim, dims, out + key / 2);
+    transpose_pairs(found, n, head_dim, dims, out + key / 2, prefetch);
   }
 }
 
@@ -334,9 +310,10 @@ struct PairTile {
   }
 
   static void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, float* k, float* v,
-                         float* /*staged*/) {
+                         float* /*staged*/, Prefetch& prefetch) {
     const int64_t pairs = k_dims(head_dim);
     for (int64_t i = 0; i < round_up(keys, kRows); ++i) {
+      if (prefetch.packing && i % 4 == 0) prefetch.touch(1);
       Pair* const to = reinterpret_cast<Pair*>(k) + i * pairs;
       const Bf16* from = i < keys ? reinterpret_cast<const Bf16*>(rows[i].k) : nullptr;
       if (from != nullptr) {
@@ -346,7 +323,8 @@ struct PairTile {
       }
     }
     transpose_block<&HeadRows::v>(rows, keys, head_dim, v_dims(head_dim),
-                                  reinterpret_cast<Pair*>(v));
+                                  reinterpret_cast<Pair*>(v),
+                                  prefetch.packing ? &prefetch : nullptr);
   }
 
   template <int NV>

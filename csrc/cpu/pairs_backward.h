@@ -61,7 +61,7 @@ struct PairGradient {
 
   float scale;
   PairScale forward;
-  explicit PairGradient(float x) : scale(x), forward(x) {}
+  PairGradient(float x, int64_t /*head_dim*/) : scale(x), forward(x) {}
   float query_scale() const { return 1.0f; }  // dS holds the scale
 
   static Pair* as_pairs(float* x) { return reinterpret_cast<Pair*>(x); }

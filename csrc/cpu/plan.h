@@ -1,5 +1,5 @@
-// How one attention call is cut into tasks. This code is the same for every instruction set: each
-// call makes one plan, and the per-ISA kernels only read it.
+// How one attention call is cut into pieces of work. This code is the same for every instruction
+// set: each call makes one plan, and the per-ISA kernels only read it.
 #pragma once
 
 #include <cstdint>
@@ -8,43 +8,54 @@
 
 namespace vxl {
 
-struct KeySplit {  // [begin, end) of one sequence's keys
-  int64_t begin, end;
+struct Member {  // positions [first, first + rows) of a chunk of a sequence
+  int32_t sequence, chunk, first, rows;
 };
 
+// Rows that attend to the keys [begin, end) together. The members of a piece of several sequences
+// find these keys at the same places of the cache, and all of their rows see all of them.
+struct Piece {
+  int32_t member = 0, members = 0;  // in AttentionPlan::members
+  int32_t rows = 0;                 // of all members
+  int32_t kv_head = 0, kv_heads = 1;
+  int32_t split = 0;
+  int64_t begin = 0, end = 0;
+  bool narrow = false;   // for the kernel of few rows; it alone takes several KV heads
+  bool resumes = false;  // goes on from the partial result that a piece of an earlier phase has left
+  bool saves = false;    // leaves a partial result, for one that resumes or for the merge
+};
+
+struct SequencePlan {
+  int64_t partials = 0;  // where its partial results begin, in floats of the workspace
+  int64_t splits = 1;
+};
+
+// Without containers: a function of the standard library that the per-ISA kernels instantiate could
+// be the one that the linker keeps for every machine.
 struct AttentionPlan {
-  bool decode = false;     // few query rows: lanes hold head_dim, and a task has all KV heads
-  int64_t group = 1;       // query heads of one KV head
-  int64_t tile_rows = 1;   // positions of a chunk in one tile
-  int64_t tiles = 1;       // of one chunk
-  int64_t split_unit = 0;  // a split has at least this many keys; 0: keys are never split
-  int64_t splits = 1;      // of the longest sequence
-  int64_t tasks = 0;
+  int64_t group = 1;  // query heads of one KV head
+  const Member* members = nullptr;
+  const SequencePlan* sequences = nullptr;
   int64_t scratch_floats = 0;    // of one thread, independent of the cache
-  int64_t workspace_floats = 0;  // partial results of split sequences, shared
-
-  // Splits depend only on the length of the sequence itself. So neither other sequences of the
-  // batch nor the number of threads change a bit of its result.
-  static constexpr int64_t kMaxSplits = 64;
-  // The decode kernel serves at most this many query rows of a KV head.
-  static constexpr int64_t kDecodeRows = 32;
-  static constexpr int64_t kSplitAlign = 128;
-  VXL_ALWAYS_INLINE int64_t split_length(int64_t keys) const {
-    if (split_unit == 0) return keys > 0 ? keys : 1;
-    int64_t length = (keys + kMaxSplits - 1) / kMaxSplits;
-    if (length < split_unit) length = split_unit;
-    return (length + kSplitAlign - 1) / kSplitAlign * kSplitAlign;
-  }
-  VXL_ALWAYS_INLINE int64_t split_count(int64_t keys) const {
-    const int64_t length = split_length(keys);
-    return keys > 0 ? (keys + length - 1) / length : 1;
-  }
+  int64_t workspace_floats = 0;  // partial results, shared
 };
 
-// lanes: floats in a SIMD vector. decode_rows: with more query rows of a KV head, tiles are faster
-// than the decode kernel. threads: affects the tile sizes, but no bit of the result.
-AttentionPlan plan_attention(const AttentionParams& p, int lanes, int64_t decode_rows,
-                             int threads);
+// The keys of a sequence with few rows are cut into splits, whose results are merged in order.
+// Where they are cut depends on the length of the sequence alone. So neither other sequences nor
+// the number of threads, nor who shares the keys of a split, change a bit of its result.
+struct KeySplits {
+  // 2048 keys: a partial result of a row is a thousandth of the keys that it stands for, and a few
+  // thousand keys are still work for several threads. Above 64 splits their length doubles.
+  static constexpr int64_t kLength = 2048, kMost = 64;
+  static constexpr int64_t kFewLanes = 672;  // rows times heads of a KV head: one tile
+
+  static int64_t length(int64_t keys, int64_t lanes) {
+    if (lanes > kFewLanes) return keys > 0 ? keys : 1;
+    int64_t n = kLength;
+    while (n * kMost < keys) n *= 2;
+    return n;
+  }
+};
 
 // How the backward pass of one call is cut into tasks. A task walks some tiles of some chunks, for
 // one KV head of one sequence. It adds up the gradients of K and V in its own workspace, and the
@@ -79,10 +90,15 @@ struct BackwardPlan {
 
 BackwardPlan plan_backward(const AttentionParams& p, int lanes);
 
+// How many cache entries the rows of a chunk of sequence b see.
+VXL_ALWAYS_INLINE int64_t cached_keys(const AttentionParams& p, int64_t b, int64_t chunk) {
+  return p.cache.lens ? p.cache.lens[b] + chunk * p.geometry_at(b).vsts() : 0;
+}
+
 // How many keys the last chunk of sequence b sees.
 VXL_ALWAYS_INLINE int64_t sequence_keys(const AttentionParams& p, int64_t b) {
-  const int64_t cached = p.cache.lens ? p.cache.lens[b] : 0;
-  return cached + (p.geometry.chunks - 1) * p.geometry.vsts() + p.geometry.chunk_rows();
+  const ChunkGeometry& g = p.geometry_at(b);
+  return cached_keys(p, b, g.chunks - 1) + g.chunk_rows();
 }
 
 }  // namespace vxl

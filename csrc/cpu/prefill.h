@@ -1,4 +1,5 @@
-// Attention of one tile: consecutive positions of one chunk, all heads of one KV head.
+// Attention of one tile: consecutive positions of a chunk, or of chunks that see the same keys, with
+// all heads of one KV head.
 #pragma once
 
 #include "epilogue.h"
@@ -78,7 +79,7 @@ struct FloatTile {
     for (int64_t d = 0; d < head_dim; ++d) out[d] *= scale;
   }
   static void pack_block(const HeadRows* rows, int64_t keys, int64_t head_dim, float* k, float* v,
-                         float* staged) {
+                         float* staged, Prefetch& /*prefetch*/) {
     ::pack_block<T>(rows, keys, head_dim, v_dims(head_dim), k, v, staged);
   }
   template <int NV>
@@ -98,38 +99,20 @@ VXL_INLINE void each_width(int64_t vecs, const Fn& fn) {
   fn(std::integral_constant<int, Tile::kCols>{});
 }
 
-template <typename T, typename Tile>
-void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan, int64_t task,
-                  float* scratch, float* workspace) {
-  // The last chunks and their last tiles see the most keys. They go first, so that the threads end
-  // at about the same time. The tiles of a chunk run one after another and share its K and V in the
-  // processor's cache.
-  const int64_t kv_head = task % p.kv_heads;
-  task /= p.kv_heads;
-  const int64_t batch = task % p.batch;
-  task /= p.batch;
-  const int64_t split = task % plan.splits;
-  task /= plan.splits;
-  const int64_t tile = plan.tiles - 1 - task % plan.tiles;
-  const int64_t chunk = p.geometry.chunks - 1 - task / plan.tiles;
+constexpr int64_t kFewVecs = 4;  // up to here a piece waits for its keys rather than computes
 
+template <typename T, typename Tile>
+void tile_piece(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
+                const vxl::Piece& piece, float* scratch, float* workspace) {
   constexpr int kCols = Tile::kCols;
   const int64_t dims = p.head_dim, group = plan.group;
   const int64_t k_dims = Tile::k_dims(dims), v_dims = Tile::v_dims(dims);
-  const int64_t first = tile * plan.tile_rows;
-  const int64_t rows = min_(plan.tile_rows, p.geometry.chunk_rows() - first);
-  if (rows <= 0) return;
-  const int64_t lanes = rows * group;
+  const int64_t lanes = piece.rows * group, begin = piece.begin, end = piece.end;
   const int64_t vecs = round_up(ceil_div(lanes, kLanes), Tile::kVecUnit), padded = vecs * kLanes;
   const Tile math(p.scale);
   const typename Tile::Session session;
-
-  const KeyStream<T> stream(p, batch, kv_head, chunk);
-  const int64_t length = plan.split_length(vxl::sequence_keys(p, batch));
-  const int64_t begin = split * length;
-  // The keys of this split that the tile's last row sees.
-  const int64_t end = min_(begin + length, stream.cached + first + rows);
-  if (begin >= vxl::sequence_keys(p, batch)) return;
+  const vxl::Member& first = plan.members[piece.member];
+  const KeyStream<T> stream(p, first.sequence, piece.kv_head, first.chunk);
 
   auto take = [&scratch](int64_t n) { float* x = scratch; scratch += n; return x; };
   float* q = take(k_dims * padded);
@@ -141,11 +124,9 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   float* l = take(padded);
   float* staged = take(kLanes * v_dims);
   int32_t* limits = reinterpret_cast<int32_t*>(take(padded));
-
-  auto row_of_lane = [&](int64_t lane) {
-    return p.geometry.row_of(chunk, first + lane / group);
-  };
-  auto head_of_lane = [&](int64_t lane) { return kv_head * group + lane % group; };
+  TileRow* const rows = reinterpret_cast<TileRow*>(scratch);
+  find_rows(p, plan, piece, rows);
+  auto head_of_lane = [&](int64_t lane) { return piece.kv_head * group + lane % group; };
 
   // Column groups of kCols vectors, the last one narrower, as panels [dims][width lanes].
   for (int64_t g = 0; g < vecs; g += kCols) {
@@ -154,9 +135,8 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t lane = (g + j) * kLanes + i;
         if (lane < lanes) {
-          const T* row = static_cast<const T*>(p.q.data) + batch * p.q.batch_stride +
-                         row_of_lane(lane) * p.q.row_stride + head_of_lane(lane) * p.q.head_stride;
-          math.stage_query(row, dims, staged + i * k_dims);
+          math.stage_query(row_at<const T>(p.q, rows[lane / group], head_of_lane(lane)), dims,
+                           staged + i * k_dims);
         } else {
           std::memset(staged + i * k_dims, 0, k_dims * sizeof(float));
         }
@@ -167,20 +147,37 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
   std::memset(o, 0, v_dims * padded * sizeof(float));
   std::memset(l, 0, padded * sizeof(float));
   for (int64_t i = 0; i < padded; ++i) m[i] = -INFINITY;
+  if (piece.resumes) {
+    for (int64_t v = 0; v < vecs; ++v) {
+      const int64_t g = v / kCols * kCols, width = min_(kCols, vecs - g);
+      std::memset(staged, 0, kLanes * dims * sizeof(float));
+      for (int64_t i = 0; i < min_(kLanes, lanes - v * kLanes); ++i) {
+        const int64_t lane = v * kLanes + i;
+        const float* from = partial_at(p, plan, piece, rows[lane / group], head_of_lane(lane),
+                                       workspace);
+        std::memcpy(staged + i * dims, from, dims * sizeof(float));
+        m[lane] = from[dims];
+        l[lane] = from[dims + 1];
+      }
+      lanes_from_rows(staged, dims, o + g * kLanes * v_dims + (v - g) * kLanes, width * kLanes);
+    }
+  }
 
+  HeadRows here[kKeyBlock];
   Prefetch prefetch;
   prefetch.bytes = dims * int64_t(sizeof(T));
   stream.find(begin, max_(min_(kKeyBlock, end - begin), 0), prefetch.rows);
   for (int64_t key = begin; key < end; key += kKeyBlock) {
     const int64_t n = min_(kKeyBlock, end - key);
-    Tile::pack_block(prefetch.rows, n, dims, k_block, v_block, staged);
+    std::memcpy(here, prefetch.rows, n * sizeof(HeadRows));
     const int64_t n_next = max_(0, min_(kKeyBlock, end - key - kKeyBlock));
     stream.find(key + kKeyBlock, n_next, prefetch.rows);
-    prefetch.plan(n_next, ceil_div(n, Tile::kRows) * ceil_div(vecs, kCols));
+    prefetch.plan(n_next, ceil_div(n, Tile::kRows) * ceil_div(vecs, kCols), vecs <= kFewVecs);
+    Tile::pack_block(here, n, dims, k_block, v_block, staged, prefetch);
 
     int64_t lane = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int32_t limit = int32_t(min_(n, max_(0, stream.cached + first + r + 1 - key)));
+    for (int64_t r = 0; r < piece.rows; ++r) {
+      const int32_t limit = int32_t(min_(n, max_(0, rows[r].bound - key)));
       for (int64_t g = 0; g < group; ++g) limits[lane++] = limit;
     }
     for (; lane < padded; ++lane) limits[lane] = limits[lanes - 1];
@@ -200,13 +197,8 @@ void prefill_task(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
     rows_from_lanes(o + g * kLanes * v_dims + (v - g) * kLanes, width * kLanes, dims, staged);
     for (int64_t i = 0; i < min_(kLanes, lanes - v * kLanes); ++i) {
       const int64_t lane = v * kLanes + i;
-      const Partial result{staged + i * dims, m[lane], l[lane]};
-      if (plan.splits > 1) {
-        save_partial(p, plan, batch, split, row_of_lane(lane), head_of_lane(lane), result,
-                     workspace);
-      } else {
-        finish_row<T>(p, batch, row_of_lane(lane), head_of_lane(lane), result);
-      }
+      leave_row<T>(p, plan, piece, rows[lane / group], head_of_lane(lane),
+                   Partial{staged + i * dims, m[lane], l[lane]}, workspace);
     }
   }
 }

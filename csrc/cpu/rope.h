@@ -3,6 +3,7 @@
 
 #include "../include/vxl/params.h"
 #include "../include/vxl/rotary.h"
+#include "plan.h"
 #include "tile.h"
 
 namespace {
@@ -80,12 +81,9 @@ VXL_INLINE void rotate(const T* x, T* out, const float* c, const float* s, int64
 }
 
 template <typename T>
-void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
-  const vxl::ChunkGeometry& g = p.geometry;
-  const int64_t blocks = ceil_div(g.chunk_rows(), kRopeRows);
-  const int64_t batch = task / (blocks * g.chunks);
-  task %= blocks * g.chunks;
-  const int64_t chunk = task / blocks, first = task % blocks * kRopeRows;
+void rope_rows(const vxl::RopeParams& p, const vxl::Member& rows, float* scratch) {
+  const int64_t batch = rows.sequence, chunk = rows.chunk;
+  const vxl::ChunkGeometry& g = p.geometry_at(batch);
   const int64_t half = p.head_dim / 2;
   const float largest = largest_magnitude(p.inv_freq, half);
   float* c = scratch;
@@ -95,9 +93,8 @@ void rope_task(const vxl::RopeParams& p, int64_t task, float* scratch) {
     return static_cast<T*>(t.data) + batch * t.batch_stride + row * t.row_stride;
   };
   const int64_t base = p.cache.lens[batch] + chunk * g.vsts();
-  for (int64_t position = first; position < min_(first + kRopeRows, g.chunk_rows());
-       ++position) {
-    const int64_t row = g.row_of(chunk, position);
+  for (int64_t position = rows.first; position < rows.first + rows.rows; ++position) {
+    const int64_t row = p.row_of(batch, chunk, position);
     const int64_t append = g.append_index(position);
     if (append >= 0) {  // first, because K may be rotated in place
       const int64_t slot = base + append;

@@ -15,6 +15,7 @@
 #endif
 
 #define VXL_INLINE inline __attribute__((always_inline))
+#define VXL_LAMBDA_INLINE __attribute__((always_inline))
 #define VXL_NOINLINE __attribute__((noinline))
 
 namespace {

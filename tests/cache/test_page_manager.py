@@ -11,8 +11,6 @@ from helpers.page_model import snapshot
 
 from vxl_kernels._C import PageManager, PoolExhausted
 
-pytestmark = pytest.mark.core
-
 
 def append(manager: PageManager, seq: int, rows: int) -> None:
     """For tests that look at pages, not at contents."""

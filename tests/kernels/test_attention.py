@@ -4,6 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.attention_properties import (
+    check_chunks_at_once,
+    check_neighbours,
+    check_strides,
+)
 from helpers.serving import serving
 from helpers.strategies import DTYPES, calls
 from hypothesis import example, given, settings
@@ -17,14 +22,6 @@ pytestmark = pytest.mark.core
 
 def attend(inputs, **options):
     return vst_attention(*inputs.args(), return_lse=True, backend="cpu", **options)
-
-
-def sequence(inputs, b):
-    """The call with sequence b alone."""
-    take = {
-        n: getattr(inputs, n)[b : b + 1] for n in ("q", "k", "v", "block_table", "cache_seqlens")
-    }
-    return dataclasses.replace(inputs, **take)
 
 
 @settings(max_examples=150)
@@ -89,21 +86,8 @@ def test_orders_are_equal_to_the_bit(dtype, chunks):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_at_once_equal_one_after_the_other(dtype):
-    layout = ChunkLayout(90, 7, chunks=4)
-    inputs = make_inputs((25, 300), layout, heads=6, kv_heads=2, dtype=dtype)
-    out, lse = attend(inputs)
-    one = ChunkLayout(90, 7)
-    for c in range(4):
-        rows = torch.nonzero(layout.chunk_index() == c).squeeze(1)
-        alone = dataclasses.replace(
-            inputs,
-            layout=one,
-            cache_seqlens=inputs.cache_seqlens + c * one.vsts_per_chunk,
-            **{n: getattr(inputs, n)[:, rows] for n in ("q", "k", "v")},
-        )
-        alone_out, alone_lse = attend(alone)
-        assert torch.equal(out[:, rows], alone_out)
-        assert torch.equal(lse[:, :, rows], alone_lse)
+    inputs = make_inputs((25, 300), ChunkLayout(90, 7, 4), heads=6, kv_heads=2, dtype=dtype)
+    check_chunks_at_once(attend, inputs)
 
 
 BATCHES = [
@@ -117,19 +101,7 @@ BATCHES = [
 @pytest.mark.parametrize("shape", BATCHES)
 def test_a_sequence_does_not_see_its_neighbours(shape):
     inputs = make_inputs((9000, 0, 2500), heads=14, kv_heads=2, head_dim=32, **shape)
-    out, lse = attend(inputs)
-    for b in range(3):
-        alone_out, alone_lse = attend(sequence(inputs, b))
-        assert torch.equal(out[b : b + 1], alone_out)
-        assert torch.equal(lse[b : b + 1], alone_lse)
-    # Not even a NaN crosses.
-    inputs.q[1].fill_(torch.nan)
-    inputs.k[1].fill_(torch.nan)
-    inputs.v[1].fill_(torch.nan)
-    poisoned, _ = attend(inputs)
-    assert poisoned[1].isnan().all()
-    for b in (0, 2):
-        assert torch.equal(poisoned[b], out[b])
+    check_neighbours(attend, inputs)
 
 
 @pytest.mark.parametrize("shape", BATCHES)
@@ -186,27 +158,13 @@ def test_zero_sizes(batch, rows, backend):
 @given(calls(), st.integers(0, 2**16))
 @settings(max_examples=40)
 def test_strides_are_free(inputs, seed):
-    def restride(x, order):
-        """The same values with other strides and an offset."""
-        poison = torch.nan if x.is_floating_point() else -9
-        wide = torch.full([n + 1 for n in x.permute(order).shape], poison, dtype=x.dtype)
-        view = wide[tuple(slice(1, None) for _ in order)].permute(
-            torch.tensor(order).argsort().tolist()
-        )
-        return view.copy_(x)
-
     orders = [[0, 1, 2, 3], [0, 2, 1, 3], [2, 0, 1, 3], [3, 1, 0, 2]]  # the last: rows only
     pick = torch.Generator().manual_seed(seed)
-    odd = {}
+    chosen = {"block_table": [1, 0]}
     for name in ("q", "k", "v", "k_cache", "v_cache"):
         choices = 3 if name.endswith("cache") else 4
-        order = orders[int(torch.randint(choices, (), generator=pick))]
-        odd[name] = restride(getattr(inputs, name), order)
-    odd["block_table"] = restride(inputs.block_table, [1, 0])
-    out, lse = attend(dataclasses.replace(inputs, **odd))
-    plain_out, plain_lse = attend(inputs)
-    assert torch.equal(out, plain_out)
-    assert torch.equal(lse, plain_lse)
+        chosen[name] = orders[int(torch.randint(choices, (), generator=pick))]
+    check_strides(attend, inputs, chosen)
 
 
 def test_scale_is_of_the_scores():

@@ -49,12 +49,12 @@ def test_a_backend_is_a_row(toy):
 def test_what_a_backend_lacks_is_refused(toy):
     inputs = call()
     before = inputs.clone()
-    with pytest.raises(ValueError, match="backend 'toy' cannot serve this call: it has no rope_ap"):
+    with pytest.raises(ValueError, match="backend 'toy' cannot run this call: it has no rope_ap"):
         rope_append(*inputs.args(), inverse_frequencies(16), backend="toy")
     x, weight = torch.ones(1, 2, 3), torch.ones(4, 3)
-    with pytest.raises(ValueError, match="backend 'toy' cannot serve this call: it has no vst_lin"):
+    with pytest.raises(ValueError, match="backend 'toy' cannot run this call: it has no vst_lin"):
         vst_linear(x, weight, None, None, None, None, backend="toy")
-    with pytest.raises(ValueError, match="backend 'toy' cannot serve this call: inputs require a"):
+    with pytest.raises(ValueError, match="backend 'toy' cannot run this call: inputs require a"):
         vst_attention(inputs.q.requires_grad_(), *inputs.args()[1:], backend="toy")
     for name in ("k_cache", "v_cache"):
         assert torch.equal(getattr(inputs, name), getattr(before, name))
@@ -89,7 +89,7 @@ def test_a_compiled_graph_refuses_when_it_runs(monkeypatch):
     def away(*tensors):
         return vst_attention(*tensors, LAYOUT, backend="away")
 
-    with pytest.raises(ValueError, match="'away' cannot serve this call: it has no vst_att"):
+    with pytest.raises(ValueError, match="'away' cannot run this call: it has no vst_att"):
         away(*inputs.args()[:-1])
 
 

@@ -132,8 +132,8 @@ def test_chunks_need_a_cache():
 @pytest.mark.parametrize(
     ("backend", "dtype", "words"),
     [
-        ("triton", torch.float32, "backend 'triton' cannot serve this call: "),
-        ("cpu", torch.float64, "backend 'cpu' cannot serve this call: dtype torch.float64"),
+        ("triton", torch.float32, "backend 'triton' cannot run this call: "),
+        ("cpu", torch.float64, "backend 'cpu' cannot run this call: dtype torch.float64"),
         ("cuda", torch.float32, "backend: got 'cuda', expected 'cpu', 'triton', 'reference'"),
         (None, torch.float64, "q: got torch.float64, expected float32, bfloat16 or float16"),
     ],

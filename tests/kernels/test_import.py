@@ -128,7 +128,7 @@ try:
 except ValueError as error:
     assert "not built or does not load" in str(error)
 else:
-    raise SystemExit("backend='cpu' served without the extension")
+    raise SystemExit("backend='cpu' ran without the extension")
 """
     done = run(code)
     assert done.returncode == 0, done.stderr

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import vxl_kernels
-from vxl_kernels import CacheBatch, ChunkLayout, VstCache
+from vxl_kernels import CacheBatch, ChunkLayout, VarlenLayout, VstCache
 from vxl_kernels.testing import inverse_frequencies, make_inputs
 
 LAYOUT = ChunkLayout(6, 2)
 CALL = dict(zip(("q", "k", "v", "k_cache", "v_cache", "block_table", "cache_seqlens", "layout"),
                 make_inputs((5,), LAYOUT, head_dim=16).args(), strict=True))  # fmt: skip
+TEXT = dict(zip(CALL, make_inputs((5,), None, rows=5, head_dim=16).args(), strict=True))
 LINEAR = {"x": torch.ones(1, LAYOUT.rows, 3), "weight": torch.ones(5, 3), "bias": torch.ones(5),
           "vst_weight": torch.ones(5, 3), "vst_bias": torch.ones(5), "layout": LAYOUT}  # fmt: skip
 SIZES = {"num_layers": 2, "kv_heads": 1, "head_dim": 16, "num_pages": 4, "page_size": 4}
@@ -44,8 +45,18 @@ def public_calls():
     yield "vst_attention", vxl_kernels.vst_attention, {**CALL, "scale": 0.5}
     rope = {**CALL, "inv_freq": inverse_frequencies(16)}
     yield "rope_append", vxl_kernels.rope_append, rope
+    ragged = VarlenLayout([5])
+    flat = {name: x[0] if name in ("q", "k", "v") else x for name, x in TEXT.items()}
+    flat["layout"] = ragged
+    yield "vst_attention_varlen", vxl_kernels.vst_attention_varlen, {**flat, "scale": 0.5}
+    flat = {**flat, "inv_freq": rope["inv_freq"]}
+    yield "rope_append_varlen", vxl_kernels.rope_append_varlen, flat
+    yield "VarlenLayout", VarlenLayout, {"sequences": [5]}
     yield "vst_linear", vxl_kernels.vst_linear, LINEAR
+    rows = {name: LINEAR[name] for name in ("x", "weight", "bias")}
+    yield "invariant_linear", vxl_kernels.invariant_linear, rows
     yield "backends", vxl_kernels.backends, {}
+    yield "serves", vxl_kernels.serves, {"op": "vst_attention", "x": torch.zeros(1)}
     yield "ChunkLayout", ChunkLayout, {"window": 6, "ratio": 2}
     for name, given in (("materialize", {}), ("draw", {}), ("pairs", {})):
         yield f"ChunkLayout.{name}", getattr(LAYOUT, name), given
@@ -79,6 +90,10 @@ WRONG_INTEGERS = [
     2.5, -1, HUGE, 2**100_000, True, NAN, 1j, "1", [1], (1,), np.ones(1, int), torch.ones(2).int(),
     np.float64(1), np.True_, torch.tensor(True),
 ]  # fmt: skip
+WRONG_ROWS = [  # a number, or one for each of one sequence
+    2.5, -1, HUGE, 2**100_000, True, NAN, 1j, "1", [], [1, 1], [2.5], [-1], [HUGE], [True], [[1]],
+    torch.ones(2).int(), np.float64(1), np.True_, torch.tensor(True),
+]  # fmt: skip
 WRONG_IDS = [2.5, HUGE, True, NAN, "0", [0.0], [[0]], [HUGE], np.zeros(1), np.zeros((1, 1), int)]
 WRONG = {
     "scale": [
@@ -105,8 +120,11 @@ def test_wrong_numbers_are_refused_by_name(name, parameter):
     cache = getattr(function, "__self__", None)
     pool = cache if isinstance(cache, VstCache) else getattr(cache, "cache", None)
     before = pool.stats() if pool else None
-    for value in WRONG.get(parameter, [2.5, HUGE]):
-        with pytest.raises(ValueError, match=rf"^{re.escape(parameter)}: got ") as caught:
+    wrong = WRONG.get(parameter, [2.5, HUGE])
+    if parameter == "rows" and name.endswith((".reserve", ".commit")):
+        wrong = WRONG_ROWS
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"^{re.escape(parameter)}(\[0\])?: got ") as caught:
             function(**{**given, parameter: value})
         assert len(str(caught.value)) < 300
         assert "\n" not in str(caught.value)

@@ -40,6 +40,9 @@ def test_schemas_are_pinned():
         "vxl::vst_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? vst_weight, "
         'Tensor? vst_bias, int[] layout, str backend="") -> Tensor'
     )
+    assert str(torch.ops.vxl.invariant_linear.default._schema) == (
+        'vxl::invariant_linear(Tensor x, Tensor weight, Tensor? bias, str backend="") -> Tensor'
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

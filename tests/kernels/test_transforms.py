@@ -8,7 +8,14 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from helpers.serving import serving
 
-from vxl_kernels import ChunkLayout, VstCache, rope_append, vst_attention, vst_linear
+from vxl_kernels import (
+    ChunkLayout,
+    VstCache,
+    invariant_linear,
+    rope_append,
+    vst_attention,
+    vst_linear,
+)
 from vxl_kernels.testing import inverse_frequencies, make_inputs
 
 INV_FREQ = inverse_frequencies(16)
@@ -130,6 +137,8 @@ def test_tensors_of_other_layouts_are_refused(kind, backend):
             vst_attention(*args, backend=backend)
     with pytest.raises(ValueError, match=f"^x: got a {kind} tensor, expected a dense one"):
         vst_linear(x, torch.ones(4, 16), None, None, None, None, backend=backend)
+    with pytest.raises(ValueError, match=f"^x: got a {kind} tensor, expected a dense one"):
+        invariant_linear(x, torch.ones(4, 16), backend=backend)
 
 
 def windows(backend):

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compiler as triton_compiler
 
 from benchmarks.codegen import ahead
-from vxl_kernels._triton import catalog, launch
+from vxl_kernels._triton import catalog, launch, launch_ragged
 
 pytestmark = pytest.mark.core
 
@@ -48,6 +48,7 @@ def test_a_launch_finds_what_was_compiled_ahead(capability):
     with mock.patch.object(catalog, "compilation", recorded):
         catalog.shipped(f"cuda:{capability}")
     assert len(planned) > 20
+    assert {"plan_ragged", "rope_append_ragged"} < {one.name for one in planned}
     functions = {p.fn for p in planned}
     with FakeDriver(capability).active(*functions) as driver:
         for one in planned:
@@ -58,6 +59,37 @@ def test_a_launch_finds_what_was_compiled_ahead(capability):
             target = driver.get_current_target()
             ahead_key = key_asked(lambda: triton.compile(source, target=target, options=options))  # noqa: B023
             assert key_asked(one) == ahead_key, (entry.kernel, one.constexprs)
+
+
+RAGGED = [(1, 1, 9), (32, 32, 170), (1620, 1, 170), (3300, 40, 256)]
+"""(rows, sequences, pages of a table)"""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_ragged_calls_of_any_lengths_find_it(page_size, capability):
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    arch, planned = f"cuda:{capability}", []
+    ints = {"dtype": torch.int32}
+    for rows, sequences, pages in RAGGED:
+        q, k = empty(rows, 28, 128), empty(rows, 4, 128)
+        cache = empty(700, page_size, 4, 128)
+        table, lens = empty(sequences, pages, **ints), empty(sequences, **ints)
+        call = (q, k, k, cache, cache, table, lens, empty(sequences, 5, **ints))
+        planned += launch_ragged.plan_attention_varlen(*call, sequences, 1.0, arch)[0]
+        inv_freq = empty(64, dtype=torch.float32)
+        planned.append(launch_ragged.plan_rope_append_varlen(*call, inv_freq, q, k))
+    entries = ahead.reached(arch, page_sizes=[page_size], gradients=False)
+    entries = [e for e in entries if e.kernel.endswith("_ragged")]
+    with FakeDriver(capability).active(*{p.fn for p in planned}) as driver:
+        target, keys = driver.get_current_target(), set()
+        for e in entries:
+            source = ASTSource(e.fn, e.signature, e.constexprs, e.attrs)
+            options = {"num_warps": e.num_warps, "num_stages": e.num_stages, **e.options}
+            keys.add(key_asked(lambda: triton.compile(source, target=target, options=options)))  # noqa: B023
+        assert {key_asked(one) for one in planned} == keys
 
 
 def test_a_launch_compiles_nothing_after_it(tmp_path, monkeypatch):

@@ -87,6 +87,9 @@ def test_implementations_under_the_cuda_key_read_no_value(layout, launched):
         weight = torch.empty(8, 64, device="cuda")
         on_cuda_key("vst_linear", x, weight, None, weight, None, ints, "triton")
         assert launched == ["linear"]
+        launched.clear()
+        on_cuda_key("invariant_linear", x, weight, None)
+        assert launched == ["invariant_linear"]
 
 
 def test_an_append_tells_autograd_what_it_wrote(launched):

@@ -16,13 +16,9 @@ from helpers.fake_driver import FakeDriver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vxl_kernels import ChunkLayout, ops
-from vxl_kernels._triton import configs, launch, launch_common, remember
-from vxl_kernels._triton.decode import decode_kernel, merge_kernel
-from vxl_kernels._triton.prefill import prefill_kernel
-from vxl_kernels._triton.rope import rope_append_kernel
+from vxl_kernels import ChunkLayout, VarlenLayout, ops
+from vxl_kernels._triton import configs, launch, launch_common, launch_ragged, remember
 
-KERNELS = (decode_kernel, merge_kernel, prefill_kernel, rope_append_kernel)
 F16 = torch.float16
 
 
@@ -103,11 +99,30 @@ def test_a_remembered_attention_is_the_planned_one(driver, name):
     planned = launches_of(driver, first, lambda: launch.vst_attention(*first, layout, 0.1))
     assert planned
     assert len(remember.remembered) == 1
+    (plan,) = remember.remembered.values()
+    assert all(x.untyped_storage().nbytes() <= 4 for x in plan.made)  # no memory of a call is kept
     with mock.patch.object(launch, "plan_attention", side_effect=AssertionError):
         again = launches_of(driver, second, lambda: launch.vst_attention(*second, layout, 0.1))
     assert again == planned
     remember.remembered.clear()
     assert launches_of(driver, third, lambda: launch.vst_attention(*third, layout, 0.1)) == planned
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_remembered_ragged_call_is_the_planned_one(driver, cache, monkeypatch):
+    monkeypatch.setattr(launch_ragged, "architecture", lambda device: "cuda:90")
+    found = []
+    for _ in range(2):
+        tensors = [x[0] if i < 3 else x for i, x in enumerate(call(rows=5))]
+        tensors[5:] = torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        layout = VarlenLayout([1, 4, 0]).table
+        paged = tensors[3:] if cache else [None] * 4
+        run = functools.partial(
+            launch_ragged.vst_attention_varlen, *tensors[:3], *paged, layout, 3, 0.1
+        )
+        found.append(launches_of(driver, [*tensors, layout], run))
+    assert len(remember.remembered) == 1
+    assert found[0] == found[1] != []
 
 
 @pytest.mark.parametrize("op", ["rope_append", "rope_append_"])
@@ -118,6 +133,24 @@ def test_a_remembered_append_is_the_planned_one(driver, op):
         *most, inv_freq = tensors
         call_op = functools.partial(getattr(launch, op), *most, [], inv_freq)
         found.append(launches_of(driver, tensors, lambda run=call_op: run() or ()))
+    assert len(remember.remembered) == 1
+    assert found[0] == found[1] != []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_remembered_product_is_the_planned_one(driver, bias):
+    """Of other weights and rows, at other addresses. A decoding step has seven in each layer."""
+    found = []
+    for _ in range(2):
+        x, weight = torch.zeros(3, 1, 64, dtype=F16), torch.zeros(32, 64, dtype=F16)
+        tensors = [x, weight, *([torch.zeros(32, dtype=F16)] if bias else [])]
+        call_op = functools.partial(launch.invariant_linear, x, weight, *tensors[2:] or [None])
+        found.append(launches_of(driver, tensors, lambda run=call_op: [run()]))
+        assert call_op().shape == (3, 1, 32)
+        if len(found) == 1:
+            planned = mock.patch.object(launch, "plan_invariant_linear", side_effect=AssertionError)
+            planned.start()
+    planned.stop()
     assert len(remember.remembered) == 1
     assert found[0] == found[1] != []
 
@@ -160,7 +193,7 @@ def test_copies_and_aliases_are_not_remembered(driver, monkeypatch):
 
 
 def test_the_memory_of_plans_is_bounded(driver, monkeypatch):
-    monkeypatch.setattr(remember, "_MOST", 3)
+    monkeypatch.setattr(remember, "_MAX_CALLS", 3)
     for rows in range(1, 9):
         launch.vst_attention(*call(rows=rows), [], 0.1)
         assert len(remember.remembered) <= 3

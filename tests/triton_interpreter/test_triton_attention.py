@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.attention_properties import check_chunks_at_once, check_neighbours, check_strides
 from helpers.strategies import calls
 from helpers.triton_cases import CASES, HALF, WITHOUT_CACHE, attend, call
 from hypothesis import HealthCheck, given, settings
@@ -160,20 +161,7 @@ def test_random_calls(inputs):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_chunks_at_once_equal_one_after_the_other():
-    layout, one = ChunkLayout(33, 7, chunks=3), ChunkLayout(33, 7)
-    inputs = make_inputs((25,), layout, heads=6, kv_heads=2)
-    out, lse = attend(inputs)
-    for c in range(3):
-        rows = torch.nonzero(layout.chunk_index() == c).squeeze(1)
-        alone = dataclasses.replace(
-            inputs,
-            layout=one,
-            cache_seqlens=inputs.cache_seqlens + c * one.vsts_per_chunk,
-            **{n: getattr(inputs, n)[:, rows] for n in ("q", "k", "v")},
-        )
-        alone_out, alone_lse = attend(alone)
-        assert torch.equal(out[:, rows], alone_out)
-        assert torch.equal(lse[:, :, rows], alone_lse)
+    check_chunks_at_once(attend, make_inputs((25,), ChunkLayout(33, 7, 3), heads=6, kv_heads=2))
 
 
 SHAPES = [
@@ -186,20 +174,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("small_tiles")
 def test_a_sequence_does_not_see_its_neighbours(shape):
-    inputs = make_inputs((170, 0, 70), heads=3, kv_heads=1, **shape)
-    out, lse = attend(inputs)
-    take = ("q", "k", "v", "block_table", "cache_seqlens")
-    for b in range(3):
-        alone = dataclasses.replace(inputs, **{n: getattr(inputs, n)[b : b + 1] for n in take})
-        alone_out, alone_lse = attend(alone)
-        assert torch.equal(out[b : b + 1], alone_out)
-        assert torch.equal(lse[b : b + 1], alone_lse)
-    for x in (inputs.q, inputs.k, inputs.v):
-        x[1].fill_(torch.nan)
-    poisoned, _ = attend(inputs)
-    assert poisoned[1].isnan().all()
-    for b in (0, 2):
-        assert torch.equal(poisoned[b], out[b])
+    check_neighbours(attend, make_inputs((170, 0, 70), heads=3, kv_heads=1, **shape))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -218,14 +193,6 @@ def test_spare_capacity_changes_no_bit():
 @pytest.mark.usefixtures("small_tiles")
 def test_strides_are_free(shape):
     inputs = make_inputs((70, 9), heads=4, kv_heads=2, **shape)
-
-    def restride(x, order):
-        """The same values with other strides and an offset, and poison between them."""
-        poison = torch.nan if x.is_floating_point() else 10**6
-        wide = torch.full([n + 1 for n in x.permute(order).shape], poison, dtype=x.dtype)
-        back = torch.tensor(order).argsort().tolist()
-        return wide[tuple(slice(1, None) for _ in order)].permute(back).copy_(x)
-
     orders = {
         "q": [3, 1, 0, 2],
         "k": [0, 2, 1, 3],
@@ -234,11 +201,7 @@ def test_strides_are_free(shape):
         "v_cache": [1, 0, 2, 3],
         "block_table": [1, 0],
     }
-    odd = {name: restride(getattr(inputs, name), order) for name, order in orders.items()}
-    out, lse = attend(dataclasses.replace(inputs, **odd))
-    plain_out, plain_lse = attend(inputs)
-    assert torch.equal(out, plain_out)
-    assert torch.equal(lse, plain_lse)
+    check_strides(attend, inputs, orders)
 
 
 # -- numbers -----------------------------------------------------------------------------------

@@ -293,9 +293,15 @@ def without_the_last_chunk(i, chunks, chunk_splits):
 
 @triton.jit
 def first_find_only(
-    block_table_ptr, cache_seqlens_ptr, i_page, last, later, page_size, max_pages, batch
-):
+    block_table_ptr, cache_seqlens_ptr, table_ptr, i_page, last, kept, chunks, page_size, max_pages,
+    batch,
+):  # fmt: skip
     return tl.load(block_table_ptr) * 0, (i_page == tl.load(block_table_ptr)).to(tl.int32)
+
+
+@triton.jit
+def first_chunks_vsts(chunk, window, ratio, chunks):
+    return primitives.Runs(chunk * window, chunks * window)
 
 
 @triton.jit
@@ -311,9 +317,8 @@ MISTAKES = [
     (backward_kv, "cached_entries", one_less_cached),
     (backward_kv, "_chunks_of", without_the_last_chunk),
     (backward_kv, "_find_page", first_find_only),
-    (backward_q, "chunk_row", next_chunks_vsts),
+    (backward_q, "chunk_runs", first_chunks_vsts),
     (backward_kv, "chunk_row", next_chunks_vsts),
-    (primitives, "chunk_row", next_chunks_vsts),
 ]
 
 

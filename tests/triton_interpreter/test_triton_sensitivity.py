@@ -22,14 +22,13 @@ def sees_vsts_late(position, ratio):
 
 
 @triton.jit
-def without_vsts(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
-    return tl.minimum(position + chunk * window, chunks * window - 1)
+def without_vsts(position, runs, ratio):
+    return runs.raw + position
 
 
 @triton.jit
-def next_chunks_vsts(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
-    vsts = window // ratio
-    return tl.where(is_vst, chunks * window, chunk * window) + index + 0 * vsts
+def first_chunks_vsts(chunk, window, ratio, chunks):
+    return primitives.Runs(chunk * window, chunks * window)
 
 
 @triton.jit
@@ -76,8 +75,7 @@ MISTAKES = [
     (prefill, "visible_new", sees_one_more, "split, whole pages"),
     (prefill, "visible_new", sees_vsts_late, "split, whole pages"),
     (primitives, "query_row", without_vsts, "split, whole pages"),
-    (primitives, "chunk_row", next_chunks_vsts, "split, whole pages"),
-    (prefill, "chunk_row", next_chunks_vsts, "split, whole pages"),
+    (prefill, "chunk_runs", first_chunks_vsts, "split, whole pages"),
     (keys, "page_of", first_page_only, "split, whole pages"),
     (keys, "page_of", first_page_only, "split, parts"),
     (keys, "page_of", first_page_only, "decode, any pages"),

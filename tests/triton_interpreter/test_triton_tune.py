@@ -50,5 +50,5 @@ def test_the_fastest_right_tile_wins(tiles, played, capsys):
 
 def test_no_tile_at_all_is_reported(played):
     played(WRONG, BROKEN)
-    with pytest.raises(RuntimeError, match=r"no tile serves torch\.float32 at head_dim 16"):
+    with pytest.raises(RuntimeError, match=r"no tile works for torch\.float32 at head_dim 16"):
         tune.tune(torch.float32, 16)

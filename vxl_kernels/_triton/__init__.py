@@ -2,9 +2,10 @@
 
 primitives.py keys.py softmax.py
                what kernels share: rows and positions, keys in pages, the online softmax
-prefill.py decode.py backward_q.py backward_kv.py linear.py rope.py   the kernels
+prefill.py decode.py backward_q.py backward_kv.py linear.py invariant.py rope.py   the kernels
 configs.py     tile shapes per architecture, with reasons; tune.py can override them
-launch.py launch_backward.py launch_common.py
+ragged.py attention_ragged.py backward_ragged.py   those of ragged calls
+launch.py launch_ragged.py launch_backward.py launch_backward_ragged.py launch_common.py
                tensors -> launches, without reading a tensor's values
 remember.py    launches of earlier calls, for calls like them
 catalog.py     what is shipped, for compiling ahead of time
@@ -44,6 +45,7 @@ def _missing() -> str | None:
 def kernel(op: str) -> Callable:
     """The launcher of an operator."""
     module = "launch_backward" if op.endswith("_backward") else "launch"
+    module += "_ragged" if "varlen" in op else ""
     return getattr(importlib.import_module(f".{module}", __name__), op)
 
 
@@ -76,7 +78,7 @@ def _interpreter_breaks() -> str | None:
 
 
 def reasons(x: torch.Tensor | None) -> list[str]:
-    """Why the kernels cannot serve x (or anything here, for None). Empty: they can."""
+    """Why the kernels cannot run on x (for None: on this machine at all). Empty: they can."""
     missing = _missing()
     if missing:
         return [missing]
@@ -100,7 +102,7 @@ def reasons(x: torch.Tensor | None) -> list[str]:
         found.append(f"dtype {x.dtype} is not float32, float16 or bfloat16")
     elif x.dtype == torch.bfloat16 and on_cpu:
         found.append("Triton's interpreter computes products of bfloat16 wrongly")
-    if x.dim() and x.shape[0] > _MAX_BATCH:
+    if x.dim() == 4 and x.shape[0] > _MAX_BATCH:
         found.append(f"batch {x.shape[0]} is larger than {_MAX_BATCH}")
     return found
 

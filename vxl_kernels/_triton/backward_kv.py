@@ -17,9 +17,22 @@ import triton.language as tl
 
 from .backward_q import LOG2E, scores_backward
 from .keys import cached_entries, load_block
-from .primitives import block_of_run, chunk_row, load_rows, opaque_zero
+from .primitives import Runs, block_of_run, chunk_row, chunk_runs, load_rows, opaque_zero
+from .ragged import sequence_at
 
-__all__ = ["dkv_kernel", "sum_pages_kernel"]
+__all__ = [
+    "Call",
+    "KeyBlock",
+    "Queries",
+    "Sums",
+    "add_full_rows",
+    "add_masked_rows",
+    "cached_run",
+    "dkv_kernel",
+    "new_keys",
+    "new_run",
+    "sum_pages_kernel",
+]
 
 _LENGTHS = [
     "window", "ratio", "kept", "chunks", "page_size", "max_pages", "batch", "chunk_splits",
@@ -94,7 +107,7 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _new_keys(i, chunks, window, BLOCK_N: tl.constexpr):
+def new_keys(i, chunks, window, BLOCK_N: tl.constexpr):
     """Block i of the new keys: (chunk, whether it is one of VSTs, first index in the run)."""
     is_vst, start = block_of_run(i // chunks, tl.cdiv(window, BLOCK_N), 0, 0, BLOCK_N)
     return i % chunks, is_vst, start
@@ -127,40 +140,60 @@ def _split(base, first, all_seen, end, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def cached_run(
+    start, i_batch, call, runs, from_chunk, to_chunk, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Cache entries from `start` on: (the keys, raw rows and VST rows that see them) of the chunks
+    [from_chunk, to_chunk). Rows of all chunks of a sequence follow one another from `runs` on."""
+    window, vsts = call.window, call.window // call.ratio
+    cached = cached_entries(call.cache_seqlens_ptr, i_batch, call.page_size, call.max_pages)
+    end = tl.minimum(cached + (to_chunk - 1) * call.kept, call.max_pages * call.page_size)
+    last = tl.minimum(start + BLOCK_N, end) - 1
+    # Chunk c sees the entries before cached + c * kept.
+    each = tl.maximum(call.kept, 1)
+    any_chunk = tl.cdiv(tl.maximum(start + 1 - cached, 0), each)
+    all_chunk = tl.cdiv(tl.maximum(last + 1 - cached, 0), each)
+    any_chunk = tl.minimum(tl.maximum(any_chunk, from_chunk), to_chunk)
+    all_chunk = tl.minimum(tl.maximum(all_chunk, from_chunk), to_chunk)
+    keys = KeyRun(start, end, window < 0, cached)
+    raw = _split(runs.raw, any_chunk * window, all_chunk * window, to_chunk * window, BLOCK_M)
+    vst = _split(runs.vst, any_chunk * vsts, all_chunk * vsts, to_chunk * vsts, BLOCK_M)
+    return keys, raw, vst
+
+
+@triton.jit
+def new_run(is_vst, start, call, runs, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Raw tokens (or VSTs) of a chunk from `start` on: (the keys, its raw rows and its VST rows
+    that see them). `runs` are those of the chunk."""
+    window, ratio = call.window, call.ratio
+    vsts = window // ratio
+    end = tl.where(is_vst, vsts, window)
+    last = tl.minimum(start + BLOCK_N, end) - 1
+    keys = KeyRun(start, end, is_vst, window * 0)
+    raw_first, vst_first = _first_rows(start, is_vst, ratio)
+    raw_all, vst_all = _first_rows(last, is_vst, ratio)
+    raw = _split(runs.raw, raw_first, raw_all, window, BLOCK_M)
+    vst = _split(runs.vst, vst_first, vst_all, vsts, BLOCK_M)
+    return keys, raw, vst
+
+
+@triton.jit
 def _walk(
     pid, i_batch, call,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """What a program of `dkv_kernel` does: (its keys, its raw rows, its VST rows)."""
     window, ratio, chunks = call.window, call.ratio, call.chunks
-    vsts = window // ratio
     if CACHE:
         i_split = pid // KV_HEADS % call.chunk_splits
         start = pid // (KV_HEADS * call.chunk_splits) * BLOCK_N
         from_chunk, to_chunk = _chunks_of(i_split, chunks, call.chunk_splits)
-        cached = cached_entries(call.cache_seqlens_ptr, i_batch, call.page_size, call.max_pages)
-        end = tl.minimum(cached + (to_chunk - 1) * call.kept, call.max_pages * call.page_size)
-        last = tl.minimum(start + BLOCK_N, end) - 1
-        # Chunk c sees the entries before cached + c * kept.
-        each = tl.maximum(call.kept, 1)
-        any_chunk = tl.cdiv(tl.maximum(start + 1 - cached, 0), each)
-        all_chunk = tl.cdiv(tl.maximum(last + 1 - cached, 0), each)
-        any_chunk = tl.minimum(tl.maximum(any_chunk, from_chunk), to_chunk)
-        all_chunk = tl.minimum(tl.maximum(all_chunk, from_chunk), to_chunk)
-        keys = KeyRun(start, end, window < 0, cached)
-        # Rows of all chunks follow one another.
-        raw = _split(window * 0, any_chunk * window, all_chunk * window, to_chunk * window, BLOCK_M)
-        vst = _split(chunks * window, any_chunk * vsts, all_chunk * vsts, to_chunk * vsts, BLOCK_M)
+        runs = Runs(window * 0, chunks * window)
+        return cached_run(start, i_batch, call, runs, from_chunk, to_chunk, BLOCK_N, BLOCK_M)
     else:
-        i_chunk, is_vst, start = _new_keys(pid // KV_HEADS, chunks, window, BLOCK_N)
-        end = tl.where(is_vst, vsts, window)
-        last = tl.minimum(start + BLOCK_N, end) - 1
-        keys = KeyRun(start, end, is_vst, window * 0)
-        raw_first, vst_first = _first_rows(start, is_vst, ratio)
-        raw_all, vst_all = _first_rows(last, is_vst, ratio)
-        raw = _split(i_chunk * window, raw_first, raw_all, window, BLOCK_M)
-        vst = _split(chunks * window + i_chunk * vsts, vst_first, vst_all, vsts, BLOCK_M)
-    return keys, raw, vst
+        i_chunk, is_vst, start = new_keys(pid // KV_HEADS, chunks, window, BLOCK_N)
+        runs = chunk_runs(i_chunk, window, ratio, chunks)
+        return new_run(is_vst, start, call, runs, BLOCK_N, BLOCK_M)
 
 
 @triton.jit
@@ -212,7 +245,7 @@ def _add_queries(
 
 
 @triton.jit
-def _add_full_rows(
+def add_full_rows(
     sums, keys, queries, raw, vst, i_head, BLOCK_M: tl.constexpr,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, ALLOW_LICM: tl.constexpr,
@@ -235,7 +268,7 @@ def _add_full_rows(
 
 
 @triton.jit
-def _add_masked_rows(
+def add_masked_rows(
     sums, keys, queries, key_run, raw, vst, call, i_head, offs_key,
     BLOCK_M: tl.constexpr, CACHE: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ALLOW_LICM: tl.constexpr,
@@ -323,14 +356,14 @@ def dkv_kernel(
     zeros = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = Sums(zeros, zeros)
 
-    sums = _add_full_rows(
+    sums = add_full_rows(
         sums, keys, queries, raw, vst, i_head,
         BLOCK_M, GROUP_SIZE, HEAD_DIM, TMA, PRECISION, ALLOW_LICM,
     )  # fmt: skip
     pid = tl.program_id(0) + opaque_zero()
     run, raw, vst = _walk(pid, i_batch, call, KV_HEADS, BLOCK_N, BLOCK_M, CACHE)
     offs_key = run.start + opaque_zero() + tl.arange(0, BLOCK_N)
-    sums = _add_masked_rows(
+    sums = add_masked_rows(
         sums, keys, queries, run, raw, vst, call, pid % KV_HEADS, offs_key,
         MASKED_BLOCK_M, CACHE, GROUP_SIZE, HEAD_DIM, TMA, PRECISION, ALLOW_LICM,
     )  # fmt: skip
@@ -357,12 +390,23 @@ def dkv_kernel(
 
 
 @triton.jit
+def _later(table_ptr, i_batch, kept, chunks):
+    """Entries that earlier chunks add for the last one. table_ptr: a ragged call's, or None."""
+    if table_ptr is None:
+        return (chunks - 1) * kept
+    else:
+        sequence = sequence_at(table_ptr, i_batch, i_batch >= 0)
+        return (sequence.chunks - 1) * (sequence.window // sequence.ratio)
+
+
+@triton.jit
 def _find_page(
-    block_table_ptr, cache_seqlens_ptr, i_page, last, later, page_size, max_pages, batch
-):
+    block_table_ptr, cache_seqlens_ptr, table_ptr, i_page, last, kept, chunks, page_size, max_pages,
+    batch,
+):  # fmt: skip
     """Where the block tables name a page: (the first place after `last`, or the number of places;
     how many places after `last`). Only entries that a row may see count, those before
-    cache_seqlens + `later`. So padding of a table, often page 0, costs nothing."""
+    cache_seqlens + `_later`. So padding of a table, often page 0, costs nothing."""
     total = batch * max_pages
     found, count = total, total * 0
     for start in tl.range(0, total, 128):
@@ -370,6 +414,7 @@ def _find_page(
         inside = (at < total) & (at > last)
         i_batch = tl.minimum(at, total - 1) // max_pages
         cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
+        later = _later(table_ptr, i_batch, kept, chunks)
         inside = inside & (at % max_pages * page_size < cached + later)
         hit = inside & (tl.load(block_table_ptr + at, mask=inside, other=-1) == i_page)
         found = tl.minimum(found, tl.min(tl.where(hit, at, total)))
@@ -379,38 +424,40 @@ def _find_page(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def sum_pages_kernel(
-    dk_partial_ptr, dv_partial_ptr, block_table_ptr, cache_seqlens_ptr, dk_ptr, dv_ptr,
+    dk_partial_ptr, dv_partial_ptr, block_table_ptr, cache_seqlens_ptr, table_ptr, dk_ptr, dv_ptr,
     kept, chunks, page_size, max_pages, batch, chunk_splits,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums the gradients of a page over splits and sequences, dense (page, slot, head, head_dim),
-    WIDTH numbers per entry. Forks that share a page are added in the order of the tables. Grid:
-    (blocks of a page's numbers * pages,)."""
+    WIDTH numbers per entry. Forks that share a page are added in the order of the tables. table: of
+    a ragged call, which has one split, or None. Grid: (blocks of a page's numbers * pages,)."""
     blocks = tl.cdiv(page_size.to(tl.int64) * WIDTH, BLOCK)
     i_page = (tl.program_id(0) // blocks).to(tl.int32)
     offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     slot = (offs // WIDTH).to(tl.int32)
-    later = (chunks - 1) * kept  # entries that earlier chunks add for the last one
     capacity = (max_pages * page_size).to(tl.int64)
     dk = tl.zeros([BLOCK], tl.float32)
     dv = tl.zeros([BLOCK], tl.float32)
     found, count = _find_page(
-        block_table_ptr, cache_seqlens_ptr, i_page, -1, later, page_size, max_pages, batch
-    )
+        block_table_ptr, cache_seqlens_ptr, table_ptr, i_page, -1, kept, chunks, page_size,
+        max_pages, batch,
+    )  # fmt: skip
     for _ in tl.range(0, count):
         i_batch = (found // max_pages).to(tl.int64)
         entry = found % max_pages * page_size
         cached = cached_entries(cache_seqlens_ptr, i_batch, page_size, max_pages)
         for i_split in tl.range(0, chunk_splits):
             _, to_chunk = _chunks_of(i_split, chunks, chunk_splits)
-            seen = entry + slot < tl.minimum(cached + (to_chunk - 1) * kept, max_pages * page_size)
+            seen = cached + _later(table_ptr, i_batch, kept, to_chunk)
+            seen = entry + slot < tl.minimum(seen, max_pages * page_size)
             at = ((i_split * batch + i_batch) * capacity + entry) * WIDTH + offs
             inside = seen & (slot < page_size)
             dk += tl.load(dk_partial_ptr + at, mask=inside, other=0.0)
             dv += tl.load(dv_partial_ptr + at, mask=inside, other=0.0)
         found, _count = _find_page(
-            block_table_ptr, cache_seqlens_ptr, i_page, found, later, page_size, max_pages, batch
-        )
+            block_table_ptr, cache_seqlens_ptr, table_ptr, i_page, found, kept, chunks, page_size,
+            max_pages, batch,
+        )  # fmt: skip
     at = i_page.to(tl.int64) * page_size * WIDTH + offs
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=slot < page_size)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=slot < page_size)

@@ -30,15 +30,25 @@ import triton.language as tl
 from .keys import Keys, Table, advance, cache_block, cached_entries, load_block, locate, new_block
 from .primitives import (
     block_of_run,
-    chunk_row,
+    chunk_runs,
     load_rows,
     opaque_zero,
     packed_rows,
+    run_row,
     tile_of_program,
     visible_new,
 )
 
-__all__ = ["LOG2E", "delta_kernel", "dq_kernel", "scores_backward"]
+__all__ = [
+    "LOG2E",
+    "add_cache",
+    "add_new",
+    "delta_kernel",
+    "dq_kernel",
+    "load_tile",
+    "scores_backward",
+    "store_tile",
+]
 
 # Lengths are data: none is compiled in. What strides tell of them: `launch_common.row_strides`.
 _LENGTHS = ["window", "ratio", "kept", "chunks", "page_size", "max_pages"]
@@ -104,6 +114,45 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def load_tile(
+    q_ptr, grad_ptr, log2_ptr, delta_ptr, i_batch, offs_head, offs_row, rows, scale,
+    q_row, q_head, grad_row, grad_head,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The packed rows (offs_head, offs_row) of a sequence. log2 and delta (batch, heads, rows) are
+    dense."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    at_row, at_head = offs_row.to(tl.int64)[:, None], offs_head.to(tl.int64)[:, None]
+    q_ptrs = q_ptr + at_row * q_row + at_head * q_head
+    q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
+    grad_ptrs = grad_ptr + at_row * grad_row
+    grad_ptrs += at_head * grad_head
+    grad = load_rows(grad_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
+    offs_lse = (i_batch * HEADS + offs_head) * rows + offs_row
+    log2 = tl.load(log2_ptr + offs_lse)[:, None]
+    delta = tl.load(delta_ptr + offs_lse)[:, None]
+    return Rows(q, grad, log2, delta, scale, scale * LOG2E)
+
+
+@triton.jit
+def store_tile(
+    dq_ptr, dq, i_head, runs, ratio, first_m, last_m,
+    HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Stores packed rows first_m to last_m of a chunk: dq (rows, heads, head_dim), dense."""
+    # Packed rows are computed again, see `opaque_zero`.
+    offs_m = first_m + opaque_zero() + tl.arange(0, dq.shape[0])
+    offs_d = tl.arange(0, dq.shape[1])[None, :]
+    stored = offs_m <= last_m
+    offs_m = tl.minimum(offs_m, last_m)
+    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
+    offs_out = (offs_row * HEADS + offs_head).to(tl.int64)
+    dq_ptrs = dq_ptr + offs_out[:, None] * HEAD_DIM + offs_d
+    mask = stored[:, None] & (offs_d < HEAD_DIM)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _add_keys(dq, rows, k, v, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dq [M, D] with the gradient through a block of keys added."""
     _, ds = scores_backward(
@@ -135,7 +184,7 @@ def _add_masked_block(
 
 
 @triton.jit
-def _add_cache(
+def add_cache(
     dq, rows, cache, table, i_head, cached, offs_n, offs_e,
     HEAD_DIM: tl.constexpr, PAGE_MODE: tl.constexpr, ADVANCE: tl.constexpr, REMAKE: tl.constexpr,
     SUM_KEYS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, ALLOW_LICM: tl.constexpr,
@@ -167,9 +216,9 @@ def _add_cache(
 
 
 @triton.jit
-def _add_new(
-    dq, rows, new, i_batch, i_head, i_chunk, first_m, last_m, window, ratio, chunks,
-    offs_n, offs_e, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr,
+def add_new(
+    dq, rows, new, i_batch, i_head, runs, ratio, first_m, last_m, offs_n, offs_e,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, ALLOW_LICM: tl.constexpr,
 ):  # fmt: skip
     """dq with the new keys, raw tokens and then VSTs: full blocks of the keys offs_n that packed
@@ -182,8 +231,7 @@ def _add_new(
     raw_full, vst_full = raw_seen // BLOCK_N, vst_seen // BLOCK_N
     for i in tl.range(0, raw_full + vst_full, disable_licm=not ALLOW_LICM):
         is_vst, start = block_of_run(i, raw_full, 0, 0, BLOCK_N)
-        row = chunk_row(is_vst, start, i_chunk, window, ratio, chunks, True)
-        block = new_block(new, i_batch, row, offs_n, offs_d)
+        block = new_block(new, i_batch, run_row(is_vst, start, runs), offs_n, offs_d)
         dq = _add_block(dq, rows, new, block, i_head, HEAD_DIM, TMA, PRECISION)
     # Positions are computed again, see `opaque_zero`.
     offs_m = first_m + opaque_zero() + tl.arange(0, dq.shape[0])
@@ -194,11 +242,10 @@ def _add_new(
     vst_masked = tl.cdiv(vst_end, MASKED_BLOCK_N) - vst_full
     for i in tl.range(0, raw_masked + vst_masked, num_stages=1, disable_licm=not ALLOW_LICM):
         is_vst, start = block_of_run(i, raw_masked, raw_full, vst_full, MASKED_BLOCK_N)
-        row = chunk_row(is_vst, start, i_chunk, window, ratio, chunks, True)
         bound = tl.where(is_vst, vst_bound, raw_bound)
         end = tl.where(is_vst, vst_end, raw_end)
         offs_key = start + offs_e
-        block = new_block(new, i_batch, row, offs_e, offs_d)
+        block = new_block(new, i_batch, run_row(is_vst, start, runs), offs_e, offs_d)
         seen = offs_key[None, :] < bound[:, None]
         dq = _add_masked_block(dq, rows, block, offs_key, end, seen, HEAD_DIM, PRECISION)
     return dq
@@ -230,23 +277,18 @@ def dq_kernel(
     i_batch, i_head, i_chunk, first_m, last_m = tile_of_program(
         length, chunks, KV_HEADS, GROUP_SIZE, BLOCK_M
     )
+    runs = chunk_runs(i_chunk, window, ratio, chunks)
     # Packed rows past the last repeat it and are not stored.
     offs_m = tl.minimum(first_m + tl.arange(0, BLOCK_M), last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, i_chunk, window, ratio, chunks, GROUP_SIZE)
+    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
     offs_n = tl.arange(0, BLOCK_N)
     offs_e = tl.arange(0, MASKED_BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-
-    at_row, at_head = offs_row.to(tl.int64)[:, None], offs_head.to(tl.int64)[:, None]
-    q_ptrs = q_ptr + i_batch * q_batch + at_row * q_row + at_head * q_head
-    q = load_rows(q_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
-    grad_ptrs = grad_out_ptr + i_batch * grad_out_batch + at_row * grad_out_row
-    grad_ptrs += at_head * grad_out_head
-    grad = load_rows(grad_ptrs + offs_d, offs_row, rows, HEAD_DIM, False)
-    offs_lse = (i_batch * (KV_HEADS * GROUP_SIZE) + offs_head) * rows + offs_row
-    log2 = tl.load(log2_ptr + offs_lse)[:, None]
-    delta = tl.load(delta_ptr + offs_lse)[:, None]
-    tile = Rows(q, grad, log2, delta, scale, scale * LOG2E)
+    HEADS: tl.constexpr = KV_HEADS * GROUP_SIZE
+    tile = load_tile(
+        q_ptr + i_batch * q_batch, grad_out_ptr + i_batch * grad_out_batch, log2_ptr, delta_ptr,
+        i_batch, offs_head, offs_row, rows, scale, q_row, q_head, grad_out_row, grad_out_head,
+        HEADS, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if HAS_CACHE:
@@ -258,25 +300,18 @@ def dq_kernel(
         cache = Keys(
             k_cache_ptr, v_cache_ptr, k_cache_desc, v_cache_desc, kc_page, vc_page, kc_slot, vc_slot
         )
-        dq = _add_cache(
+        dq = add_cache(
             dq, tile, cache, table, i_head, cached, offs_n, offs_e,
             HEAD_DIM, PAGE_MODE, ADVANCE, REMAKE, SUM_KEYS, TMA, PRECISION, ALLOW_LICM,
         )  # fmt: skip
     k_ptr += i_batch * k_batch + i_head.to(tl.int64) * k_head
     v_ptr += i_batch * v_batch + i_head.to(tl.int64) * v_head
     new = Keys(k_ptr, v_ptr, k_desc, v_desc, 0, 0, k_row, v_row)
-    dq = _add_new(
-        dq, tile, new, i_batch, i_head, i_chunk, first_m, last_m, window, ratio, chunks,
-        offs_n, offs_e, GROUP_SIZE, HEAD_DIM, TMA, PRECISION, ALLOW_LICM,
+    dq = add_new(
+        dq, tile, new, i_batch, i_head, runs, ratio, first_m, last_m, offs_n, offs_e,
+        GROUP_SIZE, HEAD_DIM, TMA, PRECISION, ALLOW_LICM,
     )  # fmt: skip
-
-    # Packed rows are computed again, see `opaque_zero`.
-    offs_m = first_m + opaque_zero() + tl.arange(0, BLOCK_M)
-    stored = offs_m <= last_m
-    offs_m = tl.minimum(offs_m, last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, i_chunk, window, ratio, chunks, GROUP_SIZE)
-    dq_ptr += i_batch * rows * (KV_HEADS * GROUP_SIZE * HEAD_DIM)
-    offs_out = (offs_row * (KV_HEADS * GROUP_SIZE) + offs_head).to(tl.int64)
-    dq_ptrs = dq_ptr + offs_out[:, None] * HEAD_DIM + offs_d
-    mask = stored[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    store_tile(
+        dq_ptr + i_batch * rows * (HEADS * HEAD_DIM), dq, i_head, runs, ratio, first_m, last_m,
+        HEADS, GROUP_SIZE, HEAD_DIM,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, launch, launch_backward
+from . import configs, launch, launch_backward, launch_backward_ragged, launch_ragged
 from .launch_common import Launch
 
 __all__ = ["Compilation", "compilation", "shipped"]
@@ -135,6 +135,36 @@ def _attention(
         yield compilation(each, " ".join(how), dtype)
 
 
+def _ragged(
+    arch: str, dtype: torch.dtype, head_dim: int, page_size: int | None
+) -> Iterator[Compilation]:
+    """A window, a text and 22 decode rows."""
+    rows, sequences = _WINDOW + _WINDOW // _RATIO + 122, 24
+    q = _empty(rows, _HEADS, head_dim, dtype=dtype)
+    k = _empty(rows, _KV_HEADS, head_dim, dtype=dtype)
+    pages = table = lens = None
+    if page_size is not None:
+        pages = _empty(512, page_size, _KV_HEADS, head_dim, dtype=dtype)
+        table = _empty(sequences, 256, dtype=torch.int32)
+        lens = _empty(sequences, dtype=torch.int32)
+    layout = _empty(sequences, 5, dtype=torch.int32)
+    planned, _ = launch_ragged.plan_attention_varlen(
+        q, k, k, pages, pages, table, lens, layout, sequences, 1.0, arch
+    )
+    for each in planned:
+        tile, how = each.tile, [f"{_TYPES[dtype]} d{head_dim}"]
+        if "keys" in tile:
+            how.append(f"BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}")
+            how.append(f"pages {each.constexprs['PAGE_MODE']}" if page_size else "no cache")
+        elif not page_size:
+            how.append("no cache")
+        if not page_size and each.name not in ("plan_ragged", "prefill_ragged"):
+            continue  # without a cache there are no splits
+        if page_size == 16 and arch == "cuda:80" and each.name == "prefill_ragged":
+            continue  # spills 16 bytes, see docs/machine-code.md
+        yield compilation(each, " ".join(how), dtype)
+
+
 def _backward(
     arch: str, dtype: torch.dtype, head_dim: int, page_size: int | None
 ) -> Iterator[Compilation]:
@@ -162,6 +192,34 @@ def _backward(
         yield compilation(each, how, dtype)
 
 
+def _ragged_backward(
+    arch: str, dtype: torch.dtype, head_dim: int, page_size: int
+) -> Iterator[Compilation]:
+    """Eight samples of other shapes, as in packed training."""
+    rows, sequences = 4 * (_WINDOW + _WINDOW // _RATIO) + 999, 8
+    q = _empty(rows, _HEADS, head_dim, dtype=dtype)
+    k = _empty(rows, _KV_HEADS, head_dim, dtype=dtype)
+    pages = _empty(512, page_size, _KV_HEADS, head_dim, dtype=dtype)
+    table, lens = _empty(sequences, 64, dtype=torch.int32), _empty(sequences, dtype=torch.int32)
+    lse, layout = _empty(_HEADS, rows, dtype=torch.float32), _empty(sequences, 5, dtype=torch.int32)
+    planned, _ = launch_backward_ragged.plan_attention_varlen_backward(
+        q, lse, q, k, k, pages, pages, table, lens, q, lse, layout, sequences, 1.0, arch
+    )
+    for each in planned:
+        if each.name == "delta":
+            continue  # the fixed call's
+        tile, how = each.tile, f"{_TYPES[dtype]} d{head_dim}"
+        if "keys" in tile:
+            how += f" BM{tile['rows']} BN{tile['keys']} w{each.num_warps} s{each.num_stages}"
+        if each.name == "backward_q_ragged":
+            how += f" pages {each.constexprs['PAGE_MODE']}"
+        elif page_size == 16:
+            continue  # the same again
+        if each.name == "sum_pages":
+            how += " ragged"
+        yield compilation(each, how, dtype)
+
+
 def _linear(arch: str, dtype: torch.dtype) -> Compilation:
     layout = [_WINDOW, _RATIO, 1, 1]
     rows = _WINDOW + _WINDOW // _RATIO
@@ -169,6 +227,15 @@ def _linear(arch: str, dtype: torch.dtype) -> Compilation:
     weight, bias = _empty(_HIDDEN, _HIDDEN, dtype=dtype), _empty(_HIDDEN, dtype=dtype)
     out = _empty(1, rows, _HIDDEN, dtype=dtype)
     planned = launch.plan_linear(x, weight, bias, weight, bias, layout, out, arch)
+    m, n, k = (planned.tile[name] for name in "mnk")
+    how = f"{_TYPES[dtype]} {m}x{n}x{k} w{planned.num_warps} s{planned.num_stages}"
+    return compilation(planned, how, dtype)
+
+
+def _invariant(arch: str, dtype: torch.dtype) -> Compilation:
+    x, out = _empty(32, _HIDDEN, dtype=dtype), _empty(32, _HIDDEN, dtype=dtype)
+    weight, bias = _empty(_HIDDEN, _HIDDEN, dtype=dtype), _empty(_HIDDEN, dtype=dtype)
+    planned = launch.plan_invariant_linear(x, weight, bias, out, arch)
     m, n, k = (planned.tile[name] for name in "mnk")
     how = f"{_TYPES[dtype]} {m}x{n}x{k} w{planned.num_warps} s{planned.num_stages}"
     return compilation(planned, how, dtype)
@@ -183,6 +250,18 @@ def _rope(dtype: torch.dtype, layout: list[int]) -> Compilation:
     inv_freq = _empty(64, dtype=torch.float32)
     planned = launch.plan_rope_append(q, k, k, pages, pages, table, lens, layout, inv_freq, q, k)
     return compilation(planned, f"{_TYPES[dtype]} d128 {'chunk' if layout else 'plain'}", dtype)
+
+
+def _ragged_rope(dtype: torch.dtype) -> Compilation:
+    rows, sequences = _WINDOW + _WINDOW // _RATIO + 122, 24
+    q, k = (_empty(rows, heads, 128, dtype=dtype) for heads in (_HEADS, _KV_HEADS))
+    pages, table = _empty(512, 64, _KV_HEADS, 128, dtype=dtype), _empty(24, 256, dtype=torch.int32)
+    lens, layout = _empty(24, dtype=torch.int32), _empty(sequences, 5, dtype=torch.int32)
+    inv_freq = _empty(64, dtype=torch.float32)
+    planned = launch_ragged.plan_rope_append_varlen(
+        q, k, k, pages, pages, table, lens, layout, inv_freq, q, k
+    )
+    return compilation(planned, f"{_TYPES[dtype]} d128", dtype)
 
 
 def shipped(arch: str) -> list[Compilation]:
@@ -218,6 +297,14 @@ def shipped(arch: str) -> list[Compilation]:
         (fp32, 128, [], 1, 128),
     ]
     entries = [entry for call in attention for entry in _attention(arch, *call)]
+    ragged = [
+        # dtype, head_dim, page_size
+        (bf16, 128, 128),
+        (bf16, 128, 16),
+        (bf16, 128, None),
+        (bf16, 80, 128),
+    ]
+    entries += [entry for call in ragged for entry in _ragged(arch, *call)]
     backward = [
         # dtype, head_dim, page_size
         (bf16, 128, None),
@@ -228,6 +315,14 @@ def shipped(arch: str) -> list[Compilation]:
         (fp32, 128, None),
     ]
     entries += [entry for call in backward for entry in _backward(arch, *call)]
+    ragged_backward = [
+        # dtype, head_dim, page_size
+        (bf16, 128, 1024),
+        (bf16, 128, 16),
+    ]
+    entries += [entry for call in ragged_backward for entry in _ragged_backward(arch, *call)]
     entries += [_linear(arch, dtype) for dtype in (bf16, fp16, fp32)]
+    entries += [_invariant(arch, dtype) for dtype in (bf16, fp16, fp32)]
     entries += [_rope(bf16, split), _rope(bf16, []), _rope(fp32, split)]
+    entries += [_ragged_rope(dtype) for dtype in (bf16, fp32)]
     return list({(e.kernel, e.config): e for e in entries}.values())

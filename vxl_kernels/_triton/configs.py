@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ __all__ = [
     "DkvConfig",
     "DqConfig",
     "LinearConfig",
+    "RaggedSplits",
     "backward_config",
     "decode_config",
     "family",
     "has_tma",
+    "invariant_config",
     "linear_config",
     "merge_block",
     "prefill_config",
     "prefill_options",
+    "ragged_splits",
     "read_tuned",
     "softmax_constants",
     "split_size",
@@ -54,8 +57,8 @@ __all__ = [
     "tuning_name",
 ]
 
-# Families that have a table: what an architecture is compiled as when it has none of its own.
-# "cuda:86" stands for GPUs with 100 KiB of shared memory (RTX 30, 40 and 50).
+# Families with a table. An architecture without a table of its own is compiled as one of these.
+# "cuda:86" means GPUs with 100 KiB of shared memory (RTX 30, 40 and 50).
 ARCHITECTURES = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -141,7 +144,7 @@ _PREFILL_16 = {
     "cuda:90": _table(
         (64, (128, 128, 64, 8, 3)),
         (128, (128, 128, 32, 8, 2)),
-        (256, (64, 64, 16, 4, 3)),
+        (256, (64, 64, 16, 4, 2)),  # a third stage spills with Triton 3.6
     ),
     "cuda:100": _table(
         (64, (128, 128, 64, 8, 3)),
@@ -217,9 +220,14 @@ _BACKWARD_32 = _backward(
 )
 
 
-def backward_config(arch: str, block_d: int, itemsize: int) -> BackwardConfig:
+def backward_config(arch: str, block_d: int, itemsize: int, padded: bool = False) -> BackwardConfig:
+    """padded: head_dim is less than block_d. Threads then load what TMA would, which takes
+    registers: on sm_90 dkv_new would spill 96 bytes with its own tile, with the cache's none."""
     table = _BACKWARD_16[family(arch)] if itemsize == 2 else _BACKWARD_32
-    return table[max(block_d, 64)]
+    config = table[max(block_d, 64)]
+    if padded and itemsize == 2 and family(arch) == "cuda:90" and block_d == 128:
+        return replace(config, dkv_new=config.dkv_cached)
+    return config
 
 
 def tuning_key(device: torch.device) -> str:
@@ -290,8 +298,8 @@ def has_tma(arch: str) -> bool:
 
 
 # Of the softmax, by family: how far, in log2, a row's maximum grows before its accumulator is
-# rescaled; how many elements a warp jumps over where none of its rows rescales; in how many parts a
-# row's sum is kept, in 16-bit types up to head_dim 64 and else; what `softmax` does by hand.
+# rescaled; how many elements a warp jumps over if it rescales no row; in how many parts a row's sum
+# is kept, in 16-bit types up to head_dim 64 and else; what `softmax` does by hand.
 # The jump in gfx942's assembly makes LLVM move the whole accumulator (312 -> 409 instructions a
 # tile), and in float32 it would spill. Sums in parts save shuffles: worth it on sm_90 and gfx942,
 # and on sm_80 where a tile's products are few (head_dim 64: 462 -> 454 instructions; 128: 554 ->
@@ -327,15 +335,30 @@ def prefill_options(arch: str) -> dict[str, int]:
     return {"waves_per_eu": 1} if family(arch) == "hip:gfx942" else {}
 
 
+def _narrow(arch: str, head_dim: int, itemsize: int) -> bool:
+    """Whether sm_90 needs narrower tiles for head_dims like 72 and 120. TMA cannot load them, and
+    16 does not divide a head's offset: threads need more registers for their addresses. The tables'
+    tiles spill 16 to 1816 bytes, these none, with Triton 3.6 and 3.9."""
+    wide = 64 < head_dim <= 128 and itemsize == 2
+    return wide and head_dim % 16 != 0 and family(arch) == "cuda:90"
+
+
 def prefill_config(
-    arch: str, block_d: int, itemsize: int, device: torch.device | None = None
+    arch: str,
+    block_d: int,
+    itemsize: int,
+    device: torch.device | None = None,
+    head_dim: int | None = None,
 ) -> AttentionConfig:
-    """device: whose tuned tiles go before the table's; None (also for a CPU) for none."""
+    """device: whose tuned tiles go before the table's; None (also for a CPU) for none. head_dim:
+    block_d if it is not given."""
     path = tuned_path()
     if path and device is not None and device.type == "cuda":
         tuned = _tuned(path, device).get(tuning_name(max(block_d, 64), itemsize))
         if tuned is not None:
             return AttentionConfig(*tuned)
+    if _narrow(arch, head_dim or block_d, itemsize):
+        return AttentionConfig(128, 64, 32, 8, 2)
     table = (_PREFILL_16 if itemsize == 2 else _PREFILL_32)[family(arch)]
     return table[max(block_d, 64)]
 
@@ -351,17 +374,44 @@ def split_size(packed_rows: int, kv_heads: int) -> int | None:
     H100, each reading 128 KiB (bf16, head_dim 128). From 128 packed rows on there is a program for
     each 128: a split grows with their number, as parts cost more to write and merge. So the parts
     of a sequence take at most half the bytes of its K and V (16-bit types), up to splits of 8192.
+    A single KV head has half as many entries in a split: else there would be a program for only
+    half of the SMs.
     """
     if packed_rows * kv_heads > _PROGRAMS * 128:
         return None
-    return min(max(256, 2 << (packed_rows - 1).bit_length()), 8192)
+    entries = max(256, 2 << (packed_rows - 1).bit_length())
+    return min(entries // 2 if kv_heads == 1 else entries, 8192)
+
+
+@dataclass(frozen=True)
+class RaggedSplits:
+    """How texts of a ragged call split their keys. Texts of more than `limit` packed rows do not.
+    Up to `rows` packed rows a split has `size` cache entries, then twice as many for each doubling
+    of the rows, `doublings` times at most."""
+
+    size: int
+    rows: int
+    doublings: int
+    limit: int
+
+    def of(self, packed_rows: int) -> int:
+        """Cache entries of a split, as `ragged.split_size`."""
+        return self.size << sum(packed_rows > self.rows << i for i in range(self.doublings))
+
+
+def ragged_splits(kv_heads: int) -> RaggedSplits:
+    """Tiles have the same rows for texts of any length, so that sequences can share them. Splits
+    grow with the rows from 32 packed rows on: a text of more rows has more tiles, and its parts
+    take memory. Over a table of 21,760 entries and 4 KV heads, a text is 170 programs or more."""
+    size = 128 if kv_heads == 1 else 256
+    return RaggedSplits(size, 32, 5, _PROGRAMS * 128 // kv_heads)
 
 
 def merge_block(split_size: int) -> int:
-    """Splits that the merge kernel reads at once. Few rows have many small splits and few programs:
-    wide blocks are fewer rounds then, one after the other. From the size of a split alone, as the
-    order of the sum is of it."""
-    return 64 if split_size == 256 else 16
+    """Splits that the merge kernel reads at once. Few rows have many small splits and few programs,
+    so wide blocks save rounds. It depends on the size of a split alone, because it decides the
+    order of the sum."""
+    return 64 if split_size <= 256 else 16
 
 
 # Decode of 16-bit types by head_dim: more than 32 packed rows, more than 64. Half the rows with
@@ -395,10 +445,15 @@ _DECODE_16 = {
 }
 
 
-def decode_config(arch: str, block_d: int, itemsize: int, packed_rows: int) -> AttentionConfig:
+def decode_config(
+    arch: str, block_d: int, itemsize: int, packed_rows: int, head_dim: int | None = None
+) -> AttentionConfig:
     """Decode waits for memory: the tile is what the matrix instruction needs at least, and the
     stages keep several blocks of K and V in flight. float32 has no tile of more than 32 packed
     rows that does not spill."""
+    if _narrow(arch, head_dim or block_d, itemsize):
+        block_m = 16 if packed_rows <= 16 else 32 if packed_rows <= 32 else 128
+        return AttentionConfig(block_m, 64, 32, 8, 2 if block_m == 128 else 3)
     if packed_rows > 32 and itemsize == 2:
         return _DECODE_16[family(arch)][packed_rows > 64][max(block_d, 64)]
     wide = block_d * itemsize > 256
@@ -412,6 +467,16 @@ def decode_config(arch: str, block_d: int, itemsize: int, packed_rows: int) -> A
     # Blocks of 64 keys in the masked loops too would take 189 registers instead of 118 on sm_90:
     # two programs an SM instead of three.
     return AttentionConfig(block_m, block_n, min(block_n, 32), 4, stages)
+
+
+def invariant_config(arch: str, itemsize: int) -> LinearConfig:
+    """block_m rows of weights, block_n rows of x. One choice for any number of rows: another could
+    sum in another order. Reading weights is the time of such a call, so blocks are long in `k` and
+    several are on their way."""
+    if itemsize == 4:
+        return LinearConfig(64, 32, 32, 1, 4, 4 if arch.startswith("cuda") else 2)
+    stages = {"cuda:86": 3, "hip:gfx942": 2}.get(family(arch), 4)
+    return LinearConfig(64, 32, 128, 1, 4, stages)
 
 
 def linear_config(arch: str, itemsize: int) -> LinearConfig:

@@ -13,6 +13,7 @@ import torch
 
 from . import architecture, configs, remember
 from .decode import decode_kernel, merge_kernel
+from .invariant import invariant_linear_kernel
 from .launch_common import (
     NEVER,
     OPTIONS,
@@ -30,7 +31,9 @@ from .prefill import prefill_kernel
 from .rope import rope_append_kernel
 
 __all__ = [
+    "invariant_linear",
     "plan_attention",
+    "plan_invariant_linear",
     "plan_linear",
     "plan_rope_append",
     "rope_append",
@@ -70,10 +73,10 @@ def plan_attention(
     block_d, itemsize = power_of_two(head_dim), q.element_size()
     device, arch = (None if arch else q.device), arch or architecture(q.device)
     if each is None:
-        config = config or configs.prefill_config(arch, block_d, itemsize, device)
+        config = config or configs.prefill_config(arch, block_d, itemsize, device, head_dim)
         launches = _plan_prefill(q, k, v, cache, layout, scale, out, lse, arch, config)
     else:
-        config = config or configs.decode_config(arch, block_d, itemsize, rows * group)
+        config = config or configs.decode_config(arch, block_d, itemsize, rows * group, head_dim)
         launches = _plan_decode(q, k, v, cache, scale, out, lse, arch, config, each)
     return launches, out, lse
 
@@ -355,3 +358,54 @@ def vst_linear(x, weight, bias, vst_weight, vst_bias, layout):
     if out.numel():
         plan_linear(x, weight, bias, vst_weight, vst_bias, layout, out)()
     return out
+
+
+# -- invariant_linear ------------------------------------------------------------------------------
+
+
+def plan_invariant_linear(x, weight, bias, out, arch=None) -> Launch:
+    """x `(rows, in)`, out `(rows, out)`."""
+    arch = arch or architecture(x.device)
+    rows, features = x.shape
+    config = configs.invariant_config(arch, x.element_size())
+    tiles = -(-len(weight) // config.block_m) * -(-rows // config.block_n)
+    arguments = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "x_row": x.stride(0) if rows > 1 else features,
+        "rows": rows,
+    }
+    constexprs = {
+        "OUT": len(weight),
+        "IN": features,
+        "BIAS": bias is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PRECISION": precision(x.dtype, arch),
+    }
+    return Launch(
+        "invariant_linear", invariant_linear_kernel, (tiles,), arguments, constexprs,
+        config.num_warps, config.num_stages,
+        {"m": config.block_m, "n": config.block_n, "k": config.block_k},
+    )  # fmt: skip
+
+
+def invariant_linear(x, weight, bias):
+    """Arguments as the op's schema in `ops.py`."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    shape = (*x.shape[:-1], len(weight))
+    if 0 in shape:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    x = x.reshape(math.prod(shape[:-1]), weight.shape[1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+
+    def plan():
+        out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+        return [plan_invariant_linear(x, weight, bias, out)], [out]
+
+    out = remember.run(("invariant_linear",), (x, weight, bias), plan)[0]
+    assert out is not None
+    return out.view(shape)

@@ -20,7 +20,15 @@ from .launch_common import (
     row_strides,
 )
 
-__all__ = ["plan_attention_backward", "vst_attention_backward"]
+__all__ = [
+    "dkv_arguments",
+    "dq_arguments",
+    "plan_attention_backward",
+    "plan_delta",
+    "plan_sum",
+    "tile_of",
+    "vst_attention_backward",
+]
 
 _ROWS_OF_DELTA = 32
 _MAX_CHUNK_SPLITS = 8
@@ -40,7 +48,9 @@ def plan_attention_backward(
     arch = arch or architecture(q.device)
     batch, rows, heads, head_dim = q.shape
     check_capacity(rows, k_cache, block_table)
-    config = config or configs.backward_config(arch, power_of_two(head_dim), q.element_size())
+    block_d = power_of_two(head_dim)
+    if config is None:
+        config = configs.backward_config(arch, block_d, q.element_size(), head_dim != block_d)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     window, ratio, chunks, split = layout or (rows, NEVER, 1, 1)
     kept = window // ratio
@@ -54,7 +64,7 @@ def plan_attention_backward(
         "KV_HEADS": k.shape[2],
         "GROUP_SIZE": heads // k.shape[2],
         "HEAD_DIM": head_dim,
-        "BLOCK_D": power_of_two(head_dim),
+        "BLOCK_D": block_d,
         "PRECISION": precision(q.dtype, arch),
     }
     delta, log2 = (
@@ -68,7 +78,7 @@ def plan_attention_backward(
     launches = []
     if grads[0].numel():
         launches = [
-            _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale),
+            plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale),
             _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
             _plan_new(queries | shape, constexprs, k, v, grads, config.dkv_new, arch),
         ]
@@ -79,7 +89,7 @@ def plan_attention_backward(
     return launches, (*grads, *of_cache)
 
 
-def _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
+def plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
     batch, rows, heads, head_dim = out.shape
     arguments = {
         "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse.contiguous(),
@@ -99,7 +109,7 @@ def _plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
     )  # fmt: skip
 
 
-def _tile(rows: int, keys: int, constexprs: dict, products: int) -> dict[str, int]:
+def tile_of(rows: int, keys: int, constexprs: dict, products: int) -> dict[str, int]:
     return {
         "rows": rows,
         "keys": keys,
@@ -129,7 +139,8 @@ def _lookup(config, constexprs, arch) -> dict:
     }
 
 
-def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
+def dq_arguments(shared, constexprs, k, v, cache, dq, config, arch) -> tuple[dict, dict]:
+    """Arguments and constexprs of dQ; k and v (batch, rows, kv_heads, head_dim)."""
     arguments, of_cache = cache_arguments(cache, config)
     constexprs = constexprs | {
         "HAS_CACHE": of_cache["HAS_CACHE"],
@@ -143,7 +154,11 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
     arguments |= shared | {"k_ptr": k, "v_ptr": v, "dq_ptr": dq} | row_strides(k=k, v=v)
     arguments |= descriptors(k, v, cache[0], cache[1], constexprs, arch)
     constexprs["TMA"] = arguments["k_desc"] is not None
-    constexprs |= _lookup(config, constexprs, arch)
+    return arguments, constexprs | _lookup(config, constexprs, arch)
+
+
+def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
+    arguments, constexprs = dq_arguments(shared, constexprs, k, v, cache, dq, config, arch)
     window, ratio, chunks, kv_heads = (
         *(shared[name] for name in ("window", "ratio", "chunks")), constexprs["KV_HEADS"],
     )  # fmt: skip
@@ -151,17 +166,18 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
     return Launch(
         "backward_q", dq_kernel, (tiles * chunks * kv_heads, dq.shape[0]), arguments, constexprs,
         config.num_warps, config.num_stages,
-        _tile(config.block_m, config.block_n, constexprs, 3),
+        tile_of(config.block_m, config.block_n, constexprs, 3),
     )  # fmt: skip
 
 
-def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
+def dkv_arguments(shared, constexprs, of_keys, cache: bool, config, arch) -> tuple[dict, dict]:
+    """Arguments and constexprs of dK and dV; q and grad_out (batch, rows, heads, head_dim)."""
     constexprs = constexprs | {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "MASKED_BLOCK_M": config.masked_block_m,
         "ALLOW_LICM": config.allow_licm,
-        "CACHE": name == "backward_cache",
+        "CACHE": cache,
     }
     names = ("q_desc", "grad_out_desc")
     views: dict = dict.fromkeys(names)
@@ -171,10 +187,15 @@ def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
             views = dict(zip(names, found, strict=True))
             constexprs["MASKED_BLOCK_M"] = config.block_m  # one size of blocks for TMA
     constexprs["TMA"] = views["q_desc"] is not None
-    arguments = shared | of_keys | views
+    return shared | of_keys | views, constexprs
+
+
+def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
+    of_cache = name == "backward_cache"
+    arguments, constexprs = dkv_arguments(shared, constexprs, of_keys, of_cache, config, arch)
     return Launch(
         name, dkv_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages,
-        _tile(config.block_m, config.block_n, constexprs, 4),
+        tile_of(config.block_m, config.block_n, constexprs, 4),
     )  # fmt: skip
 
 
@@ -191,16 +212,16 @@ def _plan_new(shared, constexprs, k, v, grads, config, arch) -> Launch:
 
 
 def _chunk_splits(rows: int, chunks: int) -> int:
-    """Ranges of chunks whose gradients of the cache are added up apart. Few entries are few
-    programs, each with all rows to walk, so many rows are cut. Nothing but a sequence's own rows
-    counts, not how wide its batch's table is: each part is float32 K and V of the whole table,
-    wanted or not."""
+    """Ranges of chunks whose gradients of the cache are summed separately. A short cache gives few
+    programs, and each walks all rows, so many rows are cut into ranges. The number depends on the
+    rows of a sequence alone. The width of the table does not raise it, because each range takes
+    float32 K and V of the whole table."""
     return max(1, min(chunks, rows // _ROWS_OF_A_SPLIT, _MAX_CHUNK_SPLITS))
 
 
 def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:
     k_cache, v_cache, block_table, cache_seqlens = cache
-    pages, page_size, kv_heads, head_dim = k_cache.shape
+    _, page_size, kv_heads, head_dim = k_cache.shape
     batch, max_pages = block_table.shape
     capacity, rows, chunks = max_pages * page_size, shared["q_ptr"].shape[1], shared["chunks"]
     chunk_splits = _chunk_splits(rows, chunks)
@@ -219,20 +240,26 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
         **numbers, **row_strides(k=k_cache, v=v_cache),
     }  # fmt: skip
     grid = (-(-capacity // config.block_n) * chunk_splits * kv_heads, batch)
-    arguments = {
-        "dk_partial_ptr": sums[0], "dv_partial_ptr": sums[1],
-        "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens,
-        "dk_ptr": of_cache[0], "dv_ptr": of_cache[1],
-        "kept": shared["kept"], "chunks": chunks, "batch": batch if rows else 0, **numbers,
-    }  # fmt: skip
-    width, block = kv_heads * head_dim, 512
-    total = Launch(
-        "sum_pages", sum_pages_kernel, (-(-page_size * width // block) * pages,), arguments,
-        {"WIDTH": width, "BLOCK": block}, 4, 1, {"numbers": block},
-    )  # fmt: skip
+    lengths = {"kept": shared["kept"], "chunks": chunks, "batch": batch if rows else 0, **numbers}
+    total = plan_sum(sums, cache, of_cache, lengths, None)
     if not shared["q_ptr"].numel():
         return [total]
     return [_plan_dkv("backward_cache", grid, shared, constexprs, of_keys, config, arch), total]
+
+
+def plan_sum(sums, cache, of_cache, lengths, table) -> Launch:
+    """Adds `sums` of all sequences to the gradients of pages. table: of a ragged call."""
+    pages, page_size, kv_heads, head_dim = of_cache[0].shape
+    arguments = {
+        "dk_partial_ptr": sums[0], "dv_partial_ptr": sums[1],
+        "block_table_ptr": cache[2], "cache_seqlens_ptr": cache[3], "table_ptr": table,
+        "dk_ptr": of_cache[0], "dv_ptr": of_cache[1], **lengths,
+    }  # fmt: skip
+    width, block = kv_heads * head_dim, 512
+    return Launch(
+        "sum_pages", sum_pages_kernel, (-(-page_size * width // block) * pages,), arguments,
+        {"WIDTH": width, "BLOCK": block}, 4, 1, {"numbers": block},
+    )  # fmt: skip
 
 
 def vst_attention_backward(*args):

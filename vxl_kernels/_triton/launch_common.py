@@ -28,7 +28,7 @@ __all__ = [
     "row_strides",
 ]
 
-NEVER = 1 << 30  # a ratio that no position reaches: plain rows are a chunk without VSTs
+NEVER = primitives.NEVER.value
 _MAX_INT32 = 2**31 - 1
 _MAX_TOKENS = _MAX_INT32 - 2048
 # Said to the compiler because Triton 3.10 is to change its default.
@@ -130,8 +130,8 @@ def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
     """`q_batch, q_row, q_head` for q=..., and so on.
 
     Triton compiles a stride for whether 16 divides it: the widest loads rest on that. Those of rows
-    and heads are the model's; a batch's is a multiple of its rows, so where heads x head_dim is no
-    multiple of 16, rows decide. A batch of one has no next sequence: its stride counts as 0, and
+    and heads are the model's; a batch's is a multiple of its rows, so where heads x head_dim is not
+    a multiple of 16, rows decide. A batch of one has no next sequence: its stride counts as 0, and
     its calls, of whatever length, are one compilation.
     """
     return {
@@ -142,8 +142,8 @@ def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def check_capacity(rows: int, k_cache, block_table) -> None:
-    """Refuses a table whose entries, a call's rows behind them and the rest of a split behind
-    those, 32 bits do not count."""
+    """Refuses a table for which a count of tokens could exceed 32 bits: its entries, the rows of
+    the call, and the unused end of a split."""
     if k_cache is None:
         return
     page_size, max_pages = k_cache.shape[1], block_table.shape[1]

@@ -6,19 +6,27 @@ counterpart on the device, as `csrc/include/vxl/params.h` is for the CPU kernels
 one chunk of plain rows: its ratio is so large that no position is a VST.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 __all__ = [
     "MAX_STRIDE",
+    "NEVER",
+    "Runs",
     "assume_stride",
+    "assume_strides",
     "block_of_run",
     "chunk_row",
+    "chunk_runs",
+    "load_packed",
     "load_rows",
     "narrow",
     "opaque_zero",
     "packed_rows",
     "query_row",
+    "run_row",
     "tile_of_program",
     "visible_new",
 ]
@@ -26,26 +34,46 @@ __all__ = [
 
 # -- rows and positions ----------------------------------------------------------------------
 
+NEVER = tl.constexpr(1 << 30)  # a ratio that no position reaches: text is a chunk without VSTs
+
+
+class Runs(NamedTuple):
+    """First rows of a chunk's two runs in split order, in which rows grow by one with the index."""
+
+    raw: Any
+    vst: Any
+
+
+@triton.jit
+def chunk_runs(chunk, window, ratio, chunks):
+    """Runs of a chunk of a sequence whose first row is 0."""
+    return Runs(chunk * window, chunks * window + chunk * (window // ratio))
+
+
+@triton.jit
+def run_row(is_vst, index, runs):
+    """Row that holds raw token (or VST) `index` of a chunk in split order."""
+    return tl.where(is_vst, runs.vst, runs.raw) + index
+
 
 @triton.jit
 def chunk_row(is_vst, index, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
-    """Row that holds raw token (or VST) `index` of `chunk`. In split order the row grows by one
-    with `index`. In interleaved order a VST follows every `ratio` raw tokens."""
-    vsts = window // ratio
+    """Row that holds raw token (or VST) `index` of `chunk`. In interleaved order a VST follows
+    every `ratio` raw tokens."""
     if SPLIT:
-        return tl.where(is_vst, chunks * window + chunk * vsts, chunk * window) + index
+        return run_row(is_vst, index, chunk_runs(chunk, window, ratio, chunks))
     else:
         place = tl.where(is_vst, index * (ratio + 1) + ratio, index + index // ratio)
-        return chunk * (window + vsts) + place
+        return chunk * (window + window // ratio) + place
 
 
 @triton.jit
-def query_row(position, chunk, window, ratio, chunks, SPLIT: tl.constexpr):
-    """Row that holds the token at `position` of `chunk`."""
+def query_row(position, runs, ratio):
+    """Row that holds the token at `position` of a chunk in split order."""
     vsts_before = position // (ratio + 1)
     is_vst = position % (ratio + 1) == ratio
     index = tl.where(is_vst, vsts_before, position - vsts_before)
-    return chunk_row(is_vst, index, chunk, window, ratio, chunks, SPLIT)
+    return run_row(is_vst, index, runs)
 
 
 @triton.jit
@@ -77,11 +105,11 @@ def tile_of_program(
 
 
 @triton.jit
-def packed_rows(offs_m, i_head, i_chunk, window, ratio, chunks, GROUP_SIZE: tl.constexpr):
+def packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE: tl.constexpr):
     """(query head, row of the call) of packed rows of a chunk in split order."""
     position = offs_m // GROUP_SIZE
     offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE
-    return offs_head, query_row(position, i_chunk, window, ratio, chunks, True)
+    return offs_head, query_row(position, runs, ratio)
 
 
 @triton.jit
@@ -108,6 +136,18 @@ def assume_stride(stride):
 
 
 @triton.jit
+def assume_strides(
+    k_row, v_row, kc_slot, vc_slot, HAS_CACHE: tl.constexpr, PAGE_MODE: tl.constexpr
+):
+    """`assume_stride` of the strides of keys that 32-bit offsets are made of."""
+    assume_stride(k_row)
+    assume_stride(v_row)
+    if HAS_CACHE and PAGE_MODE != "gather":
+        assume_stride(kc_slot)
+        assume_stride(vc_slot)
+
+
+@triton.jit
 def load_rows(ptrs, offs_row, rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
     """A tile [R, D] in which dimensions from HEAD_DIM on and, if MASK_ROWS, rows from `rows` on are
     not read but 0."""
@@ -121,6 +161,17 @@ def load_rows(ptrs, offs_row, rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.conste
     if HEAD_DIM != BLOCK_D:
         return tl.load(ptrs, mask=in_dims, other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def load_packed(
+    ptr, offs_head, offs_row, row_stride, head_stride, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Packed rows [M, D] of a tensor (rows, heads, head_dim). Strides are in elements."""
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * row_stride
+    ptrs += offs_head.to(tl.int64)[:, None] * head_stride
+    return load_rows(ptrs + tl.arange(0, BLOCK_D)[None, :], offs_row, rows, HEAD_DIM, False)
 
 
 # -- registers -----------------------------------------------------------------------------------

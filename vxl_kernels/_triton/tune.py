@@ -1,8 +1,8 @@
 """`python -m vxl_kernels tune FILE`: times tile shapes on this GPU and keeps the best.
 
 Nothing runs this by itself. A process uses the file if VXL_TRITON_CONFIGS names it; entries are
-kept by GPU and Triton version, so one file may serve several machines. Results change in their
-last bits with the tile shape, as they do from one GPU to another.
+kept by GPU and Triton version, so one file can hold those of several machines. Results change in
+their last bits with the tile shape, as they do from one GPU to another.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def tune(dtype: torch.dtype, head_dim: int) -> list[int]:
         if ms < best_ms:
             best, best_ms = config, ms
     if best is None:
-        raise RuntimeError(f"tune: no tile serves {dtype} at head_dim {head_dim}, see above")
+        raise RuntimeError(f"tune: no tile works for {dtype} at head_dim {head_dim}, see above")
     return [best.block_m, best.block_n, best.masked_block_n, best.num_warps, best.num_stages]
 
 

@@ -58,8 +58,8 @@ def plan_memory(
         questions: questions about the video that are in the cache at the same time.
 
     Raises:
-        ValueError: an argument is no integer of at least 1 (0 for frames, prefix and suffix), or
-            `ratio > window`.
+        ValueError: an argument is not an integer of at least 1 (0 for frames, prefix and suffix),
+            or `ratio > window`.
 
     >>> plan = plan_memory(2048, 8, prefix=14, suffix=256)
     >>> plan.video_tokens, plan.pages, plan.bytes / 2**30, plan.raw_bytes / 2**30

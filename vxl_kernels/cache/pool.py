@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ from .. import _ext
 from .._arguments import at_least, fail, sequence_id
 from . import file_format
 from .estimate import plan_memory
+from .host import HostSequence
 
 __all__ = ["CacheBatch", "HostSequence", "PoolExhausted", "VstCache"]
 
@@ -43,6 +44,7 @@ __all__ = ["CacheBatch", "HostSequence", "PoolExhausted", "VstCache"]
 PoolExhausted: type[MemoryError] = getattr(_ext.extension, "PoolExhausted", MemoryError)
 
 Seqs = int | Iterable[int] | np.ndarray
+Rows = int | Sequence[int] | np.ndarray  # of every sequence, or a number for each
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_WIDTH = 8  # pages that a batch's block table has room for at first
@@ -56,6 +58,17 @@ def _ids(seqs: Any) -> list[int] | np.ndarray:
     if several and getattr(seqs, "ndim", 1) > 0:
         return [sequence_id("seqs", seq) for seq in seqs]
     return [sequence_id("seqs", seqs)]
+
+
+def _rows(rows: Any, n: int) -> np.ndarray:
+    """Rows of each of n sequences, int64 `(n,)`."""
+    several = isinstance(rows, Iterable) and not isinstance(rows, str | bytes)
+    if not several or getattr(rows, "ndim", 1) == 0:
+        return np.full(n, at_least("rows", rows, 0), dtype=np.int64)
+    each = [at_least(f"rows[{i}]", x, 0) for i, x in enumerate(rows)]
+    if len(each) != n:
+        fail("rows", f"{len(each)} numbers", f"one for each of {n} sequences")
+    return np.array(each, dtype=np.int64)
 
 
 class VstCache:
@@ -194,30 +207,34 @@ class VstCache:
         """Committed rows."""
         return self._manager.length(sequence_id("seq", seq))
 
-    def reserve(self, seqs: Seqs, rows: int) -> None:
+    def reserve(self, seqs: Seqs, rows: Rows) -> None:
         """Makes room for `rows` rows after the committed ones, of one sequence or several.
 
-        All sequences get it or none. Calling again with no more rows does nothing.
+        `rows` is a number for all sequences, or one for each. All sequences get it or none. Calling
+        again with no more rows does nothing.
 
         Raises:
             PoolExhausted: too few free pages (`pages_needed`, `pages_free`); nothing changed.
-            ValueError: a sequence is named twice, or `rows` is negative.
+            ValueError: a sequence is named twice, or `rows` is negative or of another length.
         """
-        ids, rows = _ids(seqs), at_least("rows", rows, 0)
+        ids = _ids(seqs)
+        each = _rows(rows, len(ids))
         with self._lock:
             self._make_copies()
-            copies = self._manager.reserve_many(ids, rows)
+            copies = self._manager.reserve_many(ids, each)
             if len(copies):
                 self._copies.append(copies)
                 self._make_copies()
 
-    def commit(self, seqs: Seqs, rows: int) -> None:
+    def commit(self, seqs: Seqs, rows: Rows) -> None:
         """Makes the first `rows` reserved rows, which have been written, part of the sequences.
+        `rows` is a number for all, or one for each.
 
         Raises:
             ValueError: fewer rows are reserved; nothing changed.
         """
-        self._manager.commit_many(_ids(seqs), at_least("rows", rows, 0))
+        ids = _ids(seqs)
+        self._manager.commit_many(ids, _rows(rows, len(ids)))
 
     def batch(self, seqs: Seqs, max_tokens: int | None = None) -> CacheBatch:
         """Sequences that step together.
@@ -297,21 +314,22 @@ class VstCache:
     def offload(self, seq: int) -> HostSequence:
         """Moves a sequence to host memory and frees its pages. `restore` brings it back.
 
-        From a GPU, the copy goes to page-locked memory, and the call does not wait for it.
+        From a GPU, the copy goes to page-locked memory, and the call does not wait for it. The
+        process keeps that memory for sequences that are offloaded later.
         """
         pinned = self.device.type == "cuda"
         with self._held(seq) as (table, length):
             shape = (2, self.num_layers, length, self.kv_heads, self.head_dim)
-            data = torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
-            for i in range(2 * self.num_layers):
-                rows = torch.ops.vxl.gather_rows(self._tensor(i), table, 0, length)[0]
-                data[i % 2, i // 2].copy_(rows, non_blocking=pinned)
-        event = None
+            host = HostSequence.empty(shape, self.dtype, pinned)
+            for tensor, first, kept in host.pieces():
+                cache = self._tensor(tensor)
+                rows = torch.ops.vxl.gather_rows(cache, table, first, len(kept))[0]
+                kept.copy_(rows, non_blocking=pinned)
         if pinned:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
+            host._event = torch.cuda.Event()
+            host._event.record(torch.cuda.current_stream(self.device))
         self.free(seq)
-        return HostSequence(data, event)
+        return host
 
     def restore(self, host: HostSequence) -> int:
         """A new sequence with the rows of an offloaded one. `host` stays valid.
@@ -322,8 +340,8 @@ class VstCache:
         """
         if not isinstance(host, HostSequence):
             fail("host", type(host).__name__, "a HostSequence, as offload returns it")
-        _, layers, length, *heads = host.data.shape
-        got = (layers, *heads, host.data.dtype)
+        _, layers, length, *heads = host.shape
+        got = (layers, *heads, host.dtype)
         want = (self.num_layers, self.kv_heads, self.head_dim, self.dtype)
         if got != want:
             fail("host", f"(layers, kv_heads, head_dim, dtype) {got}", want)
@@ -331,10 +349,7 @@ class VstCache:
             torch.cuda.current_stream(self.device).wait_event(host._event)
         else:
             host.wait()
-        # Views: a copy would read on the host what the device may not have written yet, and its
-        # memory would not be page-locked.
-        pieces = ((i, 0, host.data[i % 2, i // 2]) for i in range(2 * layers))
-        return self._filled(length, pieces)
+        return self._filled(length, host.pieces())
 
     # -- private ---------------------------------------------------------------------
 
@@ -384,33 +399,6 @@ class VstCache:
         return seq
 
 
-class HostSequence:
-    """A sequence in host memory, made by `VstCache.offload`.
-
-    Attributes:
-        data: `(2, num_layers, length, kv_heads, head_dim)`, K then V. Call `wait` before
-            reading it on the host.
-    """
-
-    def __init__(self, data: torch.Tensor, event: torch.cuda.Event | None) -> None:
-        self.data = data
-        self._event = event
-
-    @property
-    def length(self) -> int:
-        return self.data.shape[2]
-
-    @property
-    def bytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
-
-    def wait(self) -> HostSequence:
-        """Returns when the copy from the device is complete."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self
-
-
 class CacheBatch:
     """Sequences that step together, with what the operators need of them on the device.
 
@@ -434,7 +422,7 @@ class CacheBatch:
         # The values of the two tensors, on the host.
         self._lengths = np.zeros(len(self), dtype=np.int32)
         self._table = np.zeros((len(self), width), dtype=np.int32)
-        self._reserved, self._releases = 0, -1
+        self._reserved, self._releases = np.zeros_like(self._lengths), -1
         with torch.inference_mode(False):
             self.cache_seqlens = torch.zeros(len(self), dtype=torch.int32, device=cache.device)
             self.block_table = torch.zeros(
@@ -442,28 +430,34 @@ class CacheBatch:
             )
         self._refresh()
 
-    def reserve(self, rows: int) -> None:
-        """Makes room for `rows` more rows in every sequence; see `VstCache.reserve`.
+    def reserve(self, rows: Rows) -> None:
+        """Makes room for `rows` more rows in every sequence, or for a number of rows in each; see
+        `VstCache.reserve`.
 
         Raises also:
             ValueError: `max_tokens` was given and does not cover them; nothing changed.
         """
-        rows = at_least("rows", rows, 0)
-        if self._fixed and len(self.seqs):
-            longest = max(self.cache.length(seq) for seq in self.seqs)
-            self._refuse_beyond(longest + rows)
-        self.cache.reserve(self._ids, rows)
-        self._reserved = rows
+        each = _rows(rows, len(self))
+        if self._fixed and len(self):
+            longest = max(
+                self.cache.length(seq) + int(n) for seq, n in zip(self.seqs, each, strict=True)
+            )
+            self._refuse_beyond(longest)
+        self.cache.reserve(self._ids, each)
+        self._reserved = each.astype(np.int32)
         self._refresh()
 
-    def commit(self, rows: int) -> None:
-        """Commits the rows that the step has written; see `VstCache.commit`. Does not wait for the
-        device."""
-        rows = at_least("rows", rows, 0)
-        self.cache.commit(self._ids, rows)
-        self._lengths += rows
-        self._reserved = max(0, self._reserved - rows)
-        self.cache_seqlens += rows
+    def commit(self, rows: Rows) -> None:
+        """Commits the rows that the step has written, a number for all sequences or one for each;
+        see `VstCache.commit`. Does not wait for the device."""
+        each = _rows(rows, len(self)).astype(np.int32)
+        self.cache.commit(self._ids, each)
+        self._lengths += each
+        self._reserved = np.maximum(self._reserved - each, 0)
+        if len(self) and (each == each[0]).all():
+            self.cache_seqlens += int(each[0])
+        else:
+            self.cache_seqlens += self.cache._upload(each)
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them.
@@ -490,7 +484,7 @@ class CacheBatch:
         releases = self.cache._releases
         for i, seq in enumerate(self.seqs):
             pages, row = self.cache._manager.block_table(seq), self._table[i]
-            rows = self._lengths[i] + self._reserved
+            rows = self._lengths[i] + self._reserved[i]
             held = np.array_equal(pages[: len(row)], row[: len(pages)])
             if not held or row[len(pages) :].any() or len(pages) * self.cache.page_size < rows:
                 fail("batch", f"sequence {seq}, which changed since reserve()", "reserve() first")

@@ -76,13 +76,42 @@ struct PagedCache {
   const int32_t* lens = nullptr;  // (batch,) tokens cached before this call
 };
 
-struct AttentionParams {
+// A sequence of a ragged call, whose tensors are flat, (rows, heads, head_dim): the raw rows of all
+// sequences, then all VST rows.
+struct RaggedSequence {
+  ChunkGeometry geometry;  // of this sequence; split order
+  int64_t raw_begin = 0, vst_begin = 0;  // its first raw row, its first VST row
+};
+
+// Which row of the tensors holds a position of a sequence. A ragged call gives every sequence a
+// geometry and a place of its own, and the tensors' batch_stride is 0.
+struct CallRows {
+  ChunkGeometry geometry;  // of every sequence, if `ragged` is null
+  const RaggedSequence* ragged = nullptr;  // (batch,)
+  int64_t ragged_rows = 0;                 // of the flat tensors
+
+  VXL_ALWAYS_INLINE const ChunkGeometry& geometry_at(int64_t b) const {
+    return ragged != nullptr ? ragged[b].geometry : geometry;
+  }
+  VXL_ALWAYS_INLINE int64_t row_of(int64_t b, int64_t chunk, int64_t position) const {
+    if (ragged == nullptr) return geometry.row_of(chunk, position);
+    const RaggedSequence& s = ragged[b];
+    const int64_t raw_rows = s.geometry.chunks * s.geometry.window;
+    const int64_t row = s.geometry.row_of(chunk, position);
+    return row < raw_rows ? s.raw_begin + row : s.vst_begin + row - raw_rows;
+  }
+  // Of a contiguous (batch, heads, rows), or (heads, rows) if ragged.
+  VXL_ALWAYS_INLINE int64_t lse_index(int64_t b, int64_t heads, int64_t head, int64_t row) const {
+    return ragged != nullptr ? head * ragged_rows + row : (b * heads + head) * geometry.rows() + row;
+  }
+};
+
+struct AttentionParams : CallRows {
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
-  ChunkGeometry geometry;
   RowTensor q, k, v, out;
   PagedCache cache;
-  float* lse = nullptr;  // (batch, heads, rows) contiguous, natural log; may be null
+  float* lse = nullptr;  // natural log, see lse_index; may be null
   float scale = 1.0f;
 };
 
@@ -91,16 +120,15 @@ struct AttentionParams {
 struct AttentionBackwardParams {
   AttentionParams call;  // `out` and `lse` are read
   RowTensor grad_out, grad_q, grad_k, grad_v;
-  const float* grad_lse = nullptr;  // (batch, heads, rows) contiguous
+  const float* grad_lse = nullptr;  // as call.lse
   void* grad_k_cache = nullptr;     // contiguous, in the shape of the pages
   void* grad_v_cache = nullptr;
   int64_t grad_cache_strides[3] = {0, 0, 0};  // page, slot, head
 };
 
-struct RopeParams {
+struct RopeParams : CallRows {
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
-  ChunkGeometry geometry;
   RowTensor q, k, v, q_out, k_out;
   PagedCache cache;
   const float* inv_freq = nullptr;  // (head_dim / 2,)
@@ -130,6 +158,15 @@ struct RowTransferParams {
   const int32_t* block_table = nullptr;
   int64_t first = 0, rows = 0;
   char* buffer = nullptr;
+};
+
+// y (rows, out) = x (rows, in) W^T + bias, W (out, in). The last dimension of each is dense.
+struct LinearParams {
+  DType dtype;
+  int64_t rows = 0, in = 0, out = 0;
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr;  // bias may be missing
+  void* y = nullptr;
+  int64_t x_row = 0, weight_row = 0, y_row = 0;  // strides
 };
 
 }  // namespace vxl

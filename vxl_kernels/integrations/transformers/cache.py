@@ -27,7 +27,7 @@ _ATTRIBUTES = {getattr(Tensor, x).__get__ for x in ("shape", "dtype", "device", 
 
 
 class PagedRows(Tensor):
-    """New keys or values of a layer, which only the attention "vxl" can go on with.
+    """New keys or values of a layer, which only the attention "vxl" can use.
 
     Attributes:
         sequences: where they belong.
@@ -60,7 +60,7 @@ class _Step:
 
     Attributes:
         rows: of the forward, padding included.
-        counts: rows of each sequence that are no padding.
+        counts: rows of each sequence without padding.
         which: where those are in the rows, counted through the batch; None for all.
         slots: where they go, counted through the pages.
         next_layer: which has not appended yet.
@@ -105,7 +105,7 @@ class PagedSequences:
         return other
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with the sequences of these rows, some perhaps several times."""
+        """Keeps the sequences of these rows, in this order. A row may come several times."""
         ids, left = [], set(self.ids)
         for row in rows:
             seq = self.ids[row]
@@ -312,7 +312,7 @@ class PagedCache(Cache):
             sequences: rows of the batch, with beams.
 
         Raises:
-            ValueError: a layer of the model is no attention, or an argument is not positive.
+            ValueError: a layer of the model is not attention, or an argument is not positive.
         """
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - {
@@ -372,7 +372,7 @@ class PagedCache(Cache):
         self._sequences.truncate(max(0, self.get_seq_length() + tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from row `beam_idx[i]`. Copies nothing."""
+        """Row i continues row `beam_idx[i]`. Copies nothing."""
         self._sequences.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
