@@ -7,6 +7,7 @@ error; 130 interrupted. Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Parser",
     "add_device_arguments",
+    "byte_size",
     "complain",
     "count",
     "one_line",
@@ -30,6 +32,13 @@ __all__ = [
     "run",
 ]
 
+_EXTRAS = {  # of pyproject.toml, where it is not the model's
+    "ray": "ray",
+    **dict.fromkeys(
+        ("fastapi", "httpx", "prometheus_client", "python_multipart", "uvicorn", "websockets"),
+        "model,video,serve",
+    ),
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -98,7 +107,8 @@ def one_line(error: BaseException) -> str:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}"
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; pip install 'vxl[model,video]'"
+        extras = _EXTRAS.get((error.name or "").partition(".")[0], "model,video")
+        return f"{error.name} is not installed; pip install 'vxl[{extras}]'"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -148,6 +158,20 @@ def count(text: str) -> int:
     return value
 
 
+def byte_size(text: str) -> int:
+    """An argument's type: 80G, 24GiB or 1.5T, binary multiples."""
+    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    digits = text.upper().removesuffix("B").removesuffix("I")
+    number = digits.rstrip("KMGT")
+    try:
+        size = float(number) * 1024 ** units[digits[len(number) :]]
+    except (ValueError, KeyError):
+        size = 0
+    if not 0 < size < 2**63:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size like 80G")
+    return int(size)
+
+
 def ratio(text: str) -> int | list[int]:
     """An argument's type: one ratio, or several separated by commas."""
     values = [count(part) for part in text.split(",")]
@@ -164,6 +188,45 @@ def _device(text: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"got {text!r}: {reason}") from None
     return device
+
+
+def input_path(option: str, path: str | os.PathLike[str], folder: bool = False) -> Path:
+    """A file or folder that a command reads.
+
+    Raises:
+        ValueError: it is not there, or is of the other kind.
+    """
+    found = Path(path)
+    if not (found.is_dir() if folder else found.is_file()):
+        wanted = "folder" if folder else "file"
+        got = f"{path}, no such {wanted}" if not os.path.lexists(path) else f"{path}, no {wanted}"
+        raise ValueError(f"{option}: got {got}")
+    return found
+
+
+def model_name(option: str, name: str) -> str:
+    """A checkpoint: a folder, or a name on the Hub, which is at most OWNER/NAME.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(name)
+    if not name or (local and not os.path.isdir(name)):
+        raise ValueError(f"{option}: got {name!r}, no such folder")
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"{option}: got {name!r}, a folder without config.json")
+    return name
+
+
+def positive(text: str) -> float:
+    """An argument's type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
 
 
 def output_file(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from .common import Parser, add_device_arguments, count, ratio, run
+from .common import Parser, add_device_arguments, byte_size, count, ratio, run
 
 __all__ = ["main"]
 
@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="watch a video and answer questions about it")
-    ask.add_argument("questions", nargs="+", metavar="QUESTION")
+    ask.add_argument(
+        "questions", nargs="+", metavar="QUESTION", help="each is answered without the others"
+    )
     _add_source(ask, memory=True)
     _add_answer(ask)
     ask.set_defaults(run=_ask)
@@ -38,23 +40,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_answer(chat)
     chat.set_defaults(run=_chat)
 
-    watch = commands.add_parser("watch", help="watch a video and save its memory")
-    _add_source(watch, memory=False)
-    watch.add_argument(
-        "--save", required=True, metavar="FILE", help="ask and chat read it by --memory"
+    watch = commands.add_parser("watch", help="watch videos and save their memories")
+    _add_source(watch, memory=False).add_argument(
+        "--videos",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders, and .txt files that list them; a memory of each goes to --save",
     )
+    watch.add_argument(
+        "--save",
+        required=True,
+        metavar="FILE",
+        help="ask and chat read it by --memory; with --videos a folder",
+    )
+    watch.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="with --videos: on a Ray cluster, by default one of this machine",
+    )
+    watch.add_argument("--workers", type=count, help="with --ray (default: one a GPU or 8 cores)")
     watch.add_argument(
         "--final", action="store_true", help="encode the last window for other programs, as vLLM"
     )
     watch.add_argument("--json", action="store_true", help="print one JSON object")
     watch.set_defaults(run=_watch)
 
-    plan = commands.add_parser("plan", help="memory and arithmetic of a video; loads no weights")
-    plan.add_argument("--frames", type=count, required=True)
+    plan = commands.add_parser(
+        "plan", help="memory and arithmetic that a video takes; loads no weights"
+    )
+    plan.add_argument("--frames", type=count, required=True, help="of the video")
     plan.add_argument("--ratio", type=ratio, required=True, help="8, or 4,8,16 to compare")
     plan.add_argument("--model", metavar="PATH", help="folder or Hub name (default: Video-XL-7B)")
     plan.add_argument(
-        "--free", type=_bytes, metavar="SIZE", help="memory of a device that is not here, as 80G"
+        "--free", type=byte_size, metavar="SIZE", help="memory of a device that is not here, as 80G"
     )
     add_device_arguments(plan)
     plan.add_argument(
@@ -83,7 +103,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_source(parser: argparse.ArgumentParser, memory: bool) -> None:
+def _add_source(parser: argparse.ArgumentParser, memory: bool) -> Any:
+    """Returns the group of what can be watched."""
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="checkpoint: a folder or a name on the Hub"
     )
@@ -107,10 +128,13 @@ def _add_source(parser: argparse.ArgumentParser, memory: bool) -> None:
         "--ratio", type=ratio, help="visual tokens per cached token: 8, or 2,4,8 to draw from"
     )
     add_device_arguments(parser)
+    return source
 
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=count, default=256)
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=256, help="of an answer (default: %(default)s)"
+    )
     parser.add_argument(
         "--answer-prefix",
         default="",
@@ -118,20 +142,6 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         help="what each answer begins with, as 'Best option: ('; the model goes on from there",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-
-
-def _bytes(text: str) -> int:
-    """80G, 24GiB or 1.5T: binary multiples."""
-    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    digits = text.upper().removesuffix("B").removesuffix("I")
-    number = digits.rstrip("KMGT")
-    try:
-        size = float(number) * 1024 ** units[digits[len(number) :]]
-    except (ValueError, KeyError):
-        size = 0
-    if not 0 < size < 2**63:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size like 80G")
-    return int(size)
 
 
 # -- commands: each imports what it needs --------------------------------------------------------
@@ -162,6 +172,15 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _watch(options: argparse.Namespace) -> None:
+    if options.videos is not None:
+        if not any(map(os.path.lexists, options.videos)):  # one of several is a bad video
+            raise ValueError(f"--videos: {options.videos[0]}: no such file")
+        from .library import watch_library
+
+        return watch_library(options)
+    for name in ("ray", "workers"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: for --videos only")
     _check_files(options)
     from .session import Session
 

@@ -15,7 +15,7 @@ from .common import placement, quiet
 from .estimate import VideoEstimate, device_memory, estimate_video, released_config
 from .training_memory import TrainingEstimate, estimate_training
 
-__all__ = ["print_plans"]
+__all__ = ["print_plans", "product_rate"]
 
 GIB = 2.0**30
 QUESTION, ANSWER = 64, 256  # tokens
@@ -54,7 +54,7 @@ def print_plans(options: argparse.Namespace) -> None:
         "model": name,
         "device": str(device) if here else "not here",
         "free_bytes": device_memory(device) if here else options.free,
-        "flops_per_second": _product_rate(device, dtype) if here else None,
+        "flops_per_second": product_rate(device, dtype) if here else None,
         "trained_positions": config.max_position_embeddings,
     }
     if options.json:
@@ -188,7 +188,7 @@ def _seconds(flops: int, about: dict[str, Any]) -> str:
     return f"  >= {flops / rate:,.0f} s" if rate else ""
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product on a device, the best of three."""
     a = torch.randn(1024, 2048, device=device).to(dtype)
     b = torch.randn(2048, 2048, device=device).to(dtype)

@@ -70,9 +70,23 @@ class Session:
             self.save("--save", options.save)
 
     def _output(self, option: str, path: str) -> Path:
+        """The file to write. ValueError if it would take the place of anything but a memory."""
+        from vxl_kernels import VstCache
+
         options = self.options
         inputs = [options.model, options.video, *(options.image or ())]
-        return output_file(option, path, [*inputs, getattr(options, "memory", None)])
+        target = output_file(option, path, [*inputs, getattr(options, "memory", None)])
+        if target.exists() and target.stat().st_size:
+            try:
+                known = "memory" in VstCache.read_metadata(target)
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(
+                    f"{option}: got {path}, which exists and is no memory, "
+                    "expected a new file or a memory"
+                )
+        return target
 
     def save(self, option: str, path: str) -> Path:
         """Writes the memory; ValueError names `option` where `path` cannot be written."""

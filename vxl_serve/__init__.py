@@ -1,1 +1,1 @@
-"""Videos that have been watched, asked through other programs. `vxl_serve.vllm` is for vLLM."""
+"""Watched videos for other programs: an engine that answers many questions, a server, vLLM."""

@@ -1,9 +1,7 @@
 """A folder with a checkpoint, a clip and pictures, and a fixture that runs commands in it."""
 
-import shutil
-
 import pytest
-from helpers.paths import CHECKPOINT
+from helpers.checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -12,11 +10,8 @@ def place(tmp_path_factory):
     from helpers.clips import picture, write_clip
     from PIL import Image
 
-    from examples.demo_clip import byte_tokenizer
-
     folder = tmp_path_factory.mktemp("cli")
-    shutil.copytree(CHECKPOINT, folder / "model")
-    byte_tokenizer(128).save_pretrained(folder / "model")
+    write_checkpoint(folder / "model")
     write_clip(folder / "clip.mp4", count=60, fps=10)
     Image.fromarray(picture(5, 200, 120)).save(folder / "one.png")
     Image.fromarray(picture(9, 120, 200)).save(folder / "two.png")

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("vllm", reason="make vllm-check installs it in an environmen
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that a test sees the connector
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+from helpers.paths import TESTS
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -224,3 +227,18 @@ def test_a_memory_that_may_go_on_is_refused(memories, place):
     memories[1].save(place / "open.vxl")
     with pytest.raises(ValueError, match="final"):
         Prefix.read(place / "open.vxl")
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank is bound to a core of its own")
+def test_two_ranks_take_their_heads():
+    """Tensor parallelism over gloo: each rank loads its own KV heads of a memory."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "helpers" / "vllm_parallel_worker.py")],
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "20 of 20 are equal" in done.stdout.splitlines(), done.stdout[-4000:]

@@ -1,7 +1,7 @@
 """vLLM answers questions about a video that Video-XL has watched.
 
-What is kept of a video are K and V of ordinary positions, and text after it is read by the plain
-language model. So vLLM serves that language model, and a KV connector loads what was kept as the
+The cached K and V of a video have ordinary positions, and the plain language model reads the text
+after it. So vLLM runs that language model, and a KV connector loads the cached K and V as the
 beginning of a request. vLLM finds this package by the entry point `vllm.general_plugins`.
 
     prefix = publish(memory, "talk.vxl")

@@ -39,7 +39,7 @@ class Load:
     """Tokens `first` to `first + tokens` of a memory, for the blocks of a request.
 
     Attributes:
-        refused: why the request cannot be served, if it cannot.
+        refused: why the memory cannot be loaded, or None.
     """
 
     request: str

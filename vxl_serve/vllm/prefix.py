@@ -38,7 +38,7 @@ class Prefix:
         """Reads the header of a file that `VideoMemory.save(path, final=True)` wrote.
 
         Raises:
-            ValueError: the file is damaged, is no memory, or its last window is not encoded.
+            ValueError: the file is damaged, is not a memory, or its last window is not encoded.
             OSError: the file can't be read.
         """
         with VstCache.reader(path) as file:
