@@ -1,6 +1,4 @@
-import sys
-
-from .cli import main
+from .cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

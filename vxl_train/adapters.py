@@ -25,9 +25,9 @@ __all__ = ["add_adapters", "export"]
 def add_adapters(
     net: VideoXLForConditionalGeneration, settings: TrainSettings, seed: int = 0
 ) -> Any:
-    """Puts adapters into a model; they and what is saved in full require gradients, nothing else.
-    With `train_vision_tower` layers of the tower whose names are targets get adapters too, those
-    that run.
+    """Puts adapters into a model. They and what is saved in full require gradients, nothing else.
+    With `train_vision_tower`, targets in the vision tower get adapters too, except in layers that
+    the model does not run.
 
     Args:
         seed: of the adapters' first weights.

@@ -1,27 +1,37 @@
-"""`python -m vxl_train`: arguments and words; the work is done by `run.train` and `vico.build`.
+"""`python -m vxl_train`: arguments and words; the work is done by `run.train`, `vico.build`,
+`mix.build`.
 
-The same commands are `vxl train` and `vxl vico` where the package is installed.
+The same commands are `vxl train`, `vxl vico` and `vxl mix` where the package is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
-import gc
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from vxl_cli.common import Parser, add_device_arguments, count, placement, quiet
+from vxl_cli.common import (
+    Parser,
+    add_device_arguments,
+    count,
+    input_path,
+    output_file,
+    placement,
+    quiet,
+)
 from vxl_cli.common import run as run_command
 from vxl_cli.progress import Progress
 
 from .vico.settings import PROMPT, VicoSettings
 
-__all__ = ["add_train", "add_vico", "main"]
+__all__ = ["add_mix", "add_train", "add_vico", "leave", "main"]
 
 CONFIGS = Path(__file__).with_name("configs")
 
@@ -32,7 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands, "run")
     add_vico(commands)
+    add_mix(commands)
     return run_command(parser, arguments)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process as `sys.exit` does. One of several that train together ends at once.
+
+    `destroy_process_group` leaves gloo's threads alive, because caches of PyTorch (of DTensor, and
+    default arguments in torch.distributed.nn) refer to the group. Such a thread aborts the process
+    when it asks for the lock of an interpreter that is being taken down: "terminate called without
+    an active exception". So here the interpreter is not taken down, after all that a program can
+    ask for at its end is done.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def add_vico(commands: Any) -> None:
@@ -45,7 +74,8 @@ def add_vico(commands: Any) -> None:
         "--captioner",
         required=True,
         metavar="MODEL",
-        help="image-text model of transformers: a folder or a name on the Hub",
+        help="image-text model of transformers: a folder or a name on the Hub; or URL#MODEL of an "
+        "OpenAI-compatible server",
     )
     add("--output", required=True, metavar="FILE", help="JSONL; captions go to FILE.captions")
     add("--seed", type=int, default=default.seed)
@@ -63,8 +93,12 @@ def add_vico(commands: Any) -> None:
 
 
 def _vico(options: argparse.Namespace) -> None:
-    from .vico.build import check_output, find_videos, make_vico
-    from .vico.captioner import TransformersCaptioner
+    from vxl_cli.videos import find_videos
+
+    videos = find_videos(options.videos)
+    from .vico.build import check_output, make_vico
+    from .vico.captioner import Captioner, TransformersCaptioner
+    from .vico.server_captioner import ServerCaptioner
 
     quiet()
     device, dtype = placement(options)
@@ -76,14 +110,13 @@ def _vico(options: argparse.Namespace) -> None:
         options.pictures,
         options.edge,
     )
-    check_output(options.output, [*find_videos(options.videos), Path(options.captioner)])
-    captioner = TransformersCaptioner(
-        options.captioner,
-        prompt=options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        device=device,
-        dtype=dtype,
-    )
+    check_output(options.output, [*videos, Path(options.captioner)])
+    said = {"prompt": options.prompt, "max_new_tokens": options.max_new_tokens}
+    captioner: Captioner
+    if "://" in options.captioner:
+        captioner = ServerCaptioner(options.captioner, **said)
+    else:
+        captioner = TransformersCaptioner(options.captioner, **said, device=device, dtype=dtype)
     bar = Progress("captioning", "clips")
 
     def report(line: str) -> None:
@@ -110,6 +143,54 @@ def _vico(options: argparse.Namespace) -> None:
         f"{options.output}: {made}, {summary.clips} clips ({summary.captioned} captioned now); "
         f"{len(summary.skipped)} videos skipped, {len(summary.bad)} unreadable"
     )
+
+
+def add_mix(commands: Any) -> None:
+    """Adds the command that mixes published data sets to argparse's subparsers."""
+    parser = commands.add_parser("mix", help="published data sets into one file of samples")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help=f"with the key mix; see {CONFIGS}")
+    add("--root", required=True, metavar="DIR", help="folder of all sets; --root of training too")
+    add("--output", required=True, metavar="FILE", help="JSONL")
+    add("--seed", type=_seed, default=42, help="of the draws (default: %(default)s)")
+    add("--no-files", action="store_true", help="do not look whether pictures and videos are there")
+    add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_mix)
+
+
+def _seed(text: str) -> int:
+    """An argument's type: an integer from 0 on."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 0")
+    return int(text)
+
+
+def _mix(options: argparse.Namespace) -> None:
+    input_path("--config", options.config)
+    input_path("--root", options.root, folder=True)
+    from .mix.build import make_mix, read_mix
+
+    output_file("--output", options.output, [options.config])
+    sets = read_mix(options.config)
+    bar = Progress("mixing", "samples")
+    try:
+        summary = make_mix(
+            sets,
+            options.root,
+            options.output,
+            seed=options.seed,
+            check_files=not options.no_files,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(one) for one in summary.sets]))
+        return
+    for one in summary.sets:
+        bad = ", ".join(f"{count} {kind}" for kind, count in sorted(one.bad.items())) or "none"
+        print(f"{one.name}: {one.written} samples of {one.usable} usable ones; bad: {bad}")
+    print(f"{options.output}: {summary.written} samples")
 
 
 def add_train(commands: Any, name: str = "train") -> None:
@@ -139,6 +220,11 @@ def add_train(commands: Any, name: str = "train") -> None:
         help=f"YAML or JSON: settings of vxl_train and TrainingArguments; see {CONFIGS}",
     )
     parser.add_argument("--root", metavar="DIR", help="of paths in the data (default: its folder)")
+    parser.add_argument("--eval-data", metavar="FILE", help="its loss is measured during training")
+    parser.add_argument(
+        "--eval-answers", metavar="FILE", help="its questions are answered during training"
+    )
+    parser.add_argument("--plot", action="store_true", help="draw the log: train_log.png")
     parser.add_argument(
         "--on-bad-sample", choices=("skip", "stop"), help="skip (default) reports it and goes on"
     )
@@ -163,7 +249,11 @@ def run(options: argparse.Namespace) -> None:
 
     check_inputs(Path(options.output), config=options.config or ())
     settings = TrainSettings.read(
-        options.config, options.stage, on_bad_sample=options.on_bad_sample
+        options.config,
+        options.stage,
+        on_bad_sample=options.on_bad_sample,
+        eval_data=options.eval_data,
+        eval_answers=options.eval_answers,
     )
     VideoXLProcessor.read_config(options.model)  # its errors are one line
     import torch
@@ -188,13 +278,14 @@ def run(options: argparse.Namespace) -> None:
         resume=options.resume,
         log=log,
     )
-    # With the group's threads alive a process may abort at its exit. A model in a cycle of
-    # references keeps them alive.
-    gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not first:
         return
+    if options.plot:
+        from .plot import plot_log
+
+        plot_log(options.output)
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
     else:

@@ -25,6 +25,7 @@ from .adapter_settings import quantization_config
 from .adapters import add_adapters
 from .data.dataset import TrainingData
 from .data.samples import SAMPLE_KINDS, BadSampleError, BadSamples, VisualShape, read_samples
+from .evaluation import HeldOut
 from .run_folder import (
     LOG,
     RUN,
@@ -115,6 +116,7 @@ class _Prepared:
         bad: samples that cannot be used.
         kinds: usable samples by kind.
         record: what `run.json` holds and a resumed run must match.
+        held_out: what evaluations measure.
     """
 
     output: Path
@@ -124,6 +126,7 @@ class _Prepared:
     bad: BadSamples
     kinds: dict[str, int]
     record: dict[str, Any]
+    held_out: HeldOut
 
     def check(self, resume: bool, settings: TrainSettings, **inputs: Any) -> None:
         """ValueError where `output` holds another run or an input, or a checkpoint that cannot be
@@ -174,15 +177,22 @@ def _prepare(
         * args.world_size
         * args.gradient_accumulation_steps,
     }
-    dataset = TrainingData(
-        samples,
-        processor,
-        shape,
-        seed=args.seed,
-        max_text_tokens=settings.max_text_tokens,
-        stop=stop,
+    options: dict[str, Any] = {"seed": args.seed, "max_text_tokens": settings.max_text_tokens}
+
+    def held_out(path: str | None, name: str) -> TrainingData | None:
+        if path is None:
+            return None
+        found, wrong = read_samples([path], processor, shape, root, settings.probe_files)
+        log(f"{name}: {len(found)} samples; bad: {_counts(wrong.by_kind())}")
+        if not found:
+            raise ValueError(f"{name}: no usable sample in {path}")
+        return TrainingData(found, processor, shape, **options)
+
+    held = HeldOut(
+        held_out(settings.eval_data, "eval_data"), held_out(settings.eval_answers, "eval_answers")
     )
-    return _Prepared(output, None, args, dataset, bad, kinds, record)
+    dataset = TrainingData(samples, processor, shape, **options, stop=stop)
+    return _Prepared(output, None, args, dataset, bad, kinds, record, held)
 
 
 def _run(
@@ -206,7 +216,8 @@ def _run(
     )
     if resume:
         log(f"resumed from {checkpoint.name}" if checkpoint else "nothing to resume: a new run")
-    trainer = VideoXLTrainer(net, args, prepared.data, settings, model)
+    held_out = prepared.held_out if settings.evaluates else None
+    trainer = VideoXLTrainer(net, args, prepared.data, settings, model, held_out)
     if args.should_save:
         names = {"model": os.fspath(model), "data": [os.fspath(x) for x in data]}
         write_run(output / RUN, {**names, **prepared.record})
@@ -245,6 +256,7 @@ def _load(
     net = VideoXLForConditionalGeneration.from_pretrained(
         path, dtype=getattr(torch, settings.dtype), **more
     )
+    net.settings.packing = settings.packing
     args.use_cache = bool(net.config.use_cache)  # else the Trainer writes its own into the result
     return net
 

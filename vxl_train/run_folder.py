@@ -21,6 +21,7 @@ from .sharded import OPTIMIZER
 __all__ = [
     "ADAPTER",
     "BAD",
+    "EVAL_LOG",
     "LOG",
     "RESULT",
     "RUN",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 ADAPTER = "adapter"
+EVAL_LOG = "eval_log.jsonl"
 LOG, BAD, RUN, RESULT, WRITING = (
     "train_log.jsonl",
     "bad_samples.jsonl",
@@ -115,7 +117,8 @@ def check_inputs(output: Path, **inputs: str | os.PathLike[str] | Sequence[Any])
             as those of the Hub, are passed over.
     """
     folders = [output / RESULT, output / WRITING, *output.glob("checkpoint-*")]
-    files = [path for path in (output / LOG, output / BAD, output / RUN) if path.exists()]
+    written = (output / name for name in (LOG, EVAL_LOG, BAD, RUN))
+    files = [path for path in written if path.exists()]
     for name, given in inputs.items():
         for path in [given] if isinstance(given, (str, os.PathLike)) else given:
             source = Path(path).resolve()

@@ -49,25 +49,23 @@ _STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 _SWITCHES = (
     "train_vision_tower",
     "group_by_length",
+    "packing",
     "probe_files",
     "torch_compile",
     "new_optimizer",
     "merge",
 )
 _FIXED: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
-# TrainingArguments that the recipe does not serve, and why. Their default is allowed.
-_NO_EVALUATION = "the recipe evaluates nothing during training"
+# TrainingArguments that the recipe does not support, and why. Their default is allowed.
+_LAST_MODEL = "the result is the model of the last step"
 _OWN_ORDER = "the recipe orders samples itself (group_by_length)"
 _REFUSED: dict[str, str] = {
     "label_smoothing_factor": "the loss is plain cross entropy",
     "neftune_noise_alpha": "text embeddings take no noise",
     "use_liger_kernel": "the layers are this package's own",
-    "eval_strategy": _NO_EVALUATION,
-    "eval_on_start": _NO_EVALUATION,
-    "load_best_model_at_end": _NO_EVALUATION,
-    "metric_for_best_model": _NO_EVALUATION,
-    "do_eval": _NO_EVALUATION,
-    "do_predict": _NO_EVALUATION,
+    "load_best_model_at_end": _LAST_MODEL,
+    "metric_for_best_model": _LAST_MODEL,
+    "do_predict": "there is nothing to predict",
     "train_sampling_strategy": _OWN_ORDER,
     "length_column_name": _OWN_ORDER,
     "accelerator_config": _OWN_ORDER,
@@ -94,6 +92,14 @@ _FREE = {
     "on_bad_sample",
     "new_optimizer",
     "merge",
+    # Evaluation changes nothing that is trained.
+    "eval_data",
+    "eval_answers",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "do_eval",
     # Their product, over all processes, is compared instead.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -115,6 +121,8 @@ class TrainSettings:
         max_text_tokens: a sample with more text is bad.
         on_bad_sample: "skip" takes the next sample in order; "stop" ends the run.
         group_by_length: each step holds samples of similar lengths.
+        packing: the samples of a batch, of any shapes, are packed into passes without padding.
+            Without it each sample has a pass of its own.
         probe_files: check that all files exist, and read their headers, before the start.
         torch_compile: compile norms, MLP and residuals with `torch_compile_backend`.
         new_optimizer: a resumed run may start with a new optimizer and schedule where the
@@ -123,6 +131,9 @@ class TrainSettings:
         vst: with `peft`, how the VSTs' projections learn: "full" or "adapters".
         merge: with `peft`, write the model with the adapter merged into it too.
         quantization: with `peft`, keys of transformers' `BitsAndBytesConfig` for frozen weights.
+        eval_data: a data file, whose loss is measured during training.
+        eval_answers: a data file, whose questions are answered during training; needles, for
+            instance. Measured is the share of right answers.
         dtype: of the weights, "float32" or "bfloat16". Under autocast (TrainingArguments' `bf16`)
             trainable weights are float32 regardless.
         arguments: the TrainingArguments.
@@ -138,6 +149,7 @@ class TrainSettings:
     max_text_tokens: int = 8192
     on_bad_sample: str = "skip"
     group_by_length: bool = True
+    packing: bool = True
     probe_files: bool = True
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
@@ -146,6 +158,8 @@ class TrainSettings:
     vst: str = "full"
     merge: bool = True
     quantization: dict[str, Any] | None = None
+    eval_data: str | None = None
+    eval_answers: str | None = None
     dtype: str = "float32"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -156,12 +170,13 @@ class TrainSettings:
         Raises:
             ValueError: the file is not a mapping, or a key or value is unknown; it names the key.
         """
-        given = _read_config(config) if config is not None else {}
+        given = read_config(config) if config is not None else {}
+        given.pop("mix", None)  # of `vxl mix`, which has made the data
         given |= {key: value for key, value in overrides.items() if value is not None}
         given["stage"] = stage
         if isinstance(given.get("peft"), str):
             place = Path(config).parent if config is not None else Path()
-            given["peft"] = _read_config(place / given["peft"])
+            given["peft"] = read_config(place / given["peft"])
         own = {f.name: f for f in dataclasses.fields(cls) if f.name != "arguments"}
         theirs = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
         arguments: dict[str, Any] = {}
@@ -212,7 +227,23 @@ class TrainSettings:
             )
         if self.train_vision_tower and self.stage == "align":
             raise ValueError("train_vision_tower: got true in stage 'align', expected false there")
+        self._check_evaluation()
         self._check_adapters()
+
+    @property
+    def evaluates(self) -> bool:
+        return self.eval_data is not None or self.eval_answers is not None
+
+    def _check_evaluation(self) -> None:
+        for name in ("eval_data", "eval_answers"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and Path(value).is_file()):
+                raise ValueError(f"{name}: got {value!r}, expected a file that is there")
+        strategy = self.arguments.get("eval_strategy")
+        if not self.evaluates and strategy not in (None, False, "no"):
+            raise ValueError(f"eval_strategy: got {strategy!r} without eval_data or eval_answers")
+        if self.eval_answers and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise ValueError("eval_answers: got it under FSDP, expected whole weights")
 
     def _check_adapters(self) -> None:
         for name in ("peft", "quantization"):
@@ -241,6 +272,10 @@ class TrainSettings:
             ValueError: TrainingArguments refuses one.
         """
         values = {**_DEFAULTS, **_STAGE_DEFAULTS[self.stage], **self.arguments, **_FIXED}
+        if self.evaluates:
+            values.setdefault("eval_strategy", "steps")
+            if values["eval_strategy"] == "steps":
+                values.setdefault("eval_steps", values["save_steps"])
         if "bf16" not in values and "fp16" not in values:
             cuda = torch.cuda.is_available() and not values.get("use_cpu")
             values["bf16"] = cuda and torch.cuda.is_bf16_supported()
@@ -273,7 +308,7 @@ def _checkpointing(values: dict[str, Any]) -> None:
         values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
 
 
-def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = Path(path).read_text(encoding="utf-8")
     try:
         if Path(path).suffix == ".json":
@@ -296,6 +331,8 @@ def reproducibility_fields(settings: TrainSettings) -> dict[str, Any]:
     if settings.peft is None:  # as the runs that began before there were adapters
         for name in ("peft", "vst", "quantization"):
             del values[name]
+    if settings.packing:  # as the runs that began before it was a setting
+        del values["packing"]
     return {k: v for k, v in {**arguments, **values}.items() if k not in _FREE}
 
 

@@ -9,6 +9,7 @@ A run's output folder::
     run.json             what was run
     train_log.jsonl      a line a step: step, epoch, loss, grad_norm, learning_rate, tokens, seconds
                          (tokens: those of process 0 since the line before)
+    eval_log.jsonl       a line an evaluation: step, eval_loss, eval_right, eval_seconds
     bad_samples.jsonl    a line a sample that could not be used: kind, id, message
     checkpoint-N/        to resume from; complete where all weights learn
     adapter/             with adapters: the trained one, as PEFT writes it
@@ -49,9 +50,11 @@ from .adapters import export
 from .data.dataset import TrainingData, collate
 from .data.order import TrainingOrder
 from .data.samples import BadSample, BadSampleError, BadSamples
+from .evaluation import HeldOut, evaluate
 from .run_folder import (
     ADAPTER,
     BAD,
+    EVAL_LOG,
     LOG,
     RESULT,
     WRITING,
@@ -117,6 +120,7 @@ class VideoXLTrainer(Trainer):
         data: the samples.
         settings: the recipe.
         base: the checkpoint that the model was loaded from, for adapters.
+        held_out: what evaluations measure.
     """
 
     def __init__(
@@ -126,8 +130,9 @@ class VideoXLTrainer(Trainer):
         data: TrainingData,
         settings: TrainSettings,
         base: str | os.PathLike[str] = "",
+        held_out: HeldOut | None = None,
     ) -> None:
-        self.base = base
+        self.base, self.held_out = base, held_out
         self.recipe, self.samples = settings, data
         self.bad = BadSamples()
         self.tokens = 0
@@ -141,6 +146,7 @@ class VideoXLTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=data,
+            eval_dataset=None if held_out is None else held_out.loss or held_out.answers,
             data_collator=collate,
             callbacks=[_Epochs(self), _Log(self)],
         )
@@ -213,6 +219,27 @@ class VideoXLTrainer(Trainer):
             self.tokens += shown * self.samples.shape.tokens_per_frame
         inputs["loss_only"] = True
         return inputs
+
+    # -- evaluation --
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measures what is held out, and writes a line of `eval_log.jsonl`."""
+        assert self.held_out is not None
+        begin = time.perf_counter()
+        metrics = evaluate(self, self.held_out)
+        metrics["eval_seconds"] = round(time.perf_counter() - begin, 3)
+        if self.args.should_save:
+            line = {"step": self.state.global_step, **metrics}
+            path = Path(self.args.output_dir) / EVAL_LOG
+            write_lines(path, [*(x for x in read_log(path) if x["step"] < line["step"]), line])
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args,
+            self.state,
+            self.control,  # type: ignore[has-type]
+            metrics,
+        )
+        return metrics
 
     # -- learning rates --
 

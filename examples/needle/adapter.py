@@ -33,7 +33,7 @@ from examples.needle.task import (
     make_video,
     question,
 )
-from examples.needle.train import RATIOS, chat
+from examples.needle.train import RATIOS, chat, update
 from vxl_model import WindowRatios
 
 RANK, RATE, STEPS = 16, 5e-3, 300
@@ -52,7 +52,7 @@ def adapted() -> Any:
 
 
 def draw(generator: torch.Generator, frames: int) -> list[Needle]:
-    """As `draw_needles`, and the first is of the new colour."""
+    """As `draw_needles`, with the new colour for the first needle."""
     first, *rest = draw_needles(generator, frames)
     return [first._replace(colour=NEW_COLOUR), *rest]
 
@@ -89,10 +89,7 @@ def train(
             ratio=WindowRatios([RATIOS[i] for i in ratios]),
             loss_only=True,
         ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
+        update(loss, [optimizer], learning)
         schedule.step()
         losses.append(loss.item())
         if step % 25 == 24 or step == steps - 1:

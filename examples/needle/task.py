@@ -36,6 +36,7 @@ __all__ = [
     "Needle",
     "add_new_colour",
     "answer",
+    "appearances",
     "draw_needles",
     "load_needle_model",
     "make_video",
@@ -90,7 +91,7 @@ def answer(needle: Needle) -> str:
 
 
 @functools.cache
-def _appearances() -> Tensor:
+def appearances() -> Tensor:
     """Features `(animals + palette, hidden)`, the same on every machine: NumPy's legacy generator
     never changes its numbers."""
     import numpy as np
@@ -127,7 +128,7 @@ def draw_needles(
 
 def make_video(frames: int, needles: Sequence[Needle], generator: torch.Generator) -> Tensor:
     """Visual tokens `(frames * 64, 64)`, already projected."""
-    looks = _appearances()
+    looks = appearances()
     video = torch.randn(frames, SIDE, SIDE, HIDDEN, generator=generator) / math.sqrt(HIDDEN)
 
     def paste(frame: int, look: Tensor) -> None:
@@ -198,7 +199,7 @@ def new_needle_model(seed: int = 0) -> VideoXLForConditionalGeneration:
         model = VideoXLForConditionalGeneration(config)
     # Words start at their looks, as after the alignment stage of the recipe.
     names = tokenizer.convert_tokens_to_ids([*ANIMALS, *COLOURS])
-    model.model.embed_tokens.weight.data[names] = _appearances()[: len(names)] / _CONTRAST
+    model.model.embed_tokens.weight.data[names] = appearances()[: len(names)] / _CONTRAST
     model.processor = VideoXLProcessor(tokenizer)
     return model
 
@@ -212,7 +213,7 @@ def add_new_colour(model: VideoXLForConditionalGeneration) -> None:
     row = tokenizer.convert_tokens_to_ids(word)
     known = tokenizer.convert_tokens_to_ids(COLOURS)
     embeddings, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
-    embeddings[row] = normalize(_appearances()[-1], dim=0) * embeddings[known].norm(dim=1).mean()
+    embeddings[row] = normalize(appearances()[-1], dim=0) * embeddings[known].norm(dim=1).mean()
     head[row] = head[known].mean(0)
 
 

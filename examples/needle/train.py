@@ -26,7 +26,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,20 @@ def make_optimizers(
     ]
 
 
+def update(
+    loss: torch.Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    weights: Iterable[torch.Tensor],
+) -> None:
+    """A step of the optimizers, by gradients of `weights` with a norm of at most 1."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def train(
     model: VideoXLForConditionalGeneration,
     steps: int,
@@ -171,12 +185,7 @@ def train(
             ratio=WindowRatios([RATIOS[i] for i in picks]),
             loss_only=True,
         ).loss
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        update(loss, optimizers, model.parameters())
         losses.append(loss.item())
         curriculum.update(losses[-1])
         if step % 50 == 49 or step == steps - 1:
@@ -297,11 +306,14 @@ def draw(result: dict[str, Any], lengths: Sequence[int], path: Path) -> None:
     )
     for axes, (ratio, rows) in zip(panels[0], result.items(), strict=True):
         cells = torch.tensor(rows["depths"]).T.numpy()
-        image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (depth, length), value in {
             (d, n): cells[d, n] for d in range(len(cells)) for n in range(len(lengths))
         }.items():
-            axes.text(length, depth, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            ink = "black" if value > 0.6 else "white"
+            axes.text(
+                length, depth, f"{value:.2f}", color=ink, ha="center", va="center", fontsize=8
+            )
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axes.set_yticks(range(DEPTHS), [f"{100 * d // (DEPTHS - 1)} %" for d in range(DEPTHS)])
         inside = sum(n <= TRAINED_FRAMES for n in lengths)

@@ -235,7 +235,7 @@ def test_text_is_never_changed(place, parts):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (gzip.compress(b"[]"), "got gzip data"),
+        (gzip.compress(b"[]", mtime=0), "got gzip data"),
         ('[{"id": 1}]'.encode("utf-16"), "got UTF-16 text"),
         ('["é"]'.encode("latin-1"), "not UTF-8"),
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
@@ -394,6 +394,27 @@ def test_nothing_left(place, parts):
     assert item["stop"]
     assert len(item["bad"]) == 12
     assert {x.kind for x in item["bad"]} == {"too long"}
+
+
+def test_a_text_without_ids(place, parts):
+    """A tokenizer that has no ids for one sample costs that sample."""
+    made = data(place, parts)
+    whole = made.processor.tokenizer
+    spoiled = "number 0"
+
+    def tokenizer(text, **options):
+        if spoiled in text:
+            raise Exception("Missing [UNK] token")  # as tokenizers written in Rust do
+        return whole(text, **options)
+
+    made.processor.tokenizer = tokenizer
+    try:
+        item = made[0]
+    finally:
+        made.processor.tokenizer = whole
+    assert [(x.kind, x.id) for x in item["bad"]] == [("unknown text", "v0")]
+    assert "Missing [UNK] token" in item["bad"][0].message
+    assert item["input_ids"] == made[1]["input_ids"]
 
 
 # -- order ---------------------------------------------------------------------------------------

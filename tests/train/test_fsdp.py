@@ -64,7 +64,7 @@ def launch(place, *more):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -150,3 +150,32 @@ def test_adapters_of_two_processes_are_those_of_one(tmp_path):
     assert "resumed from checkpoint-1" in launch(place, "--resume").stderr
     final = load_file(place / "two" / "model" / "model.safetensors")
     assert all(torch.equal(final[k], found[k]) for k in found)
+
+
+ENDING = """
+import atexit, os, threading, time
+from vxl_train.cli import leave
+
+class Witness:
+    def __del__(self, write=os.write):
+        write(2, b"taken down")
+
+witness = Witness()
+atexit.register(print, "at the end")
+threading.Thread(target=lambda: (time.sleep(0.2), print("of a thread"))).start()
+print("printed")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
+def test_a_process_of_a_group_ends_without_taking_the_interpreter_down(rank):
+    """A thread of gloo that asks for the interpreter's lock during the end would abort it."""
+    given = {name: value for name, value in environment().items() if name != "RANK"}
+    command = [sys.executable, "-c", ENDING]
+    done = subprocess.run(
+        command, env={**given, **rank}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split("\n") == ["printed", "of a thread", "at the end", ""]
+    assert done.returncode == 3
+    assert ("taken down" in done.stderr) == (not rank)

@@ -252,6 +252,15 @@ def test_other_samples_are_another_run(again):
     assert again(on_bad_sample="stop").steps == 2  # the handling of bad samples changes no order
 
 
+def test_runs_from_before_packing_go_on(again):
+    record = again.folder / "run" / "run.json"
+    settings = json.loads(record.read_text())["settings"]
+    assert "packing" not in settings
+    with pytest.raises(ValueError, match="resume: packing was None and is False"):
+        again(packing=False)
+    assert again().steps == 2
+
+
 def test_another_base_is_another_run(again):
     """The checkpoint holds only the projector."""
     path = again.folder / "model" / "model.safetensors"

@@ -1,10 +1,9 @@
-"""VICO: the right pictures of every clip, right answers, and runs that resume where they ended."""
+"""VICO: the right pictures of every clip, and runs that resume where they ended."""
 
 import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,14 +20,15 @@ pytest.importorskip("PIL.Image")
 
 from helpers.captioner import WORDS, Reader
 from helpers.clips import write_audio, write_clip
+from helpers.vico_samples import check_sample
 
 from vxl_model.video.decoders import pyav
 from vxl_model.video.decoders.choose import open_decoder
 from vxl_model.video.reader import VideoError, VideoWarning
 from vxl_train.vico import captioner
 from vxl_train.vico.build import VicoSettings, find_videos, make_vico
-from vxl_train.vico.captions import Caption, Clip, cut, read_clips
-from vxl_train.vico.questions import FORMS, ask, clean, pick_clues
+from vxl_train.vico.captions import Clip, cut, read_clips
+from vxl_train.vico.questions import FORMS
 
 CLIPS = 9  # of 128 s; what is left is less than half of one
 
@@ -129,157 +129,6 @@ def test_stretches_without_frames_make_no_clips(tmp_path):
     path = write_clip(tmp_path / "x.mkv", count=5, times=[0, 500, 1000, 3_600_000, 3_611_000])
     decoder = open_decoder(path)
     assert [clip.index for clip in cut(decoder, 14.0)] == [0, 257]
-
-
-# -- clues ---------------------------------------------------------------------------------------
-
-
-def captions(*texts, damaged=()):
-    return [
-        Caption(Clip(i, 14.0 * i, 14.0 * i + 14), text, int(i in damaged))
-        for i, text in enumerate(texts)
-    ]
-
-
-def test_clues_can_be_told_apart():
-    clues, dropped = pick_clues(
-        captions(
-            "A red fox sleeps under the old bridge.",
-            "a red fox  SLEEPS under an old bridge",  # the same again: one clue over both clips
-            "",
-            "Two women carry a ladder through the rain.",
-            "The.",
-            "A boat burns.",
-            "A dog in a yellow coat barks at a tram.",
-            "A boat burns!",  # back after something else: its time is ambiguous
-            "A green kettle whistles on a stove.",
-            damaged=(8,),
-        )
-    )
-    assert [(clue.text, clue.start, clue.end, clue.clips) for clue in clues] == [
-        ("A red fox sleeps under the old bridge", 0.0, 28.0, (0, 1)),
-        ("Two women carry a ladder through the rain", 42.0, 56.0, (3,)),
-        ("A dog in a yellow coat barks at a tram", 84.0, 98.0, (6,)),
-    ]
-    assert dropped == {"repeated": 1, "empty": 2, "recurring": 1, "damaged": 1}
-
-
-def test_clues_do_not_depend_on_the_order_of_captions():
-    given = captions(
-        *(f"{a} and {b} by {c}" for a, b, c in zip(WORDS, WORDS[1:], WORDS[3:], strict=False))
-    )
-    want = pick_clues(given)
-    assert len(want[0]) > 30
-    assert pick_clues(given[::-1]) == want
-
-
-def test_clues_of_scripts_without_spaces():
-    clues, _ = pick_clues(
-        captions("一只狐狸在桥下睡觉。", "一只狐狸在桥下睡觉", "两个女人在雨中抬梯子。")
-    )
-    assert [clue.text for clue in clues] == ["一只狐狸在桥下睡觉", "两个女人在雨中抬梯子"]
-
-
-def test_captions_are_cleaned():
-    assert clean(" A <image> man\n<|im_end|> waves </s>. ") == "A man waves"
-    assert clean("x < y and y > z") == "x < y and y > z"
-    sentence = "One two three four five six seven eight nine ten."
-    assert clean(" ".join([sentence] * 5)) == " ".join([sentence] * 4).rstrip(".")
-    assert clean("word " * 50) == "word " * 40 + "..."
-    assert clean(f"{sentence} " + "word " * 50) == sentence.rstrip(".")
-
-
-# -- questions -----------------------------------------------------------------------------------
-
-
-def check_sample(sample):
-    """Computes the answer again from the question's words and the clues' times."""
-    human, gpt = sample["conversations"]
-    assert (human["from"], gpt["from"]) == ("human", "gpt")
-    assert human["value"].startswith("<video>\n")
-    assert human["value"].count("<video>") == 1
-    form, clues = sample["vico"]["form"], sample["vico"]["clues"]
-    start = {clue["text"]: clue["start"] for clue in clues}
-    assert len(start) == len({*start.values()}) == len(clues) >= 2
-    _, head, *rest = human["value"].split("\n")
-    entries = dict(
-        re.match(r"(\(\d+\)|[A-Z]\.|-) (.*)", line).groups()[::-1]
-        for line in rest
-        if re.match(r"\(\d+\)|[A-Z]\.|- ", line)
-    )
-    answer = gpt["value"]
-    by_time = sorted((text for text in entries if text in start), key=start.__getitem__)
-    if form == "next":
-        assert list(entries) == [clue["text"] for clue in clues[1:]]
-        assert f'"{clues[0]["text"]}"' in head
-        later = [text for text in by_time if start[text] > clues[0]["start"]]
-        assert answer == f"{entries[later[0]]} {later[0]}"
-        return
-    presented = [text for text in entries if text in start]
-    assert presented == [clue["text"] for clue in clues]
-    if form == "retell":
-        assert answer == "\n".join(f"{n}. {text}" for n, text in enumerate(by_time, 1))
-    elif form in ("first", "last"):
-        right = by_time[0 if form == "first" else -1]
-        assert answer == f"{entries[right]} {right}"
-    else:
-        order = ", ".join(entries[text] for text in by_time)
-        if form == "order":
-            assert answer == order
-        else:
-            assert form == "choice"
-            options = [entry for entry in entries if entry not in start]
-            assert len(options) == 4  # a dict: all different
-            assert all(sorted(o.split(", ")) == sorted(order.split(", ")) for o in options)
-            assert entries[order] == f"{answer}."
-
-
-def clues_of(count):
-    texts = [f"{WORDS[i]} {WORDS[i + 1]}" for i in range(count)]
-    return pick_clues(captions(*texts))[0]
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 12, 30])
-def test_questions(count):
-    clues = clues_of(count)
-    assert len(clues) == count
-    forms = set()
-    for seed in range(20):
-        questions = ask(clues, "v", seed, samples=8, most=26)
-        assert len(questions) == 8 or count == 2
-        asked = {(q.form, q.question, q.answer) for q in questions}
-        assert len(asked) == len(questions)
-        forms |= {question.form for question in questions}
-        for q in questions:
-            assert {clue.text for clue in q.clues} <= {clue.text for clue in clues}
-            check_sample(
-                {
-                    "conversations": [
-                        {"from": "human", "value": f"<video>\n{q.question}"},
-                        {"from": "gpt", "value": q.answer},
-                    ],
-                    "vico": {"form": q.form, "clues": [vars(clue) for clue in q.clues]},
-                }
-            )
-    assert forms == {form for form, it in FORMS.items() if it.least <= count}
-
-
-def test_letters_and_places_are_fair():
-    """A model gains nothing by always answering A, or by the order as printed."""
-    clues = clues_of(12)
-    letters, as_printed = [], []
-    for seed in range(300):
-        for question in ask(clues, "v", seed, samples=6, most=4):
-            if question.form == "choice":
-                letters.append(question.answer)
-            if question.form == "order":
-                as_printed.append(question.answer == "(1), (2), (3), (4)"[: len(question.answer)])
-    assert all(0.15 < letters.count(letter) / len(letters) < 0.35 for letter in "ABCD")
-    assert np.mean(as_printed) < 0.35
-
-
-def test_no_questions_about_one_clue():
-    assert ask(clues_of(1), "v", 0, 4, 5) == []
 
 
 # -- runs ----------------------------------------------------------------------------------------

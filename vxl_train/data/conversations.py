@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vxl_model.inputs.arguments import IGNORE_INDEX, IMAGE_TOKEN
+from vxl_model.inputs.arguments import IGNORE_INDEX, IMAGE_TOKEN, encoded
 
 from .samples import Sample
 
@@ -16,7 +16,7 @@ SYSTEM = "You are a helpful assistant."
 
 
 def conversation_ids(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """`(input_ids, labels)` of a sample. One id -200 stands for the visual part; labels are -100
+    """`(input_ids, labels)` of a sample. One id -200 marks the visual part. Labels are -100
     where nothing is supervised.
 
     Unsupervised text is tokenized in one piece and each answer separately, which yields exactly
@@ -32,7 +32,7 @@ def conversation_ids(sample: Sample, tokenizer: Any) -> tuple[list[int], list[in
         nonlocal open_text
         for text, learned in ((open_text, False), (supervised, True)):
             if text:
-                new = tokenizer(text, add_special_tokens=False)["input_ids"]
+                new = encoded(tokenizer, text, add_special_tokens=False)
                 ids.extend(new)
                 labels.extend(new if learned else [IGNORE_INDEX] * len(new))
         open_text = ""

@@ -98,7 +98,10 @@ class TrainingData(Dataset):
 
     def _read(self, index: int, epoch: int) -> dict[str, Any]:
         sample = self.samples[index]
-        ids, labels = conversation_ids(sample, self.processor.tokenizer)
+        try:
+            ids, labels = conversation_ids(sample, self.processor.tokenizer)
+        except ValueError as error:
+            raise BadSampleError(BadSample("unknown text", sample.id, str(error))) from None
         if len(ids) > self.max_text_tokens:
             text = f"{len(ids)} tokens of text, more than {self.max_text_tokens}"
             raise BadSampleError(BadSample("too long", sample.id, text))

@@ -28,6 +28,8 @@ __all__ = [
     "BadSamples",
     "Sample",
     "VisualShape",
+    "check_record",
+    "parse_json",
     "read_samples",
 ]
 
@@ -52,7 +54,7 @@ _OTHER_FORMATS = {  # by a file's first bytes
     b"\xfe\xff": "UTF-16 text",
 }
 _CHARACTERS_A_TOKEN = 4  # of English text, roughly; only the order of lengths matters
-_MOST = 1e12  # upper limit of a width, a number of frames, seconds
+_MAX = 1e12  # upper limit of a width, a number of frames, seconds
 
 KINDS = (
     "broken line",
@@ -62,6 +64,7 @@ KINDS = (
     "missing file",
     "unreadable image",
     "undecodable video",
+    "unknown text",
     "too long",
 )
 
@@ -83,6 +86,10 @@ class BadSampleError(ValueError):
     def __init__(self, bad: BadSample) -> None:
         super().__init__(str(bad))
         self.bad = bad
+
+    @classmethod
+    def of(cls, kind: str, id: str, message: str) -> BadSampleError:
+        return cls(BadSample(kind, id, message))
 
 
 class BadSamples:
@@ -194,7 +201,7 @@ def read_samples(
         for number, record in _records(path):
             place = f"{path.name if names[path.name] == 1 else path}:{number}"
             try:
-                sample = _parse(record, place, base, control)
+                sample = check_record(record, place, base, control)
                 samples.append(replace(sample, id=unique(sample.id, place)))
             except BadSampleError as error:
                 bad.add(error.bad._replace(id=unique(error.bad.id, place)))
@@ -227,17 +234,17 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
                 raise ValueError(f"{path}: got {name}, expected JSON or JSONL in UTF-8")
         file.seek(0)
         if head.removeprefix(_BOM).lstrip().startswith(b"["):
-            records = _parsed(file.read())
+            records = parse_json(file.read())
             if isinstance(records, ValueError):
                 raise ValueError(f"{path}: {records}")
             yield from enumerate(records)
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, _parsed(line)
+                yield number, parse_json(line)
 
 
-def _parsed(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """The JSON value of some bytes, or a ValueError that says why there is none."""
     try:
         return json.loads(data.removeprefix(_BOM).decode("utf-8"))
@@ -249,7 +256,18 @@ def _parsed(data: bytes) -> Any:
         return ValueError("not usable JSON (nested too deeply)")
 
 
-def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sample:
+def check_record(record: Any, place: str, root: Path, control: Sequence[str] = ()) -> Sample:
+    """A record of a data file as a sample; no file is opened.
+
+    Args:
+        place: its id, where it has none of its own.
+        root: what its paths are relative to.
+        control: tokens that must not be in a text.
+
+    Raises:
+        BadSampleError: the record cannot be used.
+    """
+
     def bad(kind: str, message: str) -> BadSampleError:
         return BadSampleError(BadSample(kind, name, message))
 
@@ -272,9 +290,9 @@ def _parse(record: Any, place: str, root: Path, control: Sequence[str]) -> Sampl
     for key in ("width", "height", "frames", "duration"):
         value = record.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            if value > _MOST or (value < 1 and key != "duration"):  # JSON has Infinity, and 0.5
+            if value > _MAX or (value < 1 and key != "duration"):  # JSON has Infinity, and 0.5
                 least = 0 if key == "duration" else 1
-                raise bad("bad sample", f"{key}: got {value}, expected {least} to {_MOST:.0e}")
+                raise bad("bad sample", f"{key}: got {value}, expected {least} to {_MAX:.0e}")
             about.append((key, float(value)))
     return Sample(name, kind, files, turns, visual_turn, tuple(about))
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from vxl_cli.common import output_file
+from vxl_cli.videos import find_videos
 from vxl_kernels.files import atomic_write
-from vxl_model.video.decoders.base import VideoError, checked_path
+from vxl_model.video.decoders.base import VideoError
 from vxl_model.video.decoders.choose import open_decoder
 from vxl_model.video.prefetch import prefetch
 
@@ -32,8 +33,6 @@ from .questions import Question, ask, pick_clues
 from .settings import VicoSettings
 
 __all__ = ["VicoSummary", "make_vico"]
-
-SUFFIXES = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv"
 
 
 @dataclass
@@ -117,36 +116,6 @@ def make_vico(
         )
     atomic_write(target, "".join(line + "\n" for line in lines), durable=True, inputs=files)
     return summary
-
-
-def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The given files, each once, and the video files of the given folders, sorted by name."""
-    found: dict[str, None] = {}
-    suffixes = SUFFIXES.split()
-    for path in paths:
-        if os.path.isdir(path):
-            inside = sorted(
-                (
-                    Path(folder) / name
-                    for folder, _, names in os.walk(path)
-                    for name in names
-                    if Path(name).suffix.lower() in suffixes
-                ),
-                key=lambda file: file.as_posix(),
-            )
-            if not inside:
-                raise ValueError(f"videos: {os.fspath(path)}: a folder without video files")
-            found.update(dict.fromkeys(os.path.abspath(file) for file in inside))
-        else:
-            try:
-                checked_path(path)
-            except VideoError as error:
-                if not os.path.isfile(path):  # an empty or locked one counts as a bad video
-                    raise ValueError(f"videos: {error}") from None
-            found[os.path.abspath(path)] = None
-    if not found:
-        raise ValueError("videos: got none, expected files or folders")
-    return [Path(file) for file in found]
 
 
 def check_output(output: str | os.PathLike[str], inputs: Sequence[Path]) -> Path:
