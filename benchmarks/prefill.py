@@ -2,7 +2,7 @@
 
 `encode`: windows through a few layers of Qwen2-7B's geometry, `vxl_model` against what the
 published code does (same weights; cached K and logits are compared in the same run).
-`questions`: many questions over one video against encoding it again for each.
+`questions`: many questions over one video against encoding it again for each, and in one call.
 `pipeline`: what comes before the language model, a frame at a time.
 `memory`: peak memory of long streams against a short one.
 
@@ -33,6 +33,7 @@ from benchmarks.model.report import (
     questions_text,
     save_plot,
 )
+from benchmarks.model.token import FULL, SMALL
 from vxl_kernels.files import atomic_write
 
 CASES = {"encode": encode, "questions": questions, "pipeline": pipeline, "memory": memory}
@@ -54,17 +55,7 @@ GEOMETRY = {
 }
 # Long streams through two layers would take an hour at full width.
 NARROW = {**GEOMETRY, "hidden": 448, "heads": 7, "kv_heads": 1, "intermediate": 2432}
-# All of Qwen2-7B's language model, for a GPU: 8.4 G parameters, 16 GiB in bf16.
-FULL = {**GEOMETRY, "intermediate": 18944, "vocab": 152064}
 FULL_LAYERS = 28
-SMALL = {
-    "hidden": 64,
-    "heads": 4,
-    "kv_heads": 2,
-    "intermediate": 96,
-    "vocab": 101,
-    "window": 144,
-}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,6 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=int, default=8, help="raw tokens per VST")
     add("--frames", type=int, default=128, help="of the video of questions")
     add("--questions", type=int, default=50)
+    add("--new-tokens", type=int, default=8, help="of an answer")
     add("--vision-frames", type=int, default=4, help="frames through the vision tower")
     add("--memory-frames", default="128,2048", help="lengths of streams, comma-separated")
     add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
@@ -96,6 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "alpha",
         "frames",
         "questions",
+        "new_tokens",
         "threads",
         "vision_frames",
     ):

@@ -1,6 +1,6 @@
 """Fills Triton's cache ahead, in parallel: launches then find their kernels there.
 
-    python benchmarks/codegen/ahead.py [--target cuda:90] [--jobs N]
+    python benchmarks/codegen/ahead.py [--target cuda:90] [--jobs N] [--reached | --few]
 
 Compiles what Qwen2-7B reaches (prefill, decode of any number of rows, append, gradients) and what
 the catalog ships. It needs no GPU. On a machine with one, the target is that GPU's.
@@ -40,8 +40,8 @@ def reached(
     gradients: bool = True,
 ) -> list[Kernel]:
     """Every kernel that a model of this geometry launches over a paged cache, batches of one and
-    of several, window by window."""
-    from vxl_kernels._triton import catalog, launch, launch_backward
+    of several, window by window, and sequences of different rows in one call."""
+    from vxl_kernels._triton import catalog, launch, launch_backward, launch_ragged
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -72,11 +72,20 @@ def reached(
                         )[0]
                     how = f"d{head_dim} pages of {page_size} {'chunk' if layout else rows}"
                     found += [catalog.compilation(p, how, dtype) for p in planned]
+            rows, sequences = chunk.rows + 122, 24  # a window, a text and 22 decode rows
+            q, k = (empty(rows, n, head_dim, dtype=dtype) for n in (heads, kv_heads))
+            table, layouts = (empty(sequences, n, dtype=torch.int32) for n in (64, 5))
+            lens = empty(sequences, dtype=torch.int32)
+            call = (q, k, k, pages, pages, table, lens, layouts)
+            planned = launch_ragged.plan_attention_varlen(*call, sequences, scale, arch)[0]
+            planned.append(launch_ragged.plan_rope_append_varlen(*call, inv_freq, q, k))
+            how = f"d{head_dim} pages of {page_size} ragged"
+            found += [catalog.compilation(p, how, dtype) for p in planned]
     return distinct(found)
 
 
 def distinct(entries: Iterable[Kernel]) -> list[Kernel]:
-    """One of each that compile to the same."""
+    """One of all configurations that compile to the same code."""
     found: dict[str, Kernel] = {}
     for e in entries:
         same = (e.kernel, e.signature, e.constexprs, str(e.attrs), e.num_warps, e.num_stages)
@@ -131,6 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", help="of cuda:80, cuda:90, cuda:100; default the GPU's")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--reached", action="store_true", help="not the rest of the catalog")
+    parser.add_argument(
+        "--few", action="store_true", help="decode of one row and append: what a smoke test runs"
+    )
+    parser.add_argument("--small", action="store_true", help="one kernel, to see that it compiles")
     options = parser.parse_args(arguments)
     from vxl_kernels._triton import catalog, configs
 
@@ -140,7 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arch = f"cuda:{major}{minor}"
     torch.set_num_threads(1)
     entries = reached(arch)
-    if not options.reached:
+    if options.few or options.small:
+        wanted = ("rope_append",) if options.small else ("decode", "merge", "rope_append")
+        entries = [e for e in entries if e.kernel in wanted and not e.config.endswith("chunk")]
+        entries = entries[:1] if options.small else [e for e in entries if e.config.endswith(" 1")]
+    elif not options.reached:
         entries = distinct([*entries, *catalog.shipped(configs.family(arch))])
     start = time.perf_counter()
     failed = compile_all(entries, arch, options.jobs)

@@ -20,6 +20,8 @@ Sources
             FP16/BF16 (1307 TFLOP/s = 304 CUs x 2.1 GHz x 2048), 4 SIMDs of 16 lanes, packed FP32
             at twice the rate, 512 vector registers per lane, 64 KB and 128 bytes per clock of LDS.
             Transcendental functions run at a quarter of the rate of an FMA.
+  [memory]  Data sheets: A100 80 GB 2.04 TB/s, H100 SXM 3.35 TB/s, B200 8 TB/s, MI300X 5.3 TB/s,
+            over the SMs and clocks above.
   [assumed] No published figure was found; the value favours neither kernel.
 """
 
@@ -46,6 +48,8 @@ class Limits:
     shuffle: int
     shared_bytes: int
     tensor_memory_bytes: int
+    memory_bytes: float
+    """Of the GPU's memory, an SM's part."""
     # -- residency --
     registers: int
     register_granule: int
@@ -76,6 +80,7 @@ LIMITS = {
         shuffle=32,  # [guide] warp shuffle
         shared_bytes=128,  # [guide] 32 banks of 4 bytes
         tensor_memory_bytes=0,
+        memory_bytes=13.4,  # [memory]
         registers=65536,  # [guide] from here on: technical specifications
         register_granule=256,
         shared_total=164 * 1024,
@@ -97,6 +102,7 @@ LIMITS = {
         shuffle=32,  # [guide]
         shared_bytes=128,  # [guide]
         tensor_memory_bytes=0,
+        memory_bytes=13.9,  # [memory]
         registers=65536,
         register_granule=256,
         shared_total=228 * 1024,
@@ -117,6 +123,7 @@ LIMITS = {
         shuffle=32,  # [guide]
         shared_bytes=128,  # [b200]
         tensor_memory_bytes=512,  # [assumed] one 32-bit column per lane and clock
+        memory_bytes=29.2,  # [memory]
         registers=65536,
         register_granule=256,
         shared_total=228 * 1024,
@@ -137,6 +144,7 @@ LIMITS = {
         shuffle=64,  # [assumed] ds_bpermute moves 4 bytes a lane through the LDS
         shared_bytes=128,  # [cdna3]
         tensor_memory_bytes=0,
+        memory_bytes=8.3,  # [memory]
         registers=512,
         register_granule=8,
         shared_total=64 * 1024,

@@ -5,14 +5,15 @@
 2. A loop over *masked* tiles compares integers and selects about once per score. A loop's FLOPs say
    how many scores that is: FLOPs / (4 * head_dim) for the block, of which a thread has its part.
    From 0.15 comparisons and 0.75 selects per score on, a loop is masked. (A comparison of a key's
-   number alone serves all rows of a thread, and some selects serve other ends: rounding to bf16
-   on AMD, wrapping the buffers of a pipeline.) A kernel of fewer than 64 rows waits for memory:
-   its masked loops are taken too, unless they do less than a tile.
-3. The remaining loops must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or 2 * m *
-n * k
-   of a product; fewer is an error, and so is a missing full loop. Extra FLOPs are work that warps
-   repeat; they count as time, not as useful work. (float32 takes several tf32 products for one,
-   with selects of its own. There all loops are taken, and all FLOPs count as useful.)
+   number counts for all rows of a thread, and some selects have other purposes: rounding to bf16 on
+   AMD, wrapping the buffers of a pipeline.) A kernel of fewer than 64 rows waits for memory. Its
+   masked loops are taken too, unless they do less than a tile.
+3. The remaining loops must do at least the FLOPs of a tile, 4 * rows * keys * head_dim, or
+   2 * m * n * k of a product. Fewer is an error, and so is a missing full loop. Extra FLOPs are
+   work that warps repeat. They count as time, not as useful work. (float32 takes several tf32
+   products for one, with selects of its own. There all loops are taken, and all FLOPs count as
+   useful.) A tile of head_dim 80 is padded to 128. A compiler that sees the zeros may leave out
+   products with them, as AMD's does in some loops. There the FLOPs of 80 are enough.
 
 All full loops (cache, chunk) are returned; the table shows the worst one.
 """
@@ -38,9 +39,9 @@ class TileLoop:
     tiles: int
     warps: int
     skipped: Counts
-    """What a branch leaves out while the running maximum stands: see `_rescaling`."""
+    """What a branch leaves out while the running maximum does not change: see `_rescaling`."""
     useful_flops: int
-    """Those of the tiles, per iteration."""
+    """Those of the tiles, per iteration, as far as they are done."""
     repeated: float
     """Matrix FLOPs done over useful ones: above 1 where warps repeat one another's products."""
 
@@ -134,24 +135,27 @@ def _flops(counts: Counts, warps: int) -> int:
     return sum(counts.matrix_flops.values()) * warps + sum(counts.cta_matrix_flops.values())
 
 
-def _tiles(name: str, counts: Counts, tile: Mapping[str, int], warps: int) -> int:
+def _tiles(
+    name: str, counts: Counts, tile: Mapping[str, int], warps: int, head_dim: int | None
+) -> int:
     """Tiles in an iteration: by the bytes of K and V where the threads copy them themselves, else
     by FLOPs. More FLOPs than the tiles have means that warps repeat one another's products."""
     flops, wanted = _flops(counts, warps), tile_flops(tile)
-    if flops < wanted:
+    least = tile_flops({**tile, "head_dim": head_dim}) if head_dim else wanted
+    if flops < least:
         raise ParseError(
-            f"{name}: a loop does {flops} matrix FLOP an iteration, a tile has {wanted}: the tile "
+            f"{name}: a loop does {flops} matrix FLOP an iteration, a tile has {least}: the tile "
             "is not the kernel's, or its products are spread over several loops"
         )
     if "keys" in tile and counts.async_bytes:
         walked = tile["rows"] if tile.get("products") == 4 else tile["keys"]
         fetched = counts.async_bytes * warps / (4 * walked * tile["head_dim"])
         if "products" in tile:  # LSE and delta of the rows, 4 bytes each, come on top or alone
-            return int(fetched) or flops // wanted
+            return int(fetched) or max(flops // wanted, 1)
         if fetched != int(fetched) or not fetched:
             raise ParseError(f"{name}: a loop copies the keys of {fetched:g} tiles an iteration")
         return int(fetched)
-    return flops // wanted
+    return max(flops // wanted, 1)
 
 
 def full_tile_loops(
@@ -162,9 +166,10 @@ def full_tile_loops(
     warps: int,
     shapes: Sequence[Shape] = (),
     element: int = 2,
+    head_dim: int | None = None,
 ) -> list[TileLoop]:
     """The loops over full tiles of a kernel whose blocks have `warps` warps. `element`: the bytes
-    of a key's number.
+    of a key's number. `head_dim`: without the padding to the tile's; None if there is none.
 
     Raises:
         ParseError: no loop with matrix instructions, FLOPs that are not a whole number of tiles, or
@@ -185,10 +190,10 @@ def full_tile_loops(
             smaller = _flops(counts, warps) < tile_flops(tile)
             if masked and element == 2 and ("products" in tile or tile["rows"] >= 64 or smaller):
                 continue
-        tiles = _tiles(function.name, counts, tile, warps) if element == 2 else 1
+        tiles = _tiles(function.name, counts, tile, warps, head_dim) if element == 2 else 1
         skipped = count(function.instructions(_rescaling(function, blocks)), warp=warp)
         flops = _flops(counts, warps)
-        useful = tile_flops(tile) * tiles if element == 2 else flops
+        useful = min(flops, tile_flops(tile) * tiles) if element == 2 else flops
         full.append(TileLoop(loop, counts, tiles, warps, skipped, useful, flops / useful))
     if not seen:
         raise ParseError(f"{function.name}: no loop with matrix instructions")

@@ -123,9 +123,10 @@ class Measured:
     """One kernel in one configuration, measured: a line of the table, plain data only.
 
     Cycles, counts and FLOPs are those of one tile of the worst full loop, for a whole block;
-    None where the kernel has no product. `share_of_peak` is the no-overlap share while the
-    running maximum stands, `share_rescaling` that of a tile in which every branch is taken: the
-    same number unless the kernel branches around the rescaling of its accumulator.
+    None where the kernel has no product. `share_of_peak` is the share without overlap of a
+    tile in which the running maximum does not change. `share_rescaling` is that of a tile in which
+    every branch is taken. They differ only if the kernel branches around the rescaling of its
+    accumulator.
     """
 
     kernel: str
@@ -204,6 +205,7 @@ def measure(kernel: Kernel, arch: str, compiled: Compiled) -> Measured:
         warps=compiled.warps,
         shapes=shapes,
         element=4 if kernel.dtype == "fp32" else 2,
+        head_dim=kernel.head_dim,
     )
     rows = [_measure_loop(row, loop, limits) for loop in loops]
     worst = min(rows, key=lambda r: r.share_of_peak or 0.0)

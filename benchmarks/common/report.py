@@ -12,15 +12,21 @@ from benchmarks.common.options import save_figure
 from vxl_kernels.files import atomic_write
 
 __all__ = [
+    "H100_BYTES",
+    "H100_FLOPS",
     "Ratio",
     "Result",
     "milliseconds",
     "notes",
+    "plain_table",
     "ratio_table",
     "save_json",
     "save_plot",
     "table",
 ]
+
+
+H100_FLOPS, H100_BYTES = 798e12, 3.0e12  # a second: bfloat16 matrix product; memory
 
 
 @dataclass
@@ -47,6 +53,15 @@ class Result:
     chunks: int | None = None
     ours: bool = False
 
+    @property
+    def of_h100(self) -> float | None:
+        """Of an H100's memory where bytes count, else of its matrix product. Only on a GPU."""
+        if self.host_ms is None:
+            return None
+        if self.gb_per_s is not None:
+            return self.gb_per_s * 1e9 / H100_BYTES
+        return None if self.tflops is None else self.tflops * 1e12 / H100_FLOPS
+
 
 @dataclass
 class Ratio:
@@ -66,7 +81,9 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _align(header: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+def plain_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[int]
+) -> str:
     """Columns in `left` flush left, the others right."""
     widths = [max(len(row[i]) for row in [header, *lines]) for i in range(len(header))]
 
@@ -96,6 +113,7 @@ _HEADER = (
     "max error",
     "match",
     "host ms",
+    "% H100",
 )
 
 
@@ -106,6 +124,7 @@ def milliseconds(ms: float | None) -> str:
 def _cells(r: Result) -> list[str]:
     spread = None if r.spread is None else 100 * r.spread
     share = None if r.of_ceiling is None else 100 * r.of_ceiling
+    of_h100 = None if r.of_h100 is None else 100 * r.of_h100
     match = {None: "-", True: "✓", False: "✗"}[r.ok]
     return [
         r.case,
@@ -123,21 +142,22 @@ def _cells(r: Result) -> list[str]:
         _number(r.max_error, ".1e"),
         match,
         milliseconds(r.host_ms),
+        _number(of_h100, ".0f"),
     ]
 
 
 def table(results: Sequence[Result]) -> str:
     lines: list[list[str]] = []
     group = None
-    # Only runs on a GPU have the last column.
-    width = len(_HEADER) - all(r.host_ms is None for r in results)
+    # Only runs on a GPU have the last two columns.
+    width = len(_HEADER) - 2 * all(r.host_ms is None for r in results)
     for r in results:
         key = (r.case, r.cache_len, r.batch, r.dtype)
         if group is not None and key != group:
             lines.append([""] * width)
         group = key
         lines.append(_cells(r)[:width])
-    return _align(_HEADER[:width], lines, left=(0, 3, 4))
+    return plain_table(_HEADER[:width], lines, left=(0, 3, 4))
 
 
 def ratio_table(ratios: Sequence[Ratio], title: str = "also measured") -> str:
@@ -147,7 +167,7 @@ def ratio_table(ratios: Sequence[Ratio], title: str = "also measured") -> str:
         header.append("bar")
         for line, r in zip(lines, ratios, strict=True):
             line.append(f"{r.bar} {'✓' if r.met else '✗ MISSED'}" if r.bar else "")
-    return _align(header, lines, left=range(len(header)))
+    return plain_table(header, lines, left=range(len(header)))
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -187,6 +207,7 @@ def save_json(path: Path, results: Sequence[Result], **run: str) -> None:
             "spread": finite(r.spread),
             "repeats": r.repeats,
             "host_ms": finite(r.host_ms),
+            "of_h100": finite(r.of_h100),
             "page_size": r.page_size,
             "chunks": r.chunks,
             "note": r.note,

@@ -203,7 +203,8 @@ def _append(model: Any, memory: Any, window: Tensor, shortcut: bool) -> None:
 
 
 def questions(options: argparse.Namespace) -> dict[str, Any]:
-    """One video, many questions, against encoding it again for each."""
+    """One video, many questions: against encoding it again for each, and all in one call against
+    one after the other."""
     model = make_model(options, options.layers)
     windows = -(-options.frames * TOKENS_PER_FRAME // options.geometry["window"])
     tokens = options.frames * TOKENS_PER_FRAME
@@ -216,14 +217,22 @@ def questions(options: argparse.Namespace) -> dict[str, Any]:
     cache = memory.batch.states[0].sequence.cache.pages
     used = cache.num_pages - cache.free_pages
     generator = torch.Generator().manual_seed(1)
-    memory.ask(torch.arange(20), max_new_tokens=8)  # the first one compiles and loads kernels
-    asked = []
+    new = {"max_new_tokens": options.new_tokens, "eos_token_id": None}
+    memory.ask(torch.arange(20), **new)  # the first one compiles and loads kernels
+    asked, tails, answers = [], [], []
     for _ in range(options.questions):
         tail = torch.randint(0, options.geometry["vocab"], (20,), generator=generator)
         start = time.perf_counter()
-        memory.ask(tail, max_new_tokens=8)
+        answers.append(memory.ask(tail, **new))
         synchronize(options.device)
         asked.append(time.perf_counter() - start)
+        tails.append(tail)
+    peak = cache.stats()["peak_used_pages"]
+    start = time.perf_counter()
+    together = memory.ask(tails, **new)
+    synchronize(options.device)
+    together_s = time.perf_counter() - start
+    same = all(torch.equal(a, b) for a, b in zip(answers, together, strict=True))
     every = sum(asked)
     once = watched + every
     again = options.questions * watched + every
@@ -234,7 +243,10 @@ def questions(options: argparse.Namespace) -> dict[str, Any]:
         "question_s": every / options.questions,
         "speedup": again / once,
         "pages_video": used,
-        "pages_after": cache.stats()["peak_used_pages"],
+        "pages_after": peak,
+        "together_s": together_s,
+        "together_speedup": every / together_s,
+        "same_answers": same,
     }
 
 

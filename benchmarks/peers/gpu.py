@@ -45,7 +45,7 @@ def flash_attn(x: Inputs) -> Prepared:
 
 
 def flashinfer(x: Inputs) -> Prepared:
-    """The paged prefill wrapper, planned ahead; it serves decode too."""
+    """The paged prefill wrapper, planned ahead. It computes decode too."""
     import flashinfer
 
     case, g = x.case, x.case.geometry

@@ -49,7 +49,7 @@ def _backend(case: Case) -> str:
 
 
 def _vxl_unsupported(case: Case) -> str | None:
-    """Why vxl is not timed: the reference would serve, whose time means nothing."""
+    """Why vxl is not timed: the reference would run instead, and its time means nothing."""
     backend = _backend(case)
     reasons = vxl_kernels.backends()[backend]
     return f"backend {backend!r} cannot run here: {'; '.join(reasons)}" if reasons else None

@@ -24,7 +24,7 @@ UNUSED = {"alibi_slopes": None, "sliding_window_size": -1, "softcap": 0.0, "s_au
 
 @functools.cache
 def _load() -> str | None:
-    """Loads the library that vLLM takes on this processor; why not, if it cannot."""
+    """Loads the library that vLLM takes on this processor. Returns the reason if it cannot."""
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
         return "not installed (make bench-peers)"

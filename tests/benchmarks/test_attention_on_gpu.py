@@ -271,5 +271,6 @@ def test_attn_to_its_end(tmp_path):
     ours = [r for r in records if r["provider"].startswith("vxl")]
     assert len(ours) == 4
     assert all(r["ok"] and r["ms"] > 0 and r["host_ms"] > 0 for r in ours)
-    assert "host ms" in done.stdout
+    assert "host ms  % H100" in done.stdout
+    assert all(r["of_h100"] == pytest.approx(r["gb_per_s"] / 3000) for r in ours if r["gb_per_s"])
     assert "of copy\nbandwidth" in done.stdout

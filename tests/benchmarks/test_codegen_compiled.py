@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers.paths import ROOT
@@ -12,8 +13,9 @@ from helpers.paths import ROOT
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from benchmarks import machine_code
 from benchmarks.codegen.compile import compile_kernel, target_of
-from benchmarks.codegen.model import measure
+from benchmarks.codegen.model import Measured, measure
 from benchmarks.codegen.plain_flash import Compilation, sweep
 from benchmarks.codegen.table import violations
 
@@ -106,3 +108,30 @@ def test_the_plain_kernel_is_right() -> None:
         check=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--strict"], ["--check", "--strict"]])
+def test_a_check_takes_what_the_tests_have_compiled(arguments, monkeypatch, tmp_path) -> None:
+    """It leaves the plain kernel out and fails on a spill, on a goal it does not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    seen = set()
+
+    def run(job: machine_code.Job) -> Measured:
+        source, arch, index, head_dim, dtype = job
+        kernel = machine_code.kernels(source, arch, head_dim, dtype)[index]
+        assert source == "shipped" or kernel.head_dim & (kernel.head_dim - 1) == 0
+        seen.add((source, os.environ["TRITON_CACHE_DIR"] == str(tmp_path)))
+        row = Measured(kernel.kernel, kernel.config, "sm_80", 1, 0, 0, 1, tile=dict(kernel.tile))
+        return replace(row, spill_bytes=spilled, dots=1, matrix={"HMMA": 1}, repeated=repeated)
+
+    monkeypatch.setattr(machine_code, "run", run)
+    call = ["--target", "cuda:80", "--kernel", "decode", "--jobs", "1", *arguments]
+    spilled, repeated = 0, 1.0
+    assert machine_code.main(call) == 0
+    faults_alone = arguments == ["--check"]
+    assert seen == ({("shipped", True)} if faults_alone else {("shipped", False), ("plain", False)})
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
+    spilled = 8
+    assert machine_code.main(call) == (1 if arguments else 0)
+    spilled, repeated = 0, 2.0
+    assert machine_code.main(call) == int("--strict" in arguments)

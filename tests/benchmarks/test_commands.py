@@ -18,6 +18,7 @@ KEYS = {
     "ms",
     "tflops",
     "of_ceiling",
+    "of_h100",
     "speedup_vs_best_peer",
     "max_error",
     "ok",
@@ -41,6 +42,29 @@ def bench(*options, script="attn.py"):
         timeout=600,
         check=False,
     )
+
+
+def test_packed_samples_run_and_have_the_gradients_of_single_ones(tmp_path):
+    file = tmp_path / "a.json"
+    options = ["--case", "short", "--seconds", "0.1", "--json", str(file)]
+    done = bench(*options, script="packing.py")
+    assert done.returncode == 0, done.stderr
+    packed, alone, padded = json.loads(file.read_text())
+    assert [x["way"] for x in (packed, alone, padded)] == ["packed", "alone", "padded"]
+    assert packed["rows"] == alone["rows"] < padded["rows"]
+
+
+def test_ragged_calls_run_and_have_the_bits_of_single_ones(tmp_path):
+    done = bench("--json", str(tmp_path / "a.json"), script="ragged.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((tmp_path / "a.json").read_text())
+    assert {(r["case"], r["dtype"]) for r in records} == {
+        (case, dtype) for case in ("forks", "step") for dtype in ("fp32", "bf16")
+    }
+    assert all(r["ms"] > 0 for r in records)
+    assert [r["same_bits"] for r in records if r["what"] in ("together", "one launch")] == [
+        True
+    ] * 4
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16", "--order", "interleaved"]])
@@ -101,6 +125,35 @@ def test_small_run_of_the_cache(tmp_path):
     assert all(
         set(r) == {"what", "value", "against", "ratio", "meaning", "bar", "met"} for r in lines
     )
+
+
+def test_small_run_of_the_decoders(tmp_path):
+    pytest.importorskip("transformers")
+    cases = ["--case", "prefill-1024", "--case", "decode-padded"]
+    done = bench(
+        "--dtype", "fp32", *cases, "--json", str(tmp_path / "a.json"), script="decoders.py"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = json.loads((tmp_path / "a.json").read_text())
+    assert [x["provider"] for x in lines] == 2 * ["sdpa", "vxl", "paged"]
+    assert all(x["ok"] and x["tokens_per_s"] > 0 and x["repeats"] >= 3 for x in lines)
+    assert all(0 < x["max_error"] < 1e-4 for x in lines if x["provider"] != "sdpa")
+
+
+def test_decoders_whose_logits_differ_fail(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from benchmarks import decoders
+
+    real = decoders.Prompt.forward
+
+    def shifted(self, cache, start, stop):
+        logits = real(self, cache, start, stop)
+        return logits.roll(1, -1) if isinstance(cache, decoders.PagedCache) else logits
+
+    monkeypatch.setattr(decoders.Prompt, "forward", shifted)
+    arguments = ["--small", "--dtype", "fp32", "--case", "prefill-1024", "--layers", "1"]
+    assert decoders.main(arguments) == 1
+    assert "differ from sdpa's: paged in prefill-1024, fp32" in capsys.readouterr().err
 
 
 def test_interpreted_triton_is_checked_and_not_timed(tmp_path):

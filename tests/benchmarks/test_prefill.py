@@ -54,6 +54,8 @@ def test_small_run(tmp_path):
     assert all(len(v) == 3 and min(v) > 0 for v in encode["seconds"].values())
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert results["questions"]["pages_after"] <= results["questions"]["pages_video"] + 2
+    assert results["questions"]["same_answers"]
+    assert results["questions"]["together_s"] > 0
     assert results["pipeline"]["vision"] > 0
 
 
