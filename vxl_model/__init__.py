@@ -3,31 +3,8 @@
 `VideoXLForConditionalGeneration.from_pretrained(path).watch("video.mp4").ask("What happens?")`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-
-from .convert import apply_vst_to_qwen2
-from .decoder.configuration import VideoXLConfig
-from .decoder.layers import VideoXLModel
-from .inputs.preprocessing import VideoXLImageProcessor, VideoXLVideoProcessor
-from .inputs.processing import VideoXLProcessor
-from .modeling import VideoXLForConditionalGeneration, VideoXLOutput
-from .settings import ExecutionSettings
-from .streaming.conversation import Conversation
-from .streaming.memory import VideoMemory
-from .streaming.ratios import WindowRatios
+import sys
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Conversation",
@@ -44,16 +21,30 @@ __all__ = [
     "apply_vst_to_qwen2",
 ]
 
-AutoConfig.register(VideoXLConfig.model_type, VideoXLConfig, exist_ok=True)
-AutoModel.register(VideoXLConfig, VideoXLModel, exist_ok=True)
-for _auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto.register(VideoXLConfig, VideoXLForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(VideoXLConfig, VideoXLProcessor, exist_ok=True)
-AutoImageProcessor.register(
-    VideoXLConfig, image_processor_classes={"pil": VideoXLImageProcessor}, exist_ok=True
-)
-AutoVideoProcessor.register(VideoXLConfig, VideoXLVideoProcessor, exist_ok=True)
-# Trainer and pipelines look a model's class up by its name: the loss of label smoothing is
-# shifted only for what is listed as a causal language model.
-for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-    _names[VideoXLConfig.model_type] = VideoXLForConditionalGeneration.__name__
+# `python -m vxl_model` imports this package before its command knows what it needs. transformers
+# takes seconds, and help and a wrong file name need nothing of it.
+_IS_COMMAND = sys.argv[:1] == ["-m"] and "vxl_model" in sys.orig_argv
+
+if TYPE_CHECKING or not _IS_COMMAND:
+    from .public import (
+        Conversation,
+        ExecutionSettings,
+        VideoMemory,
+        VideoXLConfig,
+        VideoXLForConditionalGeneration,
+        VideoXLImageProcessor,
+        VideoXLModel,
+        VideoXLOutput,
+        VideoXLProcessor,
+        VideoXLVideoProcessor,
+        WindowRatios,
+        apply_vst_to_qwen2,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import public
+
+        return getattr(public, name)

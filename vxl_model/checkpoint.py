@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .auto_class import AUTO_MODULE, write_auto_file
-from .decoder.layers import VideoXLModel
+from .decoder.layers import VideoXLDecoder
 from .decoder.placement import local
 from .decoder.projections import is_plain, linear_map
 from .errors import fail
@@ -72,6 +72,7 @@ class CheckpointMixin:
         except Exception as error:
             _name_damaged_file(pretrained_model_name_or_path, error)
             raise
+        _pack_whole_blocks(model)
         missing = set(info["missing_keys"])
         vst = {name for name, _ in model.named_parameters() if ".beacon_" in name}
         made = set() if vst - missing else initialize_vst(model.model, missing)
@@ -119,6 +120,17 @@ class CheckpointMixin:
             return None
 
 
+def _pack_whole_blocks(model: Any) -> None:
+    """bitsandbytes repacks 4-bit weights for a CPU with AVX512_BF16 and fails where a row is not
+    whole blocks. Such layers keep its general path."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = not (
+                module.in_features % state.blocksize or module.out_features % 32
+            )
+
+
 def _name_damaged_file(path: str | os.PathLike[str], error: Exception) -> None:
     """Raises ValueError with the name of the first unreadable safetensors file, if there is one."""
     if not os.path.isdir(path):
@@ -142,7 +154,7 @@ def _distributed(tp_plan: Any, tp_size: int | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def initialize_vst(decoder: VideoXLModel, missing: set[str] | None = None) -> set[str]:
+def initialize_vst(decoder: VideoXLDecoder, missing: set[str] | None = None) -> set[str]:
     """Fills VST weights from a model's own: `beacon_{q,k,v}_proj` from `{q,k,v}_proj`, the VST
     embedding from the eos token's.
 
@@ -183,7 +195,7 @@ def initialize_vst(decoder: VideoXLModel, missing: set[str] | None = None) -> se
     return filled
 
 
-def _start_as_copy(attention: nn.Module, name: str, vst_name: str, decoder: VideoXLModel) -> None:
+def _start_as_copy(attention: nn.Module, name: str, vst_name: str, decoder: VideoXLDecoder) -> None:
     """Gives a VST projection what the model's own computes. If it cannot hold that, quantised as
     it is, it becomes a copy of the module."""
     own, vst = getattr(attention, name), getattr(attention, vst_name)

@@ -3,14 +3,18 @@ criteria are all its own. The cache that it carries is a `StreamBatch`."""
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import (
+    EosTokenCriteria,
     GenerationMixin,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.configuration_utils import GenerationMode
@@ -23,7 +27,7 @@ from .inputs.arguments import IMAGE_TOKEN
 from .streaming.batch import StreamBatch
 from .streaming.memory import VideoMemory
 
-__all__ = ["VideoXLGenerationMixin", "VideoXLOutput", "given_cache"]
+__all__ = ["VideoXLGenerationMixin", "VideoXLOutput", "given_cache", "live_rows"]
 
 _PREFILL_ONLY = (
     "position_ids",
@@ -97,11 +101,15 @@ class VideoXLOutput(ModelOutput):
 
 def _known_ids(input_ids: Tensor) -> Tensor:
     """The ids with another id of the same row in place of -200, since processors look ids up."""
-    image = input_ids == IMAGE_TOKEN
-    if not input_ids.shape[1] or not bool(image.any()):
+    if not input_ids.shape[1]:
         return input_ids
+    image = input_ids == IMAGE_TOKEN  # asking whether there is one would wait for a GPU
     known = input_ids.masked_fill(image, 0).amax(dim=1, keepdim=True)
     return torch.where(image, known, input_ids)
+
+
+# Criteria that look no id up but the last.
+_COUNTING = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
 
 
 class _Processors(LogitsProcessorList):
@@ -109,9 +117,43 @@ class _Processors(LogitsProcessorList):
         return super().__call__(_known_ids(input_ids), scores, **kwargs)
 
 
+class _Rows:
+    """Rows of a `generate`: `ended (batch,)`, once there is one, says which have reached their end.
+
+    Attributes:
+        leave: whether such a row leaves the batch. With beams it may be replaced by another.
+    """
+
+    def __init__(self) -> None:
+        self.leave = False
+        self.ended: Tensor | None = None
+
+    def end(self, rows: Tensor) -> None:
+        self.ended = rows if self.ended is None else self.ended | rows
+
+
+# The `generate` that runs in this thread.
+_generating: ContextVar[_Rows | None] = ContextVar("vxl_generating", default=None)
+
+
+def live_rows(batch: int) -> list[int] | None:
+    """The rows of a step of `generate` that go on; None for all of them."""
+    rows = _generating.get()
+    if rows is None or not rows.leave or rows.ended is None or len(rows.ended) != batch:
+        return None
+    live = (~rows.ended).nonzero().flatten().tolist()
+    return live if 0 < len(live) < batch else None
+
+
 class _Criteria(StoppingCriteriaList):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return super().__call__(_known_ids(input_ids), scores, **kwargs)
+        if any(type(one) not in _COUNTING for one in self):
+            input_ids = _known_ids(input_ids)
+        ended = super().__call__(input_ids, scores, **kwargs)
+        rows = _generating.get()
+        if rows is not None and len(ended) > 1:
+            rows.end(ended)
+        return ended
 
 
 class _Streamer(BaseStreamer):
@@ -142,6 +184,9 @@ class VideoXLGenerationMixin(GenerationMixin):
         watched and the `input_ids` of what comes after it. `inputs_embeds` may take the place
         of text alone and of text after a memory.
 
+        A row that reaches its end leaves the batch: its cache ends there, and its logits of later
+        steps, which nothing reads, are 0. (Beams stay.)
+
         Returns:
             The given ids followed by the new ones. After `inputs_embeds` the new ids only.
         """
@@ -157,7 +202,11 @@ class VideoXLGenerationMixin(GenerationMixin):
         given = kwargs.get("generation_config") or getattr(self, "generation_config", None)
         wanted = kwargs.get("output_attentions", getattr(given, "output_attentions", None))
         refuse_attentions(wanted, self.config)
-        return super().generate(inputs, *args, **kwargs)
+        token = _generating.set(_Rows())
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            _generating.reset(token)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
@@ -169,6 +218,9 @@ class VideoXLGenerationMixin(GenerationMixin):
             GenerationMode.BEAM_SAMPLE,
         ):
             fail("generate", f"mode {generation_mode.value!r}", "greedy search, sampling or beams")
+        rows = _generating.get()
+        if rows is not None:
+            rows.leave = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         super()._validate_generation_mode(
             generation_mode, generation_config, generation_mode_kwargs
         )
@@ -198,6 +250,13 @@ class VideoXLGenerationMixin(GenerationMixin):
                 if model_kwargs.get(name) is not None:
                     model_kwargs[name] = model_kwargs[name].repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Positions are checked with the prompt and not counted on after it."""
+        model_kwargs.pop("position_ids", None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

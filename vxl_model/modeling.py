@@ -14,33 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from . import training_forward as training
+from .base_model import VideoXLModel
 from .checkpoint import CheckpointMixin
 from .decoder.configuration import VideoXLConfig
-from .decoder.layers import VideoXLModel, VideoXLPreTrainedModel, refuse_attentions
-from .decoder.rows import check_positions
-from .decoder.vision_tower import encode_frames
+from .decoder.layers import VideoXLPreTrainedModel, refuse_attentions
+from .decoder.single_rows import linear_rows
 from .errors import fail
-from .generation import VideoXLGenerationMixin, VideoXLOutput, given_cache
+from .generation import VideoXLGenerationMixin, VideoXLOutput, given_cache, live_rows
 from .inputs.arguments import (
     IMAGE_TOKEN,
     TextRow,
     VisualSource,
-    embedded_rows,
     given_one,
     joined_pixels,
     prefix_row,
     refuse_mismatch,
-    text_rows,
-    visual_sources,
 )
 from .inputs.sources import VisualEncoder, open_source
 from .settings import ExecutionSettings
 from .streaming.batch import StreamBatch
-from .streaming.cache_pool import SLACK_TOKENS
+from .streaming.cache_pool import SLACK_TOKENS, GrowingCache
 from .streaming.encoder import StreamEncoder
 from .streaming.memory import VideoMemory
-from .streaming.ratios import Ratio, RatioPlan, WindowRatios, make_plan, row_plans
+from .streaming.ratios import Ratio, RatioPlan, WindowRatios, make_plan
 from .streaming.state import VideoState
+from .streaming.step_graph import drop_graphs, step_graphs
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLOutput"]
 
@@ -63,12 +61,27 @@ class VideoXLForConditionalGeneration(
         super().__init__(config)
         self.model = VideoXLModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.settings = ExecutionSettings()
-        self.ratio: Ratio = None
         self._processor: Any = None
+        self._shared_cache: GrowingCache | None = None
         self.post_init()
 
     # -- parts ---------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> ExecutionSettings:
+        return self.model.settings
+
+    @settings.setter
+    def settings(self, value: ExecutionSettings) -> None:
+        self.model.settings = value
+
+    @property
+    def ratio(self) -> Ratio:
+        return self.model.ratio
+
+    @ratio.setter
+    def ratio(self, value: Ratio) -> None:
+        self.model.ratio = value
 
     @property
     def processor(self) -> Any:
@@ -95,34 +108,37 @@ class VideoXLForConditionalGeneration(
         devices = set(getattr(self, "hf_device_map", {}).values()) - {"cpu", "disk"}
         if len(devices) > 1:
             fail("device_map", f"parts on {sorted(map(str, devices))}", "one device")
-        return StreamEncoder(self.model, self.settings)
+        return self.model.encoder(self._shared_cache)
+
+    def share_cache(self, tokens: int) -> GrowingCache:
+        """One cache for all memories from now on, so that questions about several of them can be
+        decoded in one step.
+
+        Args:
+            tokens: cached tokens to have room for. It does not grow: watching, loading and
+                answering raise `vxl_kernels.PoolExhausted`, a MemoryError, when it is full, and
+                change nothing.
+
+        Returns:
+            The cache. Its `pages` is the `VstCache`.
+        """
+        if not isinstance(tokens, int) or tokens < 1:
+            fail("tokens", repr(tokens), "at least 1")
+        self._shared_cache = self.encoder().new_cache(tokens, fixed=True)
+        return self._shared_cache
 
     def encode_pixels(self, pixel_values: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Visual tokens `(tokens, hidden)` of frames `(frames, 3, size, size)`, some frames at a
         time."""
-        return encode_frames(pixel_values, self._tower, self.model.mm_projector)
-
-    @property
-    def _tower(self) -> Any:
-        tower = getattr(self.model, "vision_tower", None)
-        if tower is None:
-            fail("pixels", "a model without a vision tower", "visual_features")
-        return tower
+        return self.model.encode_pixels(pixel_values)
 
     @property
     def tokens_per_frame(self) -> int:
         """Visual tokens of a frame: 144 in the released model."""
-        return (self._tower.side // 2) ** 2
+        return self.model.tokens_per_frame
 
     def _visual_encoder(self) -> VisualEncoder:
-        has_tower = hasattr(self.model, "vision_tower")
-        return VisualEncoder(
-            hidden_size=self.config.hidden_size,
-            image_size=self._tower.config.image_size if has_tower else None,
-            tokens_per_frame=self.tokens_per_frame if has_tower else 0,
-            encode=self.encode_pixels,
-            preprocess=lambda frames: self.processor.frames_to_pixels(frames),
-        )
+        return self.model.visual_encoder(lambda frames: self.processor.frames_to_pixels(frames))
 
     def make_plan(self, ratio: Ratio = None) -> RatioPlan:
         """The ratios of one sequence's windows."""
@@ -206,20 +222,12 @@ class VideoXLForConditionalGeneration(
         cache = given_cache(past_key_values, cache)
         if cache is not None:
             text = input_ids if inputs_embeds is None else inputs_embeds
-            out = self.decode_step(cast("Tensor", text), cache, wanted)
+            out = self.decode_step(cast("Tensor", text), cache, wanted, live_rows(len(cache)))
             return out if as_dict else out.to_tuple()
-        rows, columns = self._text_rows(input_ids, inputs_embeds, attention_mask, position_ids)
+        rows, columns = self.model.text_rows(input_ids, inputs_embeds, attention_mask, position_ids)
         rows = rows[::expand_size]
         pixel_values = joined_pixels(pixel_values, pixel_values_videos)
-        visual = self._visual_encoder()
-        sources = visual_sources(
-            visual_features,
-            pixel_values,
-            image_sizes,
-            len(rows),
-            visual.hidden_size,
-            visual.image_size,
-        )
+        sources = self.model.visual_sources(visual_features, pixel_values, image_sizes, len(rows))
         if inputs_embeds is not None and sources is not None:
             fail("inputs_embeds", "visual input too", f"input_ids with {IMAGE_TOKEN}")
         refuse_mismatch(rows, sources, memory is not None)
@@ -246,29 +254,6 @@ class VideoXLForConditionalGeneration(
             out.logits = out.logits[:, -logits_to_keep:]
         return out if as_dict else out.to_tuple()
 
-    def _text_rows(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> tuple[list[TextRow], int]:
-        """The rows of whichever of ids and embeddings was given, and its columns."""
-        if input_ids is not None and inputs_embeds is not None:
-            fail("inputs_embeds", "input_ids too", "one of the two")
-        if inputs_embeds is not None:
-            if isinstance(inputs_embeds, Tensor):
-                inputs_embeds = inputs_embeds.to(self.device)
-            rows = embedded_rows(inputs_embeds, attention_mask, self.config.hidden_size)
-        else:
-            if isinstance(input_ids, Tensor):
-                input_ids = input_ids.to(self.device)
-            rows = text_rows(input_ids, attention_mask, self.config.vocab_size)
-        columns = cast("Tensor", input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        spans = [(row.suffix_start - len(row.prefix) - row.visual, row.suffix_stop) for row in rows]
-        check_positions(position_ids, spans, columns)
-        return rows, columns
-
     def _wants_gradient(self, rows: list[TextRow], sources: list[VisualSource] | None) -> bool:
         if not torch.is_grad_enabled():
             return False
@@ -278,17 +263,80 @@ class VideoXLForConditionalGeneration(
 
     @torch.no_grad()
     def decode_step(
-        self, text: Tensor, batch: StreamBatch, hidden_states: bool = False
+        self,
+        text: Tensor,
+        batch: StreamBatch,
+        hidden_states: bool = False,
+        going_on: list[int] | None = None,
     ) -> VideoXLOutput:
-        """One more token of every sequence: ids `(batch, 1)` or embeddings `(batch, 1, hidden)`."""
+        """One more token of every sequence: ids `(batch, 1)` or embeddings `(batch, 1, hidden)`.
+
+        Args:
+            going_on: rows of the batch; None for all. The results of the others are 0.
+        """
         states: list[Tensor] | None = [] if hidden_states else None
-        hidden = self.encoder().append_suffix(batch.states, text, None, states)
-        parts = hidden.split(1) if self.settings.batch_invariant else (hidden,)
-        logits = torch.cat([self.lm_head(x) for x in parts])
-        collected = None if states is None else tuple(states)
+        encoder, settings = self.encoder(), self.settings
+
+        def step(text: Tensor, rows: Any) -> Tensor:
+            hidden = self.model.run(encoder.embed(text), encoder.text_context(rows), None, states)
+            assert hidden is not None
+            if settings.batch_invariant:
+                return linear_rows(self.lm_head, hidden, settings.backend)
+            return self.lm_head(hidden)
+
+        if not settings.decode_graphs:
+            drop_graphs(self)
+        live = batch.states
+        if going_on is not None:
+            live, text = [batch.states[i] for i in going_on], text[going_on]
+        one_id = text.shape[1] == 1 and not text.is_floating_point()
+        if settings.decode_graphs and one_id and states is None:
+            graphs, how = step_graphs(self), (settings.batch_invariant, settings.backend)
+            invariant = settings.batch_invariant
+            logits = encoder.step(
+                live, 1, lambda rows: graphs(step, text, rows, how, self.parameters, invariant)
+            )
+        else:
+            logits = encoder.step(live, text.shape[1], lambda rows: step(text, rows))
+        collected = states
+        if going_on is not None:
+            every = (logits, *(states or ()))
+            logits, *collected = (_at_rows(x, going_on, len(batch)) for x in every)
         return VideoXLOutput(
-            logits=logits, memory=VideoMemory(self, batch), hidden_states=collected
+            logits=logits,
+            memory=VideoMemory(self, batch),
+            hidden_states=None if states is None else tuple(collected or ()),
         )
+
+    @torch.no_grad()
+    def text_step(self, texts: Sequence[Tensor], batch: StreamBatch) -> Tensor:
+        """A step of a server: every sequence reads a text of its own, of any length. That is
+        the last token of a running answer, or a new question.
+
+        Short texts and single tokens go through the layers together, and each weight is read once
+        for them. The result of a text is bitwise equal to that of a step with this text only, and
+        the result of a single token to that of `decode_step`.
+
+        Args:
+            texts: ids `(tokens,)`, at least one, for each sequence of the batch.
+            batch: the sequences, which share a cache. If it raises, they are as before.
+
+        Returns:
+            Logits of each last token, `(batch, vocabulary)`.
+
+        Raises:
+            ValueError: not one text for each sequence, or a text without a token.
+            vxl_kernels.PoolExhausted: the cache has no room.
+        """
+        if len(texts) != len(batch):
+            fail("texts", f"{len(texts)} texts", f"{len(batch)}, one for each sequence")
+        for i, text in enumerate(texts):
+            if text.dim() != 1 or not len(text):
+                fail(f"texts[{i}]", f"shape {tuple(text.shape)}", "ids (tokens,), at least one")
+        hidden = self.encoder().append_texts(batch.states, texts)[:, None]
+        if self.settings.batch_invariant:
+            return linear_rows(self.lm_head, hidden, self.settings.backend)[:, 0]
+        return self.lm_head(hidden)[:, 0]
 
     @torch.no_grad()
     def prefill(
@@ -349,18 +397,16 @@ class VideoXLForConditionalGeneration(
         logits of all columns where the caller computes a loss (`num_items_in_batch`) and for
         text alone, else of the columns from the first suffix on."""
         keep = not torch.is_grad_enabled()
-        if not keep:
-            training.refuse_tensor_parallel(self, self.model.layers[0])
-        encoder, visual = self.encoder(), self._visual_encoder()
-        plans = row_plans(self.config, ratio, self.ratio, len(rows))
-        features = [visual.whole_features(x) for x in sources or [VisualSource()] * len(rows)]
-        passes = training.run_groups(encoder, rows, features, plans, keep, hidden_states)
+        encoder = self.encoder()
+        passes, plans = self.model.sequence_passes(
+            encoder, rows, sources, ratio, keep, hidden_states
+        )
         every = num_items_in_batch is not None
         loss = logits = states = memory = None
         if labels is not None:
             loss = training.token_loss(passes, rows, labels, self.lm_head, num_items_in_batch)
             if self.training and not keep:
-                loss = loss + self._idle_vision(rows)
+                loss = loss + self.model.idle_vision(rows)
         if not loss_only:
             logits = training.padded_logits(passes, rows, columns, self.lm_head, every)
         if hidden_states:
@@ -369,14 +415,6 @@ class VideoXLForConditionalGeneration(
             batch = StreamBatch(training.kept_states(encoder, passes, plans))
             memory = VideoMemory(self, batch)
         return VideoXLOutput(loss, logits, memory, states)
-
-    def _idle_vision(self, rows: list[TextRow]) -> Tensor | float:
-        """0, with a graph through vision tower and projector. `training_forward.py` says why."""
-        if all(row.visual for row in rows) or not hasattr(self.model, "mm_projector"):
-            return 0.0
-        size = self._tower.config.image_size
-        blank = torch.zeros(1, 3, size, size, device=self.device)
-        return 0 * torch.cat(list(self.encode_pixels(blank))).sum()
 
     # -- watching -------------------------------------------------------------------------
 
@@ -481,3 +519,10 @@ class VideoXLForConditionalGeneration(
     def load_memory(self, path: str | os.PathLike[str]) -> VideoMemory:
         """A memory that `VideoMemory.save` wrote, for this model."""
         return VideoMemory.load(path, self)
+
+
+def _at_rows(x: Tensor, rows: list[int], batch: int) -> Tensor:
+    """`(batch, ...)` with x at these rows and 0 elsewhere."""
+    out = x.new_zeros(batch, *x.shape[1:])
+    out[rows] = x
+    return out

@@ -3,13 +3,16 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
+from helpers.paths import CHECKPOINT
 
 transformers = pytest.importorskip("transformers")
 
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration, apply_vst_to_qwen2
 from vxl_model.decoder.qwen2 import TextConfig, TextForCausalLM
+from vxl_model.inputs.processing import VideoXLProcessor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -194,3 +197,12 @@ def test_qlora(places):
             assert weight.any(), name
     after = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     assert torch.equal(after, before)
+
+
+def test_four_bits_where_rows_are_not_whole_blocks():
+    """bitsandbytes alone fails on such layers, on a CPU with AVX512_BF16."""
+    model = bitsandbytes(4)(VideoXLForConditionalGeneration, CHECKPOINT)
+    assert any(x.in_features % 64 for x in model.modules() if type(x).__name__ == "Linear4bit")
+    frames = np.random.default_rng(0).integers(0, 256, (3, 336, 336, 3), np.uint8)
+    model.processor = VideoXLProcessor.from_pretrained(CHECKPOINT)
+    assert len(model.watch(frames, input_ids=[5]).ask(ASK, max_new_tokens=3)) == 3

@@ -213,7 +213,7 @@ def refused(model, match, *args, **kwargs):
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_sliding_window(name):
-    """Served as long as the window holds the whole sequence, refused from then on."""
+    """Accepted as long as the window holds the whole sequence, refused from then on."""
     window = {"qwen2": {"use_sliding_window": True, "max_window_layers": 1}}.get(name, {})
     model, ids = decoder(name, sliding_window=16, **window), random_ids(2, 17)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.model_goldens import TINY, load_golden, tiny_expected, tiny_model
+from helpers.model_goldens import TINY, load_golden, relative, tiny_expected, tiny_model
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from examples.demo_clip import byte_tokenizer
@@ -122,7 +122,7 @@ def test_embeddings_in_place_of_ids(model, video):
     out.loss.backward()
     assert float(embeds.grad.abs().max()) > 0
     for wrong, words in (
-        ({"input_ids": TEXT, "inputs_embeds": embeds}, "inputs_embeds: got input_ids too"),
+        ({"input_ids": TEXT, "inputs_embeds": embeds}, "input_ids and inputs_embeds: got both"),
         ({"inputs_embeds": embeds[0]}, "inputs_embeds: got shape"),
         ({"inputs_embeds": embeds, "visual_features": [video, video]}, "inputs_embeds: got visual"),
     ):
@@ -170,10 +170,33 @@ def test_the_model_without_its_head(model):
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
         with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
             model.model(**wrong)
-    with pytest.raises(ValueError, match="input_ids: got id -200"):
+    with pytest.raises(ValueError, match="input_ids: got -200"):
         model.model(IDS)
     loaded = AutoModel.from_pretrained(TINY)
     assert loaded(TEXT).last_hidden_state.shape == (2, 4, loaded.config.hidden_size)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_model_without_its_head_sees_videos(model, video, side):
+    """As its head with `num_items_in_batch`: each column predicts the next one, -200 included."""
+    row = IDS[0].tolist()
+    shorter, text = [row[0], *row[3:]], [*row[:2], *row[-1:]]
+    rows = [x + [1] * (len(row) - len(x)) for x in (row, shorter, text)]
+    if side == "left":
+        rows = [[1] * (len(row) - len(x)) + x for x in (row, shorter, text)]
+    ids = torch.tensor(rows)
+    given = {"attention_mask": (ids != 1).long(), "visual_features": [video, video[:40], None]}
+    out = model.model(ids, **given, output_hidden_states=True)
+    want = model(ids, **given, num_items_in_batch=1, output_hidden_states=True)
+    # PyTorch's product of other rows at once may have other bits.
+    assert torch.allclose(model.lm_head(out.last_hidden_state), want.logits, atol=1e-5)
+    assert len(out.hidden_states) == len(want.hidden_states)
+    assert all(map(torch.equal, out.hidden_states, want.hidden_states))
+    model.ratio = 2  # of the model and of its head
+    other = model.model(ids, **given).last_hidden_state
+    model.ratio = None
+    assert not torch.equal(other, out.last_hidden_state)
+    assert torch.equal(model.model(ids, **given, ratio=2).last_hidden_state, other)
 
 
 # -- ask ----------------------------------------------------------------------------------------
@@ -208,9 +231,9 @@ def test_a_conversation_reads_each_turn_once(model, video, monkeypatch):
     turns = [torch.tensor([9, 10, 11]), torch.tensor([12, 13]), torch.tensor([14])]
     rows, run = [], type(model.model).run
 
-    def counted(self, hidden, context, *rest):
+    def counted(self, hidden, context, *rest, **named):
         rows.append(hidden.shape[1])
-        return run(self, hidden, context, *rest)
+        return run(self, hidden, context, *rest, **named)
 
     talk, whole = memory.conversation(), []
     for turn in turns:
@@ -267,7 +290,7 @@ def test_the_attention_of_the_tower_can_be_chosen(how, monkeypatch):
 # -- Trainer ------------------------------------------------------------------------------------
 
 
-def trainer(model, video, folder, **options):
+def trainer(model, video, folder, metrics=None, **options):
     ids, labels = IDS[0], IDS[0].masked_fill(IDS[0] < 0, -100)
     data = [{"input_ids": ids, "labels": labels, "visual_features": video}] * 2
     arguments = TrainingArguments(
@@ -294,6 +317,7 @@ def trainer(model, video, folder, **options):
         train_dataset=data,
         eval_dataset=data,
         data_collator=collated,
+        compute_metrics=metrics,
     )
 
 
@@ -317,3 +341,31 @@ def test_predictions_are_gathered_without_the_memory(model, video, tmp_path):
     made = trainer(model, video, tmp_path)
     found = made.predict(made.eval_dataset)
     assert found.predictions.shape[:2] == found.label_ids.shape
+
+
+@pytest.mark.parametrize("how", ["float32", "autocast", "bfloat16"])
+def test_evaluation_with_metrics(model, video, tmp_path, how):
+    """Logits and labels of the metrics fit column by column: the right tokens are found where the
+    labels are the model's own."""
+    ids, given = IDS, {"visual_features": [video], "num_items_in_batch": 1}
+    with torch.no_grad():
+        logits = model(ids, **given).logits[0]
+    own = torch.cat([ids[0, :1], logits[:-1].argmax(-1)]).masked_fill(ids[0] < 0, -100)
+    found = []
+
+    def metrics(prediction):
+        found.append(prediction)
+        said, wanted = prediction.predictions[:, :-1].argmax(-1), prediction.label_ids[:, 1:]
+        return {"accuracy": float((said == wanted)[wanted != -100].mean())}
+
+    chosen = copy.deepcopy(model)
+    chosen = chosen.bfloat16() if how == "bfloat16" else chosen
+    made = trainer(chosen, video, tmp_path, metrics, bf16=how == "autocast")
+    for row in made.eval_dataset:
+        row["labels"] = own
+    result = made.evaluate()
+    error = relative(torch.as_tensor(found[0].predictions[0]), logits)
+    assert error < (1e-5 if how == "float32" else 0.02)
+    assert result["eval_accuracy"] == 1
+    supervised = F.cross_entropy(logits[:-1], own[1:])
+    assert result["eval_loss"] == pytest.approx(float(supervised), rel=0.02)

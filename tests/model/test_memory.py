@@ -11,9 +11,10 @@ from helpers.model_goldens import (
     tiny_expected,
     tiny_model,
 )
+from helpers.paths import CHECKPOINT
 from safetensors import safe_open
 
-from vxl_model import VideoMemory, WindowRatios
+from vxl_model import VideoMemory, VideoXLForConditionalGeneration, WindowRatios
 from vxl_model.streaming.fingerprint import checkpoint_text_fingerprint, text_fingerprint
 
 pytestmark = pytest.mark.core
@@ -289,6 +290,8 @@ def test_questions_in_words(features):
     same_memory(memory, watch(model, features))
     want = memory.ask(TAIL, max_new_tokens=6).tolist()
     assert memory.ask("9 10 11", max_new_tokens=6) == " ".join(map(str, want))
+    both = [memory.ask(question, 6) for question in ("9 10 11", "12")]
+    assert memory.ask(["9 10 11", "12"], 6) == both
     model.processor.stop_ids = [want[2]]
     assert memory.ask("9 10 11", max_new_tokens=6).split() == [
         str(i) for i in want[: want.index(want[2]) + 1]
@@ -307,6 +310,12 @@ def test_a_final_memory_holds_the_whole_video(model, features, tmp_path):
         back.append(visual_features=features)
     memory.append(visual_features=features)  # the memory itself goes on
     assert memory.visual_tokens == [2 * 205]
+
+
+def test_a_vision_tower_has_no_part_in_the_text_fingerprint():
+    model = VideoXLForConditionalGeneration.from_pretrained(CHECKPOINT)
+    assert any("vision_tower" in name for name, _ in model.model.named_parameters())
+    assert text_fingerprint(model.model) == checkpoint_text_fingerprint(CHECKPOINT, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -77,6 +77,19 @@ def test_candidates(plain, memory):
         assert torch.equal(new[0], truth)
 
 
+def test_contrastive_search_is_refused(plain, memory):
+    """It is not a part of transformers 5 but code on the Hub. It needs hidden states of all tokens,
+    which neither a memory nor a cache holds."""
+    options = {"penalty_alpha": 0.6, "top_k": 4}
+    calls = (
+        lambda: answer(plain, memory.generate_inputs(QUESTION), do_sample=False, **options),
+        lambda: memory.ask(QUESTION, **{**NEW, **options}),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="Contrastive Search"):
+            call()
+
+
 def test_several_rows(plain, memory):
     """Rollouts: one video, many answers."""
     inputs = memory.generate_inputs(QUESTION, rows=3)

@@ -213,6 +213,26 @@ def test_questions_refused(processor, question):
         processor.suffix_ids(question)
 
 
+def test_a_tokenizer_without_ids_for_a_text(tmp_path):
+    """WordLevel without an unknown token raises a bare Exception."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"What": 0, "?": 1}))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    processor = VideoXLProcessor.from_pretrained(CHECKPOINT, tokenizer=tokenizer)
+    assert processor.text_ids("What?").tolist() == [[0, 1]]
+    with pytest.raises(
+        ValueError, match=r"text: got 'A dog\?', for which the tokenizer has no ids"
+    ):
+        processor.text_ids("A dog?")
+    with pytest.raises(ValueError, match=r"text: got .*Is it a dog"):
+        processor.suffix_ids("Is it a dog?")
+    with pytest.raises(ValueError, match="text: got 'A dog"):
+        processor(text="A dog? <video>", videos=np.zeros((1, 8, 8, 3), np.uint8))
+
+
 def test_words_that_only_look_like_control(processor):
     ids = processor.encode_prompt("Is <image> a {question}, or {0}?")
     assert (ids == -200).sum() == 1

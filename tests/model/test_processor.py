@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.paths import CHECKPOINT, ROOT
+from helpers.checkpoint import write_checkpoint
+from helpers.paths import ROOT
 
 pytest.importorskip("av")
 image = pytest.importorskip("PIL.Image")
@@ -40,8 +41,7 @@ QUESTION = "What happens?"
 def place(tmp_path_factory):
     """A checkpoint with a tokenizer, and a clip."""
     folder = tmp_path_factory.mktemp("place")
-    shutil.copytree(CHECKPOINT, folder / "model")
-    byte_tokenizer(128).save_pretrained(folder / "model")
+    write_checkpoint(folder / "model")
     write_clip(folder / "a.mp4", count=20, fps=5)
     return folder
 
@@ -296,3 +296,33 @@ def test_registered_for_an_auto_class(model, processor, tmp_path, monkeypatch, n
     assert done.stdout.strip() == cls.__name__, done.stderr
     if name != "AutoProcessor":
         del model.config.auto_map
+
+
+def test_several_templates_are_saved(place, processor, tmp_path):
+    templates = {"default": processor.chat_template, "short": "{{ messages[0]['content'] }}"}
+    for name, tokenizer in (("whole", processor.tokenizer), ("alone", None)):
+        made = VideoXLProcessor(tokenizer, chat_template=templates)
+        made.save_pretrained(tmp_path / name)
+        assert VideoXLProcessor.from_pretrained(tmp_path / name).chat_template == templates
+    (tmp_path / "whole" / "chat_template.jinja").unlink()
+    shutil.rmtree(tmp_path / "whole" / "additional_chat_templates")
+    (tmp_path / "whole" / "chat_template.json").write_text('{"chat_template": "old"}')
+    assert VideoXLProcessor.from_pretrained(tmp_path / "whole").chat_template == "old"
+
+
+def test_defaults_of_the_tokenizer(processor):
+    tokenizer = byte_tokenizer(128)
+    tokenizer.init_kwargs |= {"padding": "max_length", "max_length": 30}
+    made = VideoXLProcessor(tokenizer)
+    assert len(made(text="What?")["input_ids"][0]) == 30
+    assert len(made(text="What?", padding=False)["input_ids"][0]) == 5
+
+
+def test_frames_of_an_array(processor):
+    frames = np.random.default_rng(0).integers(0, 255, (9, 48, 64, 3), dtype=np.uint8)
+    whole = processor.video_processor(frames)["pixel_values_videos"][0]
+    for given in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
+        few = processor.video_processor(given, num_frames=3)["pixel_values_videos"][0]
+        assert torch.equal(few, whole[[0, 4, 8]])
+    with pytest.raises(ValueError, match="frames: got 3, expected None for batches"):
+        processor.video_processor(iter([frames]), num_frames=3)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from helpers.model_goldens import relative, small_model
 
-from vxl_model import WindowRatios, training_forward
-from vxl_model.inputs.arguments import text_rows
+from vxl_model import WindowRatios
+from vxl_model.decoder.context import PackedContext
+from vxl_model.decoder.layers import VideoXLDecoder
 
 
 @pytest.fixture
@@ -75,58 +76,131 @@ def test_training_equals_inference(model, features):
     assert relative(a, b) < 1e-5
 
 
-def test_sequences_of_one_shape_share_a_pass(model, features, monkeypatch):
-    """They get the loss and gradients of separate passes."""
-    ids = torch.tensor([[5, 6, -200, 9, 10], [7, 8, -200, 11, 12], [5, 6, -200, 9, 1]])
-    videos = [features[0], features[0].flip(0), features[1]]
-    groups = []
-    group_by_shape = training_forward.group_by_shape
-
-    def apart(rows, *rest):
-        return [[i] for i in range(len(rows))]
-
-    def noted(*rest):
-        groups.append(group_by_shape(*rest))
-        return groups[-1]
-
-    results = []
-    for grouping in (noted, apart):
-        monkeypatch.setattr(training_forward, "group_by_shape", grouping)
-        model.zero_grad()
-        out = model(ids, visual_features=videos, labels=ids)
-        out.loss.backward()
-        results.append((out, {k: g.clone() for k, g in gradients(model).items()}))
-    assert groups == [[[0, 1], [2]]]
-    monkeypatch.setattr(training_forward, "group_by_shape", noted)
-    with torch.no_grad():  # there a row has the same bits as alone
-        model(ids, visual_features=videos, labels=ids)
-        model.settings.batch_invariant = False
-        model(ids, visual_features=videos, labels=ids)
-    assert groups[1:] == [[[0], [1], [2]], [[0, 1], [2]]]
-    (together, grads), (alone, wanted) = results
-    assert float(together.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
-    assert relative(together.logits.detach(), alone.logits.detach()) < 1e-5
-    assert grads.keys() == wanted.keys()
-    assert max(relative(grads[k], wanted[k]) for k in grads) < 5e-5
-
-
-def test_what_sequences_must_have_in_common(model, features):
-    """Prefix, video and suffix of equal lengths, and ratios that are drawn in the same way."""
-    plan, other = model.make_plan(4), model.make_plan([2, 4])
-    videos = [*features[:1] * 5, None]
-    ids = torch.tensor([[1, 5, -200, 9, 10, 11]] * 6)
-    mask = torch.ones_like(ids)
-    mask[1, 0] = mask[2, -1] = 0
-    ids[5, 2] = 7
-    rows = text_rows(ids, mask, 1000)
-    plans = [plan, plan, plan, other, plan, plan]
-    assert training_forward.group_by_shape(rows, videos, plans, model.settings) == [
-        [0, 4],
-        [1],
-        [2],
-        [3],
-        [5],
+MIXED = torch.tensor(
+    [
+        [1, 5, 6, -200, 9, 10, 11, 1],
+        [5, -200, 7, 8, 9, 10, 12, 13],
+        [5, 6, 7, 8, -200, 14, 1, 1],
+        [3, 4, 5, 6, 7, 8, 9, 10],
+        [-200, 9, 11, 12, 13, 14, 1, 1],
+        [8, 9, -200, 10, 12, 14, 16, 18],
     ]
+)
+MIXED_MASK = torch.ones_like(MIXED)
+MIXED_MASK[0, 0] = MIXED_MASK[2, -2:] = MIXED_MASK[3, :2] = MIXED_MASK[4, -1] = 0
+MIXED_RATIOS = [
+    WindowRatios([2, 8, 4]),
+    WindowRatios([4, 2]),
+    WindowRatios([16]),
+    None,
+    WindowRatios([16, 2]),  # the last window of 1 token has no VST
+    WindowRatios([16, 16, 8]),  # windows of 48, 48 and 2 tokens
+]
+
+
+@pytest.fixture(scope="module")
+def mixed_videos():
+    generator = torch.Generator().manual_seed(6)
+    sizes = (110, 61, 48, None, 49, 98)
+    return [n and torch.randn(n, 64, generator=generator) * 0.1 for n in sizes]
+
+
+def trained(model, videos, **more):
+    """Loss, logits and gradients of the mixed batch."""
+    model.zero_grad()
+    videos = [None if x is None else x.clone().requires_grad_() for x in videos]
+    out = model(
+        MIXED,
+        visual_features=videos,
+        attention_mask=MIXED_MASK,
+        ratio=MIXED_RATIOS,
+        labels=MIXED.masked_fill(MIXED_MASK == 0, -100),
+        **more,
+    )
+    out.loss.backward()
+    grads = {k: g.clone() for k, g in gradients(model).items()}
+    grads |= {f"video {i}": x.grad for i, x in enumerate(videos) if x is not None}
+    return out.loss.detach(), out.logits.detach(), grads
+
+
+def noted_passes(monkeypatch):
+    """The numbers of segments of the passes that follow."""
+    passes = []
+    run = VideoXLDecoder.run
+
+    def noted(self, hidden, context, *rest, **more):
+        if isinstance(context, PackedContext):
+            passes.append(len(context.layout))
+        return run(self, hidden, context, *rest, **more)
+
+    monkeypatch.setattr(VideoXLDecoder, "run", noted)
+    return passes
+
+
+@pytest.mark.parametrize("kernels", ["ragged", "fixed"])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_packed_samples_get_the_gradients_of_one_by_one(
+    model, mixed_videos, monkeypatch, kernels, page_size
+):
+    """Samples of other prefixes, videos, ratios and texts share a pass, also where a device has no
+    kernels of ragged calls. Text alone and a last window without a VST are among them."""
+    passes = noted_passes(monkeypatch)
+    model.settings.packing = False
+    loss, logits, wanted = trained(model, mixed_videos)
+    assert passes == [5, 4, 3, 1, 3, 4]
+    model.settings.packing, model.settings.page_size = True, page_size
+    if kernels == "fixed":
+        monkeypatch.setattr("vxl_model.decoder.context.serves", lambda *x: False)
+        monkeypatch.setattr("vxl_model.decoder.context.vst_attention_varlen", None)
+    packed_loss, packed_logits, grads = trained(model, mixed_videos)
+    assert passes[6:] == [20]
+    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert relative(packed_logits, logits) < 2e-6
+    assert grads.keys() == wanted.keys()
+    worst = max(grads, key=lambda k: relative(grads[k], wanted[k]))
+    assert relative(grads[worst], wanted[worst]) < 1e-6, worst
+
+
+def test_a_packed_pass_computes_the_same(model, mixed_videos):
+    """In float64 nothing is left of the rounding."""
+    model.double().settings.backend = "reference"
+    videos = [None if x is None else x.double() for x in mixed_videos]
+    model.settings.packing = False
+    loss, logits, wanted = trained(model, videos)
+    model.settings.packing = True
+    packed_loss, packed_logits, grads = trained(model, videos)
+    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-13)
+    assert relative(packed_logits, logits) < 1e-13
+    assert max(relative(grads[k], wanted[k]) for k in wanted) < 1e-13
+
+
+def test_a_pass_has_a_bounded_number_of_rows(model, mixed_videos, monkeypatch):
+    """Neighbours share a pass up to so many rows. A sample of more is alone."""
+    passes = noted_passes(monkeypatch)
+    for most, segments in ((10_000, [20]), (140, [5, 4, 7, 4]), (50, [5, 4, 3, 1, 3, 4])):
+        monkeypatch.setattr("vxl_model.training_forward._PACK_ROWS", most)
+        passes.clear()
+        trained(model, mixed_videos)
+        assert passes == segments
+
+
+def test_when_a_pass_is_packed(model, mixed_videos, monkeypatch):
+    """Without gradients a row has the same bits in every batch, unless settings say otherwise."""
+    passes = noted_passes(monkeypatch)
+    call = {"visual_features": mixed_videos, "attention_mask": MIXED_MASK, "ratio": MIXED_RATIOS}
+    with torch.no_grad():
+        apart = model(MIXED, labels=MIXED, **call)
+        model.settings.batch_invariant = False
+        packed = model(MIXED, labels=MIXED, **call)
+    assert passes == [5, 4, 3, 1, 3, 4, 20]
+    assert relative(packed.logits, apart.logits) < 1e-5
+    assert packed.memory.vst_counts == apart.memory.vst_counts
+    for i in range(len(MIXED)):
+        for layer in range(3):
+            pairs = zip(
+                packed.memory.keys_values(layer, i), apart.memory.keys_values(layer, i), strict=True
+            )
+            assert all(relative(a, b) < 1e-5 for a, b in pairs)
 
 
 def test_gradient_checkpointing_changes_nothing(model, features):
@@ -271,7 +345,7 @@ def test_ratios_for_each_row(model, features):
 
 
 def test_compiled_layers(model, features):
-    """One graph without a break serves all layers. Loss and gradients are the same."""
+    """All layers share one graph without a break. Loss and gradients are the same."""
     model.train()
     arguments = {"visual_features": features[:1], "labels": LABELS[:1, 1:], "loss_only": True}
     plain = model(IDS[:1, 1:], **arguments)

@@ -1,5 +1,9 @@
 """`watch` takes everything that users call a video, and says why it refuses the rest."""
 
+import contextlib
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from helpers.clips import picture, write_clip
 from helpers.model_goldens import tiny_model
 
 from examples.demo_clip import byte_tokenizer
+from vxl_model.decoder import vision_tower
 from vxl_model.inputs.processing import VideoXLProcessor
 
 
@@ -44,6 +49,33 @@ def test_the_same_memory_of_the_same_pictures(model, frames, tmp_path, kind):
         "generator": (frames[i : i + 1] for i in range(3)),
     }[kind]
     assert torch.equal(kept(model, video), kept(model, frames))
+
+
+def test_pixels_are_made_ready_for_a_gpu_in_the_thread_that_decodes(frames, monkeypatch):
+    """In the tower's dtype and page-locked, so that the thread that computes only queues a copy.
+    The GPU is played."""
+    model = tiny_model(dtype="bfloat16")
+    model.processor = VideoXLProcessor(byte_tokenizer(128))
+    want = kept(model, frames)
+    gpu, to, seen = SimpleNamespace(type="cuda"), torch.Tensor.to, []
+
+    def played_to(x, *args, **options):
+        if gpu not in args:
+            return to(x, *args, **options)
+        seen.append(("to", threading.current_thread().name, x.dtype, options.get("non_blocking")))
+        return to(x, *(a for a in args if a is not gpu)).clone()
+
+    def pinned(x):
+        seen.append(("pin", threading.current_thread().name, x.dtype, None))
+        return x.clone()
+
+    monkeypatch.setattr(vision_tower, "execution_device", lambda module: gpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "to", played_to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    assert torch.equal(kept(model, frames), want)
+    assert seen[0] == ("pin", "vxl-prefetch", torch.bfloat16, None)
+    assert seen[1] == ("to", threading.current_thread().name, torch.bfloat16, True)
 
 
 def test_more_frames_than_the_file_has(model, tmp_path):

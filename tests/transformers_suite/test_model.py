@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("parameterized")
-from transformers_suite.fetch import mixins
+from transformers_suite.fetch import leave_out, mixins
 
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
 
@@ -87,19 +87,6 @@ NOT_APPLICABLE_TO_PIXELS = {
     "hidden states are those of the text rows, cut out of all rows": ["test_hidden_states_output"],
     "-200, the place of the video, has no embedding": ["test_inputs_embeds"],
 }
-
-
-def leave_out(reasons):
-    """A decorator of a class, which skips the tests that `reasons` lists."""
-
-    def decorated(cls):
-        for reason, names in reasons.items():
-            for name in names:
-                assert callable(getattr(cls, name)), name
-                setattr(cls, name, unittest.skip(reason)(lambda self: None))
-        return cls
-
-    return decorated
 
 
 @leave_out(NOT_APPLICABLE)

@@ -273,11 +273,17 @@ def test_some_of_the_pictures(folder, kind):
     assert (total, numbers(batches)) == (2, [0, 3])
 
 
+def test_some_of_the_frames_of_an_array():
+    frames = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    batches, total = open_frames(np.broadcast_to(frames, (5, 4, 4, 3)), 4, frames=2)
+    assert total == 2
+    assert [int(frame[0, 0, 0]) for batch in batches for frame in batch] == [0, 4]
+
+
 @pytest.mark.parametrize(
     ("video", "options", "words"),
     [
         ([], {}, "images: got none"),
-        (np.zeros((2, 4, 4, 3), np.uint8), {"frames": 1}, "frames: got 1"),
         (np.zeros((2, 4, 4, 3), np.uint8), {"fps": 1}, "fps: got 1"),
         ([np.zeros((4, 4, 3), np.uint8)], {"fps": 1}, "fps: got 1"),
         ("https://example.com/a.mp4", {}, "https://example.com/a.mp4: a URL"),

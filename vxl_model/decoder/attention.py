@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vxl_kernels import ChunkLayout
-
 from .configuration import VideoXLConfig
-from .context import AttentionContext, CacheContext
-from .projections import project_rows
+from .context import AttentionContext, CacheContext, RowLayout
+from .projections import Apart, project_rows
 from .qwen2 import OUTPUT_BIAS, QKV_BIAS
 
 __all__ = ["VideoXLAttention"]
@@ -37,7 +35,8 @@ class VideoXLAttention(nn.Module):
         """Attention of each part `(batch, rows, hidden)` up to `o_proj`, which the layer compiles
         together with its MLP: `(batch, rows, heads * head_dim)`."""
         backend = context.settings.backend
-        qkv = [self.project(x, layout, backend) for x, layout in context.segments(parts)]
+        apart = context.apart if context.is_few(parts[0]) else None
+        qkv = [self.project(x, layout, backend, apart) for x, layout in context.segments(parts)]
         attended = context.attend(self.layer_idx, qkv)
         if context.idle_vsts:
             idle = self._idle_vsts(parts[0])
@@ -52,10 +51,11 @@ class VideoXLAttention(nn.Module):
         context.append(self.layer_idx, k, v)
 
     def project(
-        self, x: Tensor, layout: ChunkLayout | None, backend: str | None
+        self, x: Tensor, layout: RowLayout, backend: str | None, apart: Apart | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `(batch, rows, heads, head_dim)`, not rotated, of x `(batch, rows, hidden)`."""
-        q, k, v = (self._linear(x, name, layout, backend) for name in ("q", "k", "v"))
+        names = ("q", "k", "v")
+        q, k, v = (self._linear(x, name, layout, backend, apart=apart) for name in names)
         return q, k, v
 
     def _idle_vsts(self, like: Tensor) -> Tensor:
@@ -68,10 +68,12 @@ class VideoXLAttention(nn.Module):
         self,
         x: Tensor,
         name: str,
-        layout: ChunkLayout | None,
+        layout: RowLayout,
         backend: str | None,
         prefix: str = "",
+        apart: Apart | None = None,
     ) -> Tensor:
         own = getattr(self, f"{prefix}{name}_proj")
         vst = getattr(self, f"beacon_{name}_proj")
-        return project_rows(x, own, vst, layout, backend).unflatten(-1, (-1, self.head_dim))
+        rows = project_rows(x, own, vst, layout, backend, apart)
+        return rows.unflatten(-1, (-1, self.head_dim))

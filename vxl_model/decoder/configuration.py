@@ -211,7 +211,7 @@ class VideoXLConfig(AutoClassMixin, TextConfig):
         config._source = {
             key: (value, fresh._layout_value(key))
             for key, value in config_dict.items()
-            if key != "name_or_path"  # auto classes add it; it is no key of the file
+            if key != "name_or_path"  # auto classes add it; the file does not have it
         }
         return made
 

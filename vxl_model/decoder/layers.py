@@ -14,23 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from ..auto_class import AutoClassMixin
 from ..errors import fail
-from ..settings import ExecutionSettings
 from .attention import VideoXLAttention
 from .configuration import VideoXLConfig
-from .context import AttentionContext, CacheContext, Segment, TrainingContext
+from .context import AttentionContext, CacheContext
 from .placement import execution_device, local
 from .qwen2 import TextMLP, TextNorm, rotary_frequencies
-from .rows import check_positions, token_spans
+from .single_rows import linear_rows, mlp_rows, norm_rows
 from .vision_tower import VisionTower
 
 __all__ = [
+    "VideoXLDecoder",
     "VideoXLDecoderLayer",
-    "VideoXLModel",
     "VideoXLPreTrainedModel",
     "refuse_attentions",
 ]
@@ -50,13 +48,29 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
         self, hidden: Tensor, context: AttentionContext, output_rows: int | None = None
     ) -> Tensor:
         """hidden `(batch, rows, hidden)` to the same, or to its last `output_rows` rows."""
+        # A compiled function may sum in another order for another number of rows.
+        if context.is_few(hidden) and "output_and_mlp" not in self.__dict__:
+            return self._few_rows(hidden, context, output_rows)
         parts = context.parts(hidden)
         attended = self.self_attn([self.input_layernorm(x) for x in parts], context)
-        if output_rows is not None:
-            parts = [x[:, -output_rows:] for x in parts]
-            attended = [x[:, -output_rows:] for x in attended]
-        out = [self.output_and_mlp(x, a) for x, a in zip(parts, attended, strict=True)]
+        if output_rows is None:
+            out = [self.output_and_mlp(x, a) for x, a in zip(parts, attended, strict=True)]
+            return context.join(out)
+        last = [[context.last_rows(x, output_rows) for x in rows] for rows in (parts, attended)]
+        out = [self.output_and_mlp(x, a) for x, a in zip(*last, strict=True)]
         return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _few_rows(
+        self, hidden: Tensor, context: AttentionContext, output_rows: int | None
+    ) -> Tensor:
+        """Few rows of each sequence, with the bits of a batch of one."""
+        backend, apart = context.settings.backend, context.apart
+        (attended,) = self.self_attn([norm_rows(self.input_layernorm, hidden, apart)], context)
+        if output_rows is not None:
+            hidden, attended = (context.last_rows(x, output_rows) for x in (hidden, attended))
+        hidden = hidden + linear_rows(self.self_attn.o_proj, attended, backend, apart)
+        normed = norm_rows(self.post_attention_layernorm, hidden, apart)
+        return hidden + mlp_rows(self.mlp, normed, backend, apart)
 
     def append(self, hidden: Tensor, context: CacheContext) -> None:
         """Keeps K and V of these rows and computes nothing else. The last layer does only this
@@ -96,8 +110,8 @@ class VideoXLPreTrainedModel(AutoClassMixin, PreTrainedModel):
         return execution_device(self.get_input_embeddings())
 
 
-class VideoXLModel(VideoXLPreTrainedModel):
-    """Decoder, vision tower and projector under their published names."""
+class VideoXLDecoder(VideoXLPreTrainedModel):
+    """The layers, the vision tower and the projector. `VideoXLModel` gives it a `forward`."""
 
     def __init__(self, config: VideoXLConfig) -> None:
         super().__init__(config)
@@ -140,80 +154,6 @@ class VideoXLModel(VideoXLPreTrainedModel):
         """The input row of a VST, `(1, hidden)`. Differentiable."""
         return self.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        *,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple[Tensor | tuple[Tensor, ...], ...]:
-        """Text alone through the decoder, differentiable where gradients are enabled. A video
-        and a cache need `VideoXLForConditionalGeneration`.
-
-        Args:
-            input_ids: `(batch, tokens)`.
-            attention_mask: 0 for padding at either end of a row.
-            position_ids: only checked: they have to count up by one.
-            inputs_embeds: `(batch, tokens, hidden)` in place of `input_ids`.
-            use_cache: for callers of transformers. There is no cache.
-            output_hidden_states: return also the embeddings, the output of each layer, and in
-                place of the last layer's that of the norm: `(batch, tokens, hidden)` each.
-            return_dict: False for a tuple.
-
-        Returns:
-            `last_hidden_state (batch, tokens, hidden)`, 0 for padding.
-
-        Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or another argument
-                that does not fit.
-        """
-        refuse_attentions(output_attentions, self.config)
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            fail("input_ids and inputs_embeds", got, "one of the two")
-        if input_ids is not None:
-            outside = (input_ids < 0) | (input_ids >= self.config.vocab_size)
-            if bool(outside.any()):
-                got = f"id {int(input_ids[outside][0])}"
-                fail("input_ids", got, f"0 to {self.config.vocab_size - 1}")
-            inputs_embeds = self.embed_tokens(input_ids)
-        assert inputs_embeds is not None
-        batch, columns = inputs_embeds.shape[:2]
-        spans = token_spans(attention_mask, (batch, columns))
-        check_positions(position_ids, spans, columns)
-        wanted = output_hidden_states
-        if wanted is None:
-            wanted = self.config.output_hidden_states
-        rows: list[list[Tensor]] = [[] for _ in spans]
-        for span in dict.fromkeys(spans):  # rows of one length and place go together
-            members = [b for b, other in enumerate(spans) if other == span]
-            states = self._text_states(inputs_embeds[members, span[0] : span[1]], bool(wanted))
-            pad = (0, 0, span[0], columns - span[1])
-            for i, b in enumerate(members):
-                rows[b] = [nn.functional.pad(x[i], pad) for x in states]
-        stacked = tuple(torch.stack(x) for x in zip(*rows, strict=True))
-        out = BaseModelOutput(
-            last_hidden_state=stacked[-1], hidden_states=stacked if wanted else None
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return out if as_dict else out.to_tuple()
-
-    def _text_states(self, hidden: Tensor, every: bool) -> list[Tensor]:
-        """Normed hidden states of embedded text `(batch, tokens, hidden)`, with `every` after
-        those that `run` collects."""
-        segments = [Segment(None, hidden.shape[1], 0)]
-        settings = ExecutionSettings()
-        context = TrainingContext(segments, len(hidden), self.inv_freq(), settings)
-        states: list[Tensor] | None = [] if every else None
-        last = self.run(hidden, context, states=states)
-        assert last is not None
-        return [last] if states is None else states
-
     def run(
         self,
         hidden: Tensor,
@@ -247,8 +187,11 @@ class VideoXLModel(VideoXLPreTrainedModel):
         # The argument is left out where it is not needed: a compiled layer is then one graph.
         wanted = () if output_rows is None else (output_rows,)
         hidden = last(hidden, context, *wanted)
-        parts = context.parts(hidden)
-        out = self.norm(hidden) if len(parts) == 1 else torch.cat([self.norm(x) for x in parts])
+        if context.is_few(hidden):
+            out = norm_rows(self.norm, hidden, context.apart)
+        else:
+            normed = [self.norm(x) for x in context.parts(hidden)]
+            out = normed[0] if len(normed) == 1 else torch.cat(normed)
         if states is not None:
             states.append(out)
         return out

@@ -26,6 +26,9 @@ def execution_device(module: nn.Module) -> torch.device:
         device = getattr(one, "execution_device", None)
         if device is not None:
             return torch.device(device)
+    for own in module._parameters.values():  # several times a step: without walking the modules
+        if own is not None:
+            return own.device
     return next(module.parameters()).device
 
 

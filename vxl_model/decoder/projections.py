@@ -1,12 +1,14 @@
 """Rows through two linear modules, ordinary tokens through one and VSTs through the other.
 
-Plain `nn.Linear` modules give their weights to `vst_linear`, which takes both products at once.
+Plain `nn.Linear` modules give their weights to `vst_linear`, which takes both products at once, or
+in a decoding step to `invariant_linear`.
 Anything else is called as a module: adapters, quantised weights, hooks, parametrizations, weights
 that come to the device for the call alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 
-from vxl_kernels import ChunkLayout, vst_linear
+from vxl_kernels import ChunkLayout, VarlenLayout, invariant_linear, vst_linear
 
 from .placement import local
 
-__all__ = ["is_plain", "linear_map", "project_rows"]
+__all__ = ["Apart", "is_plain", "is_untouched", "linear_map", "one_by_one", "project_rows"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Apart = Callable[[Tensor], list[Tensor]]
+"""The rows of each sequence, of the rows of all."""
+
 _WEIGHTS = (nn.Parameter, DTensor, type(None))
 
 
@@ -28,29 +32,56 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is the product with its `weight` and `bias`, and no more."""
     if type(module) is not nn.Linear:  # a parametrization makes a class of its own
         return False
-    state = module.__dict__
-    if "forward" in state or any(state[name] for name in _HOOKS):
+    # In every layer of every step, so without generators.
+    held = module.__dict__["_parameters"]  # pruning takes the weight out of it
+    if len(held) != 2 or "weight" not in held or "bias" not in held:
         return False
-    held = state["_parameters"]  # pruning takes the weight out of it
-    if held.keys() != {"weight", "bias"} or any(type(w) not in _WEIGHTS for w in held.values()):
+    if type(held["weight"]) not in _WEIGHTS or type(held["bias"]) not in _WEIGHTS:
+        return False
+    return is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module is the `forward` of its class, and no more."""
+    state = module.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    if hooks or state["_backward_hooks"] or state["_backward_pre_hooks"] or "forward" in state:
         return False
     return not torch_module._has_any_global_hook()
+
+
+def one_by_one(module: Any, x: Tensor, apart: Apart) -> Tensor:
+    """Calls a module with the rows of one sequence at a time."""
+    rows = apart(x)
+    if len(rows) == 1:
+        return module(x)
+    return torch.cat([module(own) for own in rows], dim=0 if len(x) == len(rows) else 1)
 
 
 def project_rows(
     x: Tensor,
     own: nn.Module,
     vst: nn.Module,
-    layout: ChunkLayout | None,
+    layout: ChunkLayout | VarlenLayout | None,
     backend: str | None = None,
+    apart: Apart | None = None,
 ) -> Tensor:
     """Rows x `(batch, rows, in_features)` through `own`, those of VSTs through `vst`:
     `(batch, rows, out_features)`.
 
     Args:
-        layout: what the rows are; None for rows that all go through `own`.
-        backend: of `vst_linear`, for plain modules.
+        layout: what the rows are, of a batch of one if it is a `VarlenLayout`; None for rows that
+            all go through `own`.
+        backend: of the operators, for plain modules.
+        apart: of few rows of each sequence, without a layout: the rows of each. See
+            `single_rows.py`.
     """
+    if isinstance(layout, VarlenLayout):
+        return _project_flat(x[0], own, vst, layout, backend)[None]
+    if apart is not None and is_plain(own):
+        return invariant_linear(x, *_weights(own), backend=backend)
+    if apart is not None:
+        return one_by_one(own, x, apart)
     if is_plain(own) and (layout is None or is_plain(vst)):
         weight, bias = _weights(own)
         vst_weight, vst_bias = (None, None) if layout is None else _weights(vst)
@@ -61,8 +92,18 @@ def project_rows(
     return layout.join_rows(own(raw), vst(summaries))
 
 
+def _project_flat(
+    x: Tensor, own: nn.Module, vst: nn.Module, layout: VarlenLayout, backend: str | None
+) -> Tensor:
+    if is_plain(own) and is_plain(vst):
+        (weight, bias), (vst_weight, vst_bias) = _weights(own), _weights(vst)
+        return vst_linear(x, weight, bias, vst_weight, vst_bias, layout, backend=backend)
+    raw, summaries = layout.split_rows(x)
+    return torch.cat([own(raw), vst(summaries)])
+
+
 def _weights(module: nn.Module) -> list[Any]:
-    """`weight` and `bias` of a plain module, which need not be in this order in it."""
+    """`weight` and `bias` of a plain module, in this order."""
     held = module._parameters
     return [None if w is None else local(w) for w in (held["weight"], held["bias"])]
 

@@ -38,7 +38,7 @@ class _ClipParts(nn.Module):
         self.vision_model = nn.Module()
         for name in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm"):
             setattr(self.vision_model, name, getattr(parts, name))
-        # CLIP's list of positions is no weight and is not read here. On the meta device it would
+        # CLIP's list of positions is not a weight and is not read here. On the meta device it would
         # have no values.
         self.vision_model.embeddings._buffers.pop("position_ids", None)
 
@@ -98,6 +98,22 @@ class VisionTower(nn.Module):
         if len(batches) == 1:
             return batches[0]
         return torch.cat(batches)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Pixels on the host in the tower's dtype, page-locked if it computes on a GPU: the work
+        that a thread can do beside a pass of the tower."""
+        patch = self.vision_tower.vision_model.embeddings.patch_embedding
+        pixels, device = pixels.to(patch.weight.dtype), execution_device(patch)
+        if device.type != "cuda":
+            return pixels
+        with torch.cuda.device(device):  # a thread's own current device is the first one
+            return pixels.pin_memory()
+
+    def upload(self, pixels: Tensor) -> Tensor:
+        """Pixels of `prepare` where the tower computes. The host does not wait: nobody else has
+        them, and the allocator keeps page-locked memory until it has been read."""
+        device = execution_device(self.vision_tower.vision_model.embeddings.patch_embedding)
+        return pixels.to(device, non_blocking=device.type == "cuda")
 
     def _features(self, pixels: Tensor) -> Tensor:
         clip = self.vision_tower.vision_model

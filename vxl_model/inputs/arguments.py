@@ -22,6 +22,7 @@ __all__ = [
     "TextRow",
     "VisualSource",
     "embedded_rows",
+    "encoded",
     "given_one",
     "joined_pixels",
     "prefix_row",
@@ -32,6 +33,17 @@ __all__ = [
 
 IMAGE_TOKEN = -200  # the one id in input_ids that marks the visual part
 IGNORE_INDEX = -100  # the label of a token that is not supervised
+
+
+def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The ids of a text. ValueError where the tokenizer has none for a part of it."""
+    try:
+        return tokenizer(text, **options)["input_ids"]
+    except Exception as error:  # the tokenizers of Rust raise Exception itself
+        reason = " ".join(str(error).split())
+        fail(
+            "text", f"{text[:60]!r}, for which the tokenizer has no ids ({reason})", "text it knows"
+        )
 
 
 def given_one(call: str, options: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def open_frames(
             images, uint8 arrays `(height, width, 3)`); uint8 frames `(n, height, width, 3)`, an
             array or a tensor; an iterable of such frames, for instance a `VideoReader`.
         size: edge that files and pictures are resized and cropped to.
-        frames: how many frames of a file, a folder or a list of pictures.
+        frames: how many frames of all but an iterable of batches, evenly spaced.
         fps: how many frames a second of a file.
 
     Raises:
@@ -96,10 +96,10 @@ def open_frames(
     if alone or (isinstance(video, (list, tuple)) and getattr([*video, 0][0], "ndim", 3) != 4):
         pictures = PictureReader(video, size, frames)
         return pictures, pictures.num_frames
-    if frames is not None:
-        fail("frames", frames, "None for frames in memory")
     if hasattr(video, "ndim"):
-        video = [video]
+        video = [video if frames is None else video[even(len(video), frames, "video")]]
+    elif frames is not None:
+        fail("frames", frames, "None for batches of frames")
     total = getattr(video, "num_frames", None)
     return video, sum(map(len, video)) if isinstance(video, (list, tuple)) else total
 

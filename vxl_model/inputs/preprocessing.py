@@ -228,8 +228,9 @@ class VideoXLVideoProcessor(Pixels, SavedProcessor, BaseVideoProcessor):
         """Videos in any form that `watch` takes, one or a list.
 
         Args:
-            num_frames, fps: of a file. By default 1 frame a second, and of a video longer than
-                128 s 128 frames, evenly spaced.
+            num_frames: evenly spaced, of anything but batches of frames.
+            fps: of a file. By default 1 frame a second, and of a video longer than 128 s 128
+                frames, evenly spaced.
 
         Returns:
             `pixel_values_videos`, a list of one tensor for each video.

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..auto_class import write_auto_file
 from ..errors import fail
-from .arguments import IMAGE_TOKEN
+from .arguments import IMAGE_TOKEN, encoded
 from .images import PictureReader, open_frames, open_image
 from .preprocessing import (
     CLIP_MEAN,
@@ -46,6 +46,7 @@ _HUB_OPTIONS = (
     "token",
 )
 PROCESSOR_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
@@ -65,7 +66,7 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
         image_processor, video_processor: pictures and videos to pixels, alike. By default made
             of the arguments that follow.
         chat_template: of `apply_chat_template`, by default the released model's.
-        image_token, video_token: what stands in a text for a picture and for a video.
+        image_token, video_token: what marks a picture and a video in a text.
         size: edge of a frame for the vision tower, in pixels.
         mean, std: of the normalisation, RGB, for values from 0 to 1.
         rescale: factor from bytes to those values.
@@ -74,6 +75,8 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
     """
 
     default_auto_class = "AutoProcessor"
+    # Of lists with an entry for each text, which cannot be one tensor.
+    skip_tensor_conversion = ("pixel_values", "pixel_values_videos", "image_sizes")
 
     def __init__(
         self,
@@ -132,7 +135,9 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
         clip_settings(f"{os.fspath(path)}/{PREPROCESSOR_FILE}", clip)
         images = VideoXLImageProcessor(**{**clip, GRID: grid})
         videos = VideoXLVideoProcessor(**(saved.get("video_processor") or clip))
-        template = _read_text(path, TEMPLATE_FILE, hub) if saved else None
+        template = None
+        if saved:  # one template, or several by their names
+            template = cls.get_processor_dict(path, **hub)[0].get("chat_template")
         if tokenizer is None:
             tokenizer = _load_tokenizer(path, kwargs)
         settings = {name: saved[name] for name in own[1:] if name in saved}
@@ -157,7 +162,7 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
         if self.tokenizer is not None:
             super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
         else:
-            (folder / TEMPLATE_FILE).write_text(self.chat_template)
+            self._save_templates(folder)
             self.to_json_file(folder / PROCESSOR_FILE)
             if self.class_auto_map():
                 write_auto_file(folder)
@@ -166,6 +171,16 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
         (folder / PREPROCESSOR_FILE).write_text(json.dumps(clip, indent=1) + "\n")
         names = (PROCESSOR_FILE, TEMPLATE_FILE, PREPROCESSOR_FILE)
         return [os.fspath(folder / name) for name in names]
+
+    def _save_templates(self, folder: Path) -> None:
+        """As transformers does: the default one in a file, others in a folder."""
+        templates = self.chat_template
+        if not isinstance(templates, dict):
+            templates = {"default": templates}
+        for name, text in templates.items():
+            file = folder / (TEMPLATE_FILE if name == "default" else f"{TEMPLATES}/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **self.auto_entry()}
@@ -257,9 +272,10 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
         """input_ids and attention_mask. Each side of a visual part is tokenized alone, so that
         the ids before it do not depend on the question."""
         tokenizer = self._tokenizer()
+        options.add_defaults(tokenizer.init_kwargs)
         rows = []
         for parts in given.parts:
-            ids = [tokenizer(x, **options.tokenizing)["input_ids"] if x else [] for x in parts]
+            ids = [encoded(tokenizer, x, **options.tokenizing) if x else [] for x in parts]
             row = ids[0] if len(ids) == 1 else [*ids[0], IMAGE_TOKEN, *ids[1]]
             rows.append(options.truncated(row, IMAGE_TOKEN))
         padding = options.padding_of(rows)
@@ -379,7 +395,7 @@ class VideoXLProcessor(SavedProcessor, ProcessorMixin):
 
     def text_ids(self, text: str) -> Tensor:
         """Ids of a text as it is, `(1, T)`, without special tokens around it."""
-        ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
+        ids = encoded(self._tokenizer(), text, add_special_tokens=False)
         return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
     def decode(
@@ -456,19 +472,6 @@ def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | 
     if not isinstance(value, dict):
         raise ValueError(f"{file}: got a {type(value).__name__}, expected an object")
     return value
-
-
-def _read_text(path: str | os.PathLike[str], name: str, kwargs: dict) -> str | None:
-    """A text file of a checkpoint; None if it has no such file."""
-    file: Path | None = Path(path) / name
-    if not Path(path).is_dir():
-        from transformers.utils import cached_file
-
-        found = cached_file(
-            os.fspath(path), name, _raise_exceptions_for_missing_entries=False, **kwargs
-        )
-        file = None if found is None else Path(found)
-    return file.read_text() if file is not None and file.exists() else None
 
 
 def _load_tokenizer(path: str | os.PathLike[str], kwargs: dict) -> Any:

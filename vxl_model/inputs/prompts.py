@@ -114,6 +114,12 @@ class CallOptions:
             getattr(made, kind).update(nested[kind])
         return made
 
+    def add_defaults(self, tokenizer: dict[str, Any]) -> None:
+        """What a tokenizer was made with and a call does not say."""
+        for name in ("max_length", "padding", "truncation"):
+            if tokenizer.get(name) is not None:
+                self.text.setdefault(name, tokenizer[name])
+
     @property
     def tokenizing(self) -> dict[str, Any]:
         return {"add_special_tokens": self.text.get("add_special_tokens", False)}

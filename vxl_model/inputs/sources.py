@@ -31,6 +31,8 @@ class VisualEncoder:
         encode: pixels `(frames, 3, size, size)`, or an iterable of such, to features `(tokens,
             hidden)`, some frames at a time.
         preprocess: uint8 frames `(frames, height, width, 3)`, arrays or tensors, to pixels.
+        prepare: pixels as they are uploaded, in any thread.
+        upload: prepared pixels to where `encode` computes.
     """
 
     hidden_size: int
@@ -38,6 +40,8 @@ class VisualEncoder:
     tokens_per_frame: int
     encode: Callable[[Tensor | Iterable[Tensor]], Iterator[Tensor]]
     preprocess: Callable[[Any], Tensor]
+    prepare: Callable[[Tensor], Tensor]
+    upload: Callable[[Tensor], Tensor]
 
     def features(self, source: VisualSource) -> Iterator[Tensor]:
         """Features of one row's visual part, some frames at a time."""
@@ -100,8 +104,9 @@ def _from_video(
     if encoder.image_size is None:
         _refuse_pixels()
     batches, total = open_frames(video, encoder.image_size, frames, fps)
-    pixels = prefetch(encoder.preprocess(batch) for batch in batches)
-    return FeatureStream(encoder.encode(pixels), total, encoder.tokens_per_frame)
+    pixels = prefetch(encoder.prepare(encoder.preprocess(batch)) for batch in batches)
+    uploaded = (encoder.upload(batch) for batch in pixels)
+    return FeatureStream(encoder.encode(uploaded), total, encoder.tokens_per_frame)
 
 
 def _from_pixels(encoder: VisualEncoder, pixels: Any, image_sizes: Any) -> FeatureStream:

@@ -46,7 +46,7 @@ class StreamBatch(Cache):
         return StreamBatch(states)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """HF's beam search: row i goes on from row `beam_idx[i]`."""
+        """HF's beam search: row i continues row `beam_idx[i]`."""
         self.states = self.select(beam_idx.tolist()).states
 
     def flushed(self, encoder: StreamEncoder) -> StreamBatch:
@@ -54,6 +54,6 @@ class StreamBatch(Cache):
         return StreamBatch(encoder.flush(state) for state in self.states)
 
     def forks(self, rows: int) -> StreamBatch:
-        """A fork for each of `rows` rows of text. A batch of one serves them all."""
+        """A fork for each of `rows` rows of text. A batch of one is forked for every row."""
         states = self.states * (rows if len(self) == 1 else 1)
         return StreamBatch(state.fork() for state in states)

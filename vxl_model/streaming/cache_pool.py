@@ -68,13 +68,16 @@ class GrowingCache:
         make: makes a cache of this many pages.
         tokens: rows to have room for at first.
         page_size: of the caches that `make` makes.
+        fixed: never grow. A step that finds no room raises `PoolExhausted`, a MemoryError.
 
     Attributes:
         pages: the cache that holds the sequences now.
     """
 
-    def __init__(self, make: Callable[[int], VstCache], tokens: int, page_size: int) -> None:
-        self._make = make
+    def __init__(
+        self, make: Callable[[int], VstCache], tokens: int, page_size: int, fixed: bool = False
+    ) -> None:
+        self._make, self._fixed = make, fixed
         self._lock = threading.Lock()
         self._keys = itertools.count()
         self._places: dict[int, tuple[VstCache, int]] = {}  # by key of the handle
@@ -99,9 +102,11 @@ class GrowingCache:
             return self._handle(self.pages.restore(host))
 
     @contextmanager
-    def step(self, sequences: Sequence[SequenceHandle], rows: int) -> Iterator[CacheBatch]:
-        """The sequences with room for `rows` more rows each, which count when the block ends
-        without an error. Other threads wait meanwhile."""
+    def step(
+        self, sequences: Sequence[SequenceHandle], rows: int | list[int]
+    ) -> Iterator[CacheBatch]:
+        """The sequences with room for `rows` more rows each, or one number for each, which count
+        when the block ends without an error. Other threads wait meanwhile."""
         with self._exclusive():
             batch = self._reserve(sequences, rows)
             yield batch
@@ -142,10 +147,12 @@ class GrowingCache:
             cache, seq = self._places.pop(self._dropped.popleft())
             cache.free(seq)
 
-    def _reserve(self, sequences: Sequence[SequenceHandle], rows: int) -> CacheBatch:
+    def _reserve(self, sequences: Sequence[SequenceHandle], rows: int | list[int]) -> CacheBatch:
         try:
             self.pages.reserve([s.place[1] for s in sequences], rows)
         except PoolExhausted as error:
+            if self._fixed:
+                raise
             self._grow(error.pages_needed - self.pages.free_pages)  # type: ignore[attr-defined]
         seqs = [s.place[1] for s in sequences]  # growing renames them
         if self._batch is None or self._batch.cache is not self.pages or self._batch.seqs != seqs:

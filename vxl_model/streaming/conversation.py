@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import fail
 
-__all__ = ["Conversation", "answer_options"]
+__all__ = ["Conversation", "answer_options", "returned_batch"]
 
 
 def answer_options(processor: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -22,6 +22,13 @@ def answer_options(processor: Any, options: dict[str, Any]) -> dict[str, Any]:
     if options.get("stop_strings") is not None:
         defaults["tokenizer"] = processor.tokenizer
     return defaults | options
+
+
+def returned_batch(out: Any) -> Any:
+    """The cache of what `generate` returned. It has one of two names, by the release of
+    transformers."""
+    caches = (getattr(out, name, None) for name in ("cache", "past_key_values"))
+    return next(x for x in caches if x is not None)
 
 
 class Asked(Protocol):
@@ -38,7 +45,7 @@ class Asked(Protocol):
     def ask(self, question: Any, max_new_tokens: int = 256, **options: Any) -> Any:
         """Answers ids `(1, tokens)`."""
 
-    def going_on(self, batch: Any) -> Any:
+    def continued(self, batch: Any) -> Any:
         """A memory of the sequences that `generate` returned."""
 
 
@@ -93,12 +100,10 @@ class Conversation:
         before = self.memory.cached_tokens[0]
         options["return_dict_in_generate"] = True
         out = self.memory.ask(ids.to(device), max_new_tokens, **options)
-        # The cache has one of two names, by the release of transformers.
-        caches = (getattr(out, name, None) for name in ("cache", "past_key_values"))
-        batch = next(x for x in caches if x is not None)
+        batch = returned_batch(out)
         new = out.sequences[0]
         read = batch.get_seq_length() - before - ids.shape[1]
-        self.memory, self._unread = self.memory.going_on(batch), new[read:].tolist()
+        self.memory, self._unread = self.memory.continued(batch), new[read:].tolist()
         answer = processor.decode(new) if text else new
         self.turns.append((question, answer))
         return answer

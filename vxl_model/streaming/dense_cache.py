@@ -1,7 +1,7 @@
 """Sequences as a `DynamicCache` of transformers, for a plain decoder of the same weights, and back.
 
-K is cached rotated to its final position, and a sequence of cached tokens goes on as one of
-ordinary tokens does. A plain decoder therefore needs nothing else to answer.
+K is cached rotated to its final position, and text continues a sequence of cached tokens as it
+continues a text. A plain decoder therefore needs nothing else to answer.
 """
 
 from __future__ import annotations

@@ -6,16 +6,16 @@ each of its rows. Here several windows go together, and what is not read is not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vxl_kernels import ChunkLayout, VstCache
+from vxl_kernels import CacheBatch, ChunkLayout, VarlenLayout, VstCache, serves
 
 from ..decoder.configuration import VideoXLConfig
-from ..decoder.context import CacheContext
-from ..decoder.layers import VideoXLModel
+from ..decoder.context import FEW_ROWS, CacheContext, PagesOf
+from ..decoder.layers import VideoXLDecoder
 from ..errors import fail
 from ..settings import ExecutionSettings
 from .cache_pool import GrowingCache, SequenceHandle
@@ -50,10 +50,16 @@ class StreamEncoder:
     Args:
         decoder: the decoder.
         settings: how it computes.
+        shared: the cache of all sequences; by default each memory has its own.
     """
 
-    def __init__(self, decoder: VideoXLModel, settings: ExecutionSettings) -> None:
-        self.decoder, self.settings = decoder, settings
+    def __init__(
+        self,
+        decoder: VideoXLDecoder,
+        settings: ExecutionSettings,
+        shared: GrowingCache | None = None,
+    ) -> None:
+        self.decoder, self.settings, self.shared = decoder, settings, shared
         self.window: int = decoder.config.beacon_window
         self.device, self.dtype = decoder.device, decoder.beacon_embed_tokens.weight.dtype
 
@@ -67,7 +73,11 @@ class StreamEncoder:
         return chunks
 
     def cache(self, tokens: int) -> GrowingCache:
-        """An empty cache with room for this many rows."""
+        """The cache for a new memory: the shared one, or one with room for this many rows."""
+        return self.new_cache(tokens) if self.shared is None else self.shared
+
+    def new_cache(self, tokens: int, fixed: bool = False) -> GrowingCache:
+        """An empty cache with room for this many rows, which grows unless it is `fixed`."""
         config, page_size = self.decoder.config, self.settings.page_size
 
         def make(pages: int) -> VstCache:
@@ -81,7 +91,7 @@ class StreamEncoder:
                 device=self.device,
             )
 
-        return GrowingCache(make, tokens, page_size)
+        return GrowingCache(make, tokens, page_size, fixed)
 
     # -- what a video will leave ------------------------------------------------------
 
@@ -154,14 +164,61 @@ class StreamEncoder:
     ) -> Tensor:
         """Text, ids `(batch, tokens)` or embeddings `(batch, tokens, hidden)`, at the end of one
         state for each row: normed hidden states of the last `output_rows` rows, of all for None.
-        `collect` receives what `VideoXLModel.run` collects."""
+        `collect` receives what `VideoXLDecoder.run` collects."""
         sequences = [state.sequence for state in states]
         hidden = self._run(sequences, self.embed(text), None, output_rows, collect)
         assert hidden is not None
-        for state in states:
-            state.vst_counts.append(0)
-            state.finished = True
+        _finish(states)
         return hidden
+
+    def append_texts(self, states: Sequence[VideoState], texts: Sequence[Tensor]) -> Tensor:
+        """Texts of any lengths, ids `(tokens,)` or embeddings `(tokens, hidden)`, at the end of one
+        state each. Returns the normed hidden state of each last row, `(texts, hidden)`. If it
+        raises, no text was appended. The result of a text is bitwise equal to that of a call with
+        this text only: short texts go through the layers together. Longer ones, which fill a
+        product by themselves, follow one after another, as by `append_suffix`. Without batch
+        invariance all go together.
+        """
+        settings, device = self.settings, self.device
+        inv_freq, decoder = self.decoder.inv_freq(), self.decoder
+        sizes = [len(text) for text in texts]
+        few = [i for i, n in enumerate(sizes) if n <= FEW_ROWS or not settings.batch_invariant]
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        if not serves("vst_attention_varlen", like, settings.backend):
+            few = []
+        alone = [[i] for i in range(len(texts)) if i not in few]
+        last: list[Tensor] = [like] * len(texts)
+
+        def run(batch: CacheBatch) -> Tensor:
+            for rows in [few, *alone] if few else alone:
+                layout = VarlenLayout([sizes[i] for i in rows], device) if rows is few else None
+                context = CacheContext(PagesOf(batch, rows), layout, inv_freq, settings)
+                hidden = torch.cat([self.embed(texts[i]) for i in rows])[None]
+                out = decoder.run(hidden, context, 1)
+                assert out is not None
+                for i, row in zip(rows, out[:, -1], strict=True):
+                    last[i] = row
+            return torch.stack(last)
+
+        return self.step(states, sizes, run)
+
+    def step(
+        self,
+        states: Sequence[VideoState],
+        rows: int | list[int],
+        run: Callable[[CacheBatch], Tensor],
+    ) -> Tensor:
+        """`rows` more tokens at the end of every state, or one number for each, by `run`, which is
+        given the sequences with room for them. If it raises, they are as before."""
+        sequences = [state.sequence for state in states]
+        with sequences[0].cache.step(sequences, rows) as batch:
+            out = run(batch)
+        _finish(states)
+        return out
+
+    def text_context(self, batch: CacheBatch) -> CacheContext:
+        """Of ordinary tokens."""
+        return CacheContext(batch, None, self.decoder.inv_freq(), self.settings)
 
     def chunk_rows(self, features: Tensor, layout: ChunkLayout) -> Tensor:
         """Input rows `(batch, rows, hidden)` of chunks: features `(batch, tokens, hidden)` and VST
@@ -218,7 +275,7 @@ class StreamEncoder:
         output_rows: int | None,
         collect: list[Tensor] | None = None,
     ) -> Tensor | None:
-        """Rows `(batch, rows, hidden)` through all layers, as `VideoXLModel.run`. If it raises,
+        """Rows `(batch, rows, hidden)` through all layers, as `VideoXLDecoder.run`. If it raises,
         the sequences are as before."""
         rows = hidden.shape[1] if layout is None else layout.chunks * layout.vsts_per_chunk
         if output_rows == 0 and not self.settings.skip_last_layer_outputs:
@@ -226,3 +283,10 @@ class StreamEncoder:
         with sequences[0].cache.step(sequences, rows) as batch:
             context = CacheContext(batch, layout, self.decoder.inv_freq(), self.settings)
             return self.decoder.run(hidden, context, output_rows, collect)
+
+
+def _finish(states: Sequence[VideoState]) -> None:
+    """They have read text after their videos."""
+    for state in states:
+        state.vst_counts.append(0)
+        state.finished = True

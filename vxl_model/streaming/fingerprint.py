@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..decoder.configuration import VideoXLConfig
-from ..decoder.layers import VideoXLModel
+from ..decoder.layers import VideoXLDecoder
 from ..decoder.placement import local, onloaded
 from ..errors import fail
 
@@ -28,7 +28,7 @@ __all__ = [
 # One row of every weight is enough: 9 MB for the 28 layers of Qwen2-7B.
 
 
-def model_fingerprint(decoder: VideoXLModel) -> str:
+def model_fingerprint(decoder: VideoXLDecoder) -> str:
     """A digest of geometry, dtype, and the first row of every weight."""
     config = decoder.config
     digest = _geometry(config, decoder.beacon_embed_tokens.weight.dtype, config.beacon_window)
@@ -39,9 +39,9 @@ def model_fingerprint(decoder: VideoXLModel) -> str:
     return digest.hexdigest()
 
 
-def text_fingerprint(decoder: VideoXLModel) -> str:
+def text_fingerprint(decoder: VideoXLDecoder) -> str:
     """The same of what a question needs: the language model without its VST weights."""
-    rows = {name: row for name, row in _rows(decoder) if "beacon_" not in name}
+    rows = {name: row for name, row in _rows(decoder) if _is_text(f"model.{name}")}
     return _text(decoder.config, decoder.embed_tokens.weight.dtype, rows)
 
 
@@ -73,13 +73,18 @@ def checkpoint_text_fingerprint(path: str | os.PathLike[str], dtype: torch.dtype
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a dict)
                 part = weights.get_slice(name)
-                if name.startswith(_TEXT) and "beacon_" not in name:
+                if _is_text(name):
                     row = first_row_bytes(part[:1].to(dtype))
                     rows[name.removeprefix("model.")] = row
     return _text(config, dtype, rows)
 
 
-_TEXT = ("model.embed_tokens.", "model.layers.", "model.norm.")
+def _is_text(name: str) -> bool:
+    """Whether a weight of this name in a checkpoint takes part in reading text."""
+    return name.startswith(_TEXT) and "beacon_" not in name
+
+
+_TEXT = ("model.embed_tokens.", "model.layers.", "model.norm.")  # not the vision tower's
 
 
 def _safetensors_files(path: str | os.PathLike[str]) -> list[str]:

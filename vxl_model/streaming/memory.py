@@ -17,9 +17,17 @@ from torch import Tensor
 from ..errors import fail
 from . import memory_file
 from .batch import StreamBatch
-from .conversation import Conversation, answer_options
+from .conversation import Conversation, answer_options, returned_batch
 from .dense_cache import append_cache, cache_rows, dense_cache
 from .encoder import StreamEncoder
+from .questions import (
+    first_stops,
+    given,
+    groups_that_go_together,
+    id_rows,
+    is_list_of_questions,
+    padded_rows,
+)
 from .state import VideoState
 
 __all__ = ["Owner", "VideoMemory"]
@@ -134,18 +142,21 @@ class VideoMemory:
 
     def ask(
         self,
-        question: str | Tensor | Sequence[int],
+        question: str | Tensor | Sequence[Any],
         max_new_tokens: int = 256,
         *,
         answer_prefix: str = "",
         **options: Any,
     ) -> Any:
-        """Answers a question. The memory stays as it is.
+        """Answers a question, or several at once. The memory stays as it is.
 
         Args:
             question: text (the checkpoint has to have a tokenizer), or the ids of everything
-                after the video, `(tokens,)` or `(batch, tokens)`. One video takes any number
-                of questions as a batch.
+                after the video, `(tokens,)` or `(batch, tokens)`. A list of texts or of ids
+                `(tokens,)` of any lengths: as many as there are videos, or any number for one
+                video. They are decoded together, each until its own end. Each answer is the one
+                that a call with this question only returns. (With `do_sample` it is not: draws
+                of all questions come from one sequence of random numbers.)
             answer_prefix: what the answer to a text begins with, for instance "Best option: (".
                 The model goes on from there.
             options: of `generate`: `do_sample`, `num_beams`, `streamer`, ...
@@ -153,12 +164,16 @@ class VideoMemory:
         Returns:
             For text the answer without its prefix, or a list of answers for several videos or
             with `num_return_sequences`. For ids the new ids, `(new,)` or `(batch, new)`. With
-            `return_dict_in_generate` what `generate` returns, its `sequences` the new ids.
+            `return_dict_in_generate` what `generate` returns, its `sequences` the new ids. For a
+            list of questions a list of what each would give.
 
         Raises:
             ValueError: the ids hold -200 or do not fit the number of videos, or have an
-                `answer_prefix`. The text is empty or holds a control token.
+                `answer_prefix`. The text is empty or holds a control token. A list of questions
+                with a `streamer` or `return_dict_in_generate`.
         """
+        if is_list_of_questions(question):
+            return self._ask_each(list(question), max_new_tokens, answer_prefix, options)
         if isinstance(question, str):
             processor = self.model.processor
             begun = (answer_prefix,) if answer_prefix else ()
@@ -186,13 +201,13 @@ class VideoMemory:
         """Several turns about the video, of which each is read once."""
         return Conversation(self)
 
-    def going_on(self, batch: StreamBatch) -> VideoMemory:
+    def continued(self, batch: StreamBatch) -> VideoMemory:
         """A memory of sequences that a pass of the same model has returned: those of this memory
         and the text that was read and generated after them."""
         return VideoMemory(self.model, batch)
 
     def forks(self, rows: int) -> StreamBatch:
-        """Sequences for `rows` rows of text after the video. One video serves them all.
+        """Sequences for `rows` rows of text after the video. One video is forked for every row.
 
         Raises:
             ValueError: a memory of several videos, but not of `rows`.
@@ -330,6 +345,59 @@ class VideoMemory:
         return VideoMemory(model, StreamBatch([memory_file.load_state(path, model.encoder())]))
 
     # -- private -----------------------------------------------------------------------
+
+    def _ask_each(
+        self, questions: list[Any], max_new_tokens: int, answer_prefix: str, options: dict[str, Any]
+    ) -> list[Any]:
+        for name in ("streamer", "return_dict_in_generate"):
+            if options.get(name):
+                fail(name, "a list of questions", "one question, or ids (batch, tokens)")
+        if len(self) not in (1, len(questions)):
+            fail("question", f"{len(questions)} questions", f"{len(self)}, one for each video")
+        in_words = isinstance(questions[0], str)
+        if any(isinstance(x, str) != in_words for x in questions):
+            fail("question", "texts and ids in one list", "texts or ids")
+        processor: Any = self.model.processor if in_words else None
+        if in_words:
+            begun = (answer_prefix,) if answer_prefix else ()
+            questions = [processor.suffix_ids(x, *begun).reshape(-1) for x in questions]
+            options = answer_options(processor, options)
+        elif answer_prefix:
+            fail("answer_prefix", repr(answer_prefix), "none with ids: append its ids to them")
+        rows = id_rows(questions, self.model.device)
+        config = getattr(self.model, "generation_config", None)
+        answers: list[Any] = [None] * len(rows)
+        for group in groups_that_go_together(rows, options, config):
+            states = [self.batch.states[i if len(self) > 1 else 0] for i in group]
+            memory = VideoMemory(self.model, StreamBatch(states[: 1 if len(self) == 1 else None]))
+            found = memory._decode_together([rows[i] for i in group], max_new_tokens, options)
+            for i, new in zip(group, found, strict=True):
+                said = [processor.decode(x) for x in new] if in_words else new
+                answers[i] = said[0] if len(said) == 1 else said
+        return answers
+
+    def _decode_together(
+        self, rows: list[Tensor], max_new_tokens: int, options: dict[str, Any]
+    ) -> list[list[Tensor]]:
+        """The new ids of each row, `num_return_sequences` of them."""
+        ids, mask = padded_rows(rows)
+        call = {**options, "attention_mask": mask, "return_dict_in_generate": True}
+        out = self.model.generate(ids, memory=self, max_new_tokens=max_new_tokens, **call)
+        new = out.sequences[:, ids.shape[1] :]
+        each = len(new) // len(rows)
+        config = getattr(self.model, "generation_config", None)
+        if given("num_beams", options, config) in (None, 1):
+            # A sequence has read its answer but for the last id, and no padding.
+            states = self._flushed().states * (len(rows) if len(self) == 1 else 1)
+            begun = [
+                state.sequence.length + len(row) for state, row in zip(states, rows, strict=True)
+            ]
+            read = [state.sequence.length for state in returned_batch(out).states]
+            stops = [1 + length - begun[i // each] for i, length in enumerate(read)]
+        else:
+            stops = first_stops(new, given("eos_token_id", options, config))
+        cut = [row[:stop] for row, stop in zip(new, stops, strict=True)]
+        return [cut[i : i + each] for i in range(0, len(cut), each)]
 
     def _flushed(self) -> StreamBatch:
         with self._flushing, torch.no_grad():  # one thread encodes a last window, the others wait

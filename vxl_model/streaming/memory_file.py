@@ -6,26 +6,27 @@ from __future__ import annotations
 import base64
 import json
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vxl_kernels import VstCache
 
-from ..decoder.layers import VideoXLModel
+from ..decoder.layers import VideoXLDecoder
 from .cache_pool import SLACK_TOKENS
 from .encoder import StreamEncoder
 from .fingerprint import model_fingerprint, text_fingerprint
 from .ratios import RatioPlan
 from .state import VideoState
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["load_state", "read_counts", "save_state"]
 
 _FORMAT = "vxl-memory-2"
 _HEADER_FORMAT = "vxl-memory-1"  # pending tokens in base64 in the header, which holds 100 MB
 
 
-def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXLModel) -> None:
+def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXLDecoder) -> None:
     """Writes a state, its pending visual tokens included.
 
     Raises:
@@ -66,15 +67,36 @@ def load_state(path: str | os.PathLike[str], encoder: StreamEncoder) -> VideoSta
             f"path: got {os.fspath(path)!r}, the memory of another model (other weights, "
             "geometry or dtype)"
         )
+    cache = encoder.cache(json.loads(metadata["state"])["length"] + SLACK_TOKENS)
+    state = _state(path, metadata, cache.load(path))
+    state.pending = [x.to(encoder.device) for x in state.pending]
+    return state
+
+
+def read_counts(path: str | os.PathLike[str], encoder: StreamEncoder) -> tuple[int, int]:
+    """Visual tokens of a saved memory, and the tokens that are cached once its last window is
+    encoded. K and V are not read.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+        OSError: the file can't be read.
+    """
+    metadata = VstCache.read_metadata(path)
+    state = _state(path, metadata, None)
+    left = sum(encoder.final_vst_counts(state)) - sum(state.vst_counts)
+    return state.visual_tokens, json.loads(metadata["state"])["length"] + left
+
+
+def _state(path: str | os.PathLike[str], metadata: dict[str, str], sequence: Any) -> VideoState:
     fields = json.loads(metadata["state"])
     if metadata["memory"] == _FORMAT:
         pending = list(VstCache.read_tensors(path).values())
     else:
         pending = _pending_in_header(metadata["pending"], fields)
     return VideoState(
-        encoder.cache(fields["length"] + SLACK_TOKENS).load(path),
+        sequence,
         RatioPlan.from_state(metadata["plan"]),
-        [x.to(encoder.device) for x in pending],
+        pending,
         fields["sizes"],
         fields["visual_tokens"],
         fields["closed"],

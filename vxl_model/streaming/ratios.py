@@ -1,6 +1,6 @@
 """How many raw tokens one VST summarises, window by window.
 
-A fixed ratio serves every window. Of several allowed ones, one is drawn per window:
+A fixed ratio holds for every window. If several are allowed, one is drawn for each window:
 `numpy.random.default_rng(42).choice(valid)`, one generator for a sequence, where `valid` is the
 list, in order, without the ratios that do not divide the window. So the same call always gives
 the same ratios.
