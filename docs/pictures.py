@@ -37,6 +37,14 @@ class Svg:
         for i, text in enumerate(lines := word.split("\n")):
             self.word(x + w // 2, y + h // 2 + 5 + 16 * i - 8 * (len(lines) - 1), text, "middle")
 
+    def group(self, x: int, y: int, w: int, h: int, heading: str) -> None:
+        """A dashed frame with a heading, for boxes that belong together."""
+        self.parts.append(
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="none" stroke="{INK}" '
+            'stroke-dasharray="4 3"/>'
+        )
+        self.word(x + 12, y + 19, heading, bold=True)
+
     def word(self, x: int, y: int, text: str, anchor: str = "start", bold: bool = False) -> None:
         weight = ' font-weight="bold"' if bold else ""
         if text:
@@ -100,7 +108,7 @@ def mask() -> Svg:
     vst = layout.is_vst().tolist()
     entries = len(seen[0]) - layout.rows
     columns = [f"p{i}" for i in range(cached)]
-    columns += [f"vs{i}" for i in range(entries - cached)] + rows
+    columns += [f"c{i}" for i in range(entries - cached)] + rows
     fills = [CACHED] * entries + [VST if is_vst else RAW for is_vst in vst]
     edge, left, top = 30, 110, 70
     width = left + edge * len(columns) + 20
@@ -126,8 +134,17 @@ def mask() -> Svg:
     for i, (fill, word) in enumerate(legend):
         svg.box(left + 125 * i, y, 18, 18, fill)
         svg.word(left + 125 * i + 25, y + 14, word)
-    svg.word(20, y + 44, f"p0, p1: cached prefix. Chunk 1 sees vs0 to vs{entries - cached - 1}")
-    svg.word(20, y + 62, "of chunk 0, which the same call has appended to the cache.")
+    last = entries - cached - 1
+    svg.word(
+        20,
+        y + 44,
+        f"p0, p1: cached prefix. c0, c{last}: cached keys of the VSTs vs0, vs{last} of chunk 0.",
+    )
+    svg.word(
+        20,
+        y + 62,
+        "The call appends them before it computes attention. Only chunk 1 attends to them.",
+    )
     return svg
 
 
@@ -135,68 +152,117 @@ def flow() -> Svg:
     """From a video file to an answer, with the released model's sizes."""
     layout, prefix, frame = ChunkLayout(window=1440, ratio=8), 14, 144
     kept = layout.vsts_per_chunk
-    svg = Svg(880, 600, "Data flow from video file to answer")
+    svg = Svg(960, 780, "Data flow from video file to answer")
 
-    def column(x: int, w: int, steps: list[tuple[str, str]], y: int, h: int = 46) -> None:
-        for i, (word, fill) in enumerate(steps):
-            svg.box(x, y + i * (h + 24), w, h, fill, word)
-            if i:
-                svg.arrow((x + w // 2, y + i * (h + 24) - 24), (x + w // 2, y + i * (h + 24)))
+    # A column of groups. Each is a frame with the folder of its boxes as heading.
+    x, width, y, tall, below = 20, 280, 16, 42, 18
+    groups: list[tuple[str, list[tuple[str, str]]]] = [
+        ("vxl_model/video", [("video file", PAPER), ("frames, 336 x 336\nreader.py", PAPER)]),
+        ("vxl_model/inputs", [("pixels, normalised\nprocessing.py", PAPER)]),
+        (
+            "vxl_model/decoder",
+            [
+                (f"vision tower: {4 * frame} vectors per frame\nvision_tower.py", PAPER),
+                (f"projector and 2 x 2 pooling:\n{frame} features per frame", RAW),
+            ],
+        ),
+        (
+            "vxl_model/streaming",
+            [
+                (f"window: {layout.window // frame} frames,\n{layout.window} raw tokens", RAW),
+            ],
+        ),
+    ]
+    last = None
+    for heading, steps in groups:
+        boxes = len(steps) + (heading == groups[-1][0])  # the chunk is drawn below
+        svg.group(x, y, width, 28 + boxes * (tall + below), heading)
+        y += 30
+        for word, fill in steps:
+            svg.box(x + 12, y, width - 24, tall, fill, word)
+            if last is not None:
+                svg.arrow((230, last), (230, y))
+            last = y + tall
+            y += tall + below
+        y += 12
+    # A chunk is its raw rows and its VSTs, in their colours.
+    right, chunk = x + width - 12, y - 12
+    part = (width - 24) * kept // layout.rows
+    svg.box(
+        x + 12,
+        chunk,
+        width - 24 - part,
+        tall,
+        RAW,
+        f"chunk: {layout.window} raw rows,\n{kept} VSTs (encoder.py)",
+    )
+    svg.box(right - part, chunk, part, tall, VST)
+    svg.arrow((230, last), (230, chunk))
 
-    svg.word(20, 24, "vxl_model.video, vxl_model.inputs", bold=True)
-    column(
-        20,
-        260,
-        [
-            ("video file", PAPER),
-            ("frames, 336 x 336\nvideo/reader.py", PAPER),
-            (f"vision tower: {frame} features a frame\ndecoder/vision_tower.py", RAW),
-            (f"window: {layout.window} raw tokens\n{layout.window // frame} frames", RAW),
-            (f"chunk: {layout.rows} rows, {kept} of them VSTs\nstreaming/encoder.py", VST),
-        ],
-        40,
-    )
-    svg.word(320, 24, "each decoder layer", bold=True)
-    column(
-        320,
-        230,
-        [
-            ("norm", PAPER),
-            ("vst_linear: q, k, v", RAW),
-            ("rope_append: rotate q and k,\nappend VSTs to the cache", VST),
-            ("vst_attention over\n[cache | own chunk]", CACHED),
-            ("o_proj, norm, MLP", PAPER),
-        ],
-        40,
-    )
-    bottom = 40 + 4 * 70 + 46
-    svg.arrow((280, bottom - 23), (300, bottom - 23), (300, 63), (320, 63))
-    svg.word(610, 24, "VstCache: K and V of this layer", bold=True)
-    sizes = [("prefix", prefix)] + [(f"window {i}", kept) for i in range(3)]
+    # A decoder layer. The two residuals run on its left.
+    x, width, y = 340, 270, 16
+    middle = x + 30 + (width - 42) // 2
+    svg.group(x, y, width, 506, "vxl_model/decoder, 28 layers")
+    y += 56
+    tops: list[int] = []
+    layer = [
+        "norm",
+        "vst_linear: q, k, v",
+        "rope_append: rotate q and k,\nappend VSTs to the cache",
+    ]
+    layer += ["vst_attention over\n[cache | own chunk]", "o_proj", "+", "norm", "MLP", "+"]
+    for word in layer:
+        h = 42 if "\n" in word else 30
+        svg.arrow((middle, y - below), (middle, y))
+        if word == "+":
+            svg.box(middle - 15, y, 30, h, PAPER, word)
+        else:
+            svg.box(x + 30, y, width - 42, h, PAPER, word)
+        tops.append(y)
+        y += h + below
+    svg.arrow((middle, y - below), (middle, y))
+    svg.word(middle, y + 14, "to the next layer", "middle")
+    svg.arrow((right, chunk + 21), (318, chunk + 21), (318, 46), (middle, 46), (middle, 72))
+    for begin, end in ((tops[0] - 15, tops[5] + 15), (tops[6] - 9, tops[8] + 15)):
+        svg.arrow((middle, begin), (x + 15, begin), (x + 15, end), (middle - 15, end))
+
+    # The cache of one layer.
+    x, y = 680, 44
+    svg.group(x - 16, 16, 276, 296, "VstCache: K and V of this layer")
+    sizes = [("prefix", prefix)] + [(f"VSTs of window {i}", kept) for i in range(3)]
     total = 0
-    for i, (word, count) in enumerate(sizes):
-        text = f"{word}: entries {total} to {total + count - 1}"
-        svg.box(610, 40 + 42 * i, 250, 42, CACHED, text)
+    for word, count in sizes:
+        svg.box(x, y, 244, 38, CACHED, f"{word}: {total} to {total + count - 1}")
         total += count
-    svg.box(610, 40 + 42 * len(sizes), 250, 42, EMPTY, "room for the next window")
-    svg.arrow((550, 203), (580, 203), (580, 229), (610, 229))
-    svg.arrow((610, 145), (595, 145), (595, 273), (550, 273))
-    svg.word(610, 290, f"K is stored rotated. The {layout.window} raw rows")
-    svg.word(610, 308, "of a window are not cached.")
-    svg.word(20, 430, "for each question", bold=True)
-    steps = ["fork of the cache\n(shares pages)", "suffix: question,\nevery row is cached"]
-    steps += ["decode: one row a step", "answer"]
+        y += 38
+    svg.box(x, y, 244, 38, EMPTY, "room for the next window")
+    svg.word(x, y + 58, "K is stored with its final rotation.")
+    svg.word(x, y + 76, f"The {layout.window} raw tokens of a window")
+    svg.word(x, y + 94, "are not cached.")
+    svg.arrow((598, tops[2] + 21), (634, tops[2] + 21), (634, y + 19), (x, y + 19))
+    svg.arrow((x, y - 57), (650, y - 57), (650, tops[3] + 21), (598, tops[3] + 21))
+
+    svg.word(664, 356, "Colours", bold=True)
+    legend = [(RAW, "raw visual tokens"), (VST, "VSTs"), (CACHED, "cached keys and values")]
+    legend += [(EMPTY, "free pages"), (PAPER, "an operation, or other data")]
+    for i, (fill, word) in enumerate(legend):
+        svg.box(664, 368 + 25 * i, 18, 18, fill)
+        svg.word(692, 382 + 25 * i, word)
+    svg.word(664, 514, "+  adds the line on the left (residual)")
+
+    y = 606
+    svg.group(20, y, 920, 94, "For each question")
+    steps = ["fork of the cache\n(shares pages)", "suffix: the question,\nevery row is cached"]
+    steps += ["decode: one row per step,\nit is cached too", "answer"]
     for i, word in enumerate(steps):
-        svg.box(20 + 212 * i, 446, 184, 52, CACHED if i < 1 else PAPER, word)
+        svg.box(36 + 228 * i, y + 30, 200, 48, CACHED if i < 1 else PAPER, word)
         if i:
-            svg.arrow((204 + 212 * (i - 1), 472), (20 + 212 * i, 472))
+            svg.arrow((36 + 228 * i - 28, y + 54), (36 + 228 * i, y + 54))
+    svg.word(20, 724, "Suffix and generated tokens go through the same layers as ordinary text.")
+    svg.word(20, 744, "Windows follow one another. Several can go through a layer in one call.")
     svg.word(
-        20, 528, "The suffix and the decoded tokens go through the same layers with layout=None."
+        20, 764, f"Sizes: Video-XL-7B at ratio {layout.ratio}, with a prefix of {prefix} tokens."
     )
-    svg.word(
-        20, 550, "Windows follow one another; several of them may go through a layer in one call."
-    )
-    svg.word(20, 570, f"Sizes: Video-XL-7B, ratio {layout.ratio}, prefix of {prefix} tokens.")
     return svg
 
 

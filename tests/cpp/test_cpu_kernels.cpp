@@ -2,6 +2,7 @@
 // behaviour and thread sanitizers (`make sanitize`). Every tensor is an allocation of exactly its
 // size, so the sanitizer sees one element too far. Cache entries that no row may read are NaN.
 // VXL_CPU_ISA chooses the instruction set. Attention and gradients run in float32 and in bf16.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -77,6 +78,7 @@ struct Call {
   std::vector<int32_t> table, lens;
   vxl::PagedCache cache;
   vxl::DType type = vxl::DType::f32;
+  bool shared = false;  // the sequences find their first entries in the same pages
 
   double unit() const { return type == vxl::DType::bf16 ? kBf16 : 0.0; }
 
@@ -97,7 +99,7 @@ std::vector<float> normals(int64_t n) {
 
 Call random_call() {
   Call c;
-  c.batch = pick(1, 2);
+  c.batch = pick(1, 3);
   c.kv_heads = pick(1, 3);
   c.heads = c.kv_heads * (pick(0, 1) ? 7 : pick(1, 3));
   const bool odd = pick(0, 4) == 0;  // an odd head_dim has no rotary halves: attention only
@@ -113,7 +115,8 @@ Call random_call() {
   c.rows = c.geometry.rows();
   c.appended = c.geometry.ratio ? c.geometry.chunks * c.geometry.vsts() : c.rows;
   for (int64_t b = 0; b < c.batch; ++b) {
-    c.lens.push_back(static_cast<int32_t>(pick(0, 3) == 0 ? pick(500, 1500) : pick(0, 60)));
+    const int64_t most = pick(0, 4) == 0 ? 4500 : 1500;  // several splits, or one
+    c.lens.push_back(static_cast<int32_t>(pick(0, 3) == 0 ? pick(500, most) : pick(0, 60)));
   }
   int64_t longest = 0;
   for (int32_t n : c.lens) longest = n > longest ? n : longest;
@@ -121,6 +124,13 @@ Call random_call() {
   const int64_t pages = c.batch * c.max_pages + 1;
   for (int64_t i = 0; i < c.batch * c.max_pages; ++i) {
     c.table.push_back(static_cast<int32_t>(pages - 1 - i));
+  }
+  c.shared = c.batch > 1 && pick(0, 1) == 0;
+  for (int64_t b = 1; c.shared && b < c.batch; ++b) {
+    if (pick(0, 2) != 0) c.lens[b] = c.lens[0] + static_cast<int32_t>(pick(0, 60));
+    c.lens[b] = std::min<int32_t>(c.lens[b], static_cast<int32_t>(longest));
+    const int64_t both = std::min(c.lens[0], c.lens[b]) / c.page_size;
+    for (int64_t i = 0; i < both; ++i) c.table[b * c.max_pages + i] = c.table[i];
   }
   c.q = normals(c.batch * c.rows * c.heads * c.dim);
   c.k = normals(c.batch * c.rows * c.kv_heads * c.dim);
@@ -291,9 +301,9 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
   }
 }
 
-// Checks the gradients of the call that check_attention ran by two identities over all keys of a KV
-// head: dV sums to the sum of dO (each row of P sums to 1), and <dK, K> equals <dQ, Q> (the scores
-// depend on q and k through their product alone).
+// Checks the gradients of the call that check_attention ran, whose sequences share no page, by two
+// identities over all keys of a KV head: dV sums to the sum of dO (each row of P sums to 1), and
+// <dK, K> equals <dQ, Q> (the scores depend on q and k through their product alone).
 void check_backward(Call& c, const vxl::ThreadPool& pool) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> grad = normals(c.q.size()), grad_lse = normals(c.lse.size());
@@ -364,6 +374,51 @@ void check_backward(Call& c, const vxl::ThreadPool& pool) {
   }
 }
 
+// A product of few rows: each row against a plain sum, and its bits against those of the row alone.
+void check_linear(vxl::DType type, const vxl::ThreadPool& pool) {
+  vxl::LinearParams p;
+  p.dtype = type;
+  p.rows = pick(1, 40);
+  p.in = pick(0, 3) ? pick(1, 90) : pick(1, 8) * 32;
+  p.out = pick(0, 3) ? pick(1, 70) : pick(1, 3) * 32;
+  std::vector<float> x = normals(p.rows * p.in), weight = normals(p.out * p.in);
+  std::vector<float> bias = normals(p.out), y(p.rows * p.out), alone(p.rows * p.out);
+  if (type == vxl::DType::bf16) {
+    for (std::vector<float>* each : {&x, &weight, &bias}) round_all(*each);
+  }
+  Stored sx(type, x), sw(type, weight), sb(type, bias), sy(type, y), sa(type, alone);
+  const int64_t size = type == vxl::DType::bf16 ? 2 : 4;
+  p.x = sx.data();
+  p.weight = sw.data();
+  p.bias = pick(0, 1) ? sb.data() : nullptr;
+  p.y = sy.data();
+  p.x_row = p.weight_row = p.in;
+  p.y_row = p.out;
+  vxl::linear_cpu(p, pool);
+  vxl::LinearParams one = p;
+  one.rows = 1;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    one.x = static_cast<const char*>(p.x) + r * p.in * size;
+    one.y = static_cast<char*>(sa.data()) + r * p.out * size;
+    vxl::linear_cpu(one, vxl::ThreadPool{1, run_threads});
+  }
+  sy.read_back();
+  sa.read_back();
+  for (int64_t r = 0; r < p.rows; ++r) {
+    for (int64_t o = 0; o < p.out; ++o) {
+      double sum = p.bias == nullptr ? 0.0 : bias[o], mass = std::abs(sum);
+      for (int64_t k = 0; k < p.in; ++k) {
+        sum += double(x[r * p.in + k]) * weight[o * p.in + k];
+        mass += std::abs(double(x[r * p.in + k]) * weight[o * p.in + k]);
+      }
+      const double unit = type == vxl::DType::bf16 ? kBf16 : 0.0;
+      const double tolerance = 1e-6 * mass + unit * std::abs(sum);
+      expect_near(y[r * p.out + o], sum, tolerance, "linear");
+      expect_near(y[r * p.out + o], alone[r * p.out + o], 0.0, "row alone");
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -373,11 +428,13 @@ int main(int argc, char** argv) {
     const vxl::ThreadPool pool{1 + i % 3, run_threads};
     if (c.dim % 2 == 0) check_rope(c, pool);  // fills the entries that later chunks see
     check_attention(c, pool);
-    check_backward(c, pool);
+    if (!c.shared) check_backward(c, pool);
+    check_linear(vxl::DType::f32, pool);
+    check_linear(vxl::DType::bf16, pool);
     c.type = vxl::DType::bf16;
     for (std::vector<float>* x : {&c.q, &c.k, &c.v, &c.k_cache, &c.v_cache}) round_all(*x);
     check_attention(c, pool);
-    check_backward(c, pool);
+    if (!c.shared) check_backward(c, pool);
   }
   std::printf("%s: %d calls, %d failures\n", vxl::cpu_isa(), calls, failures);
   return failures == 0 ? 0 : 1;

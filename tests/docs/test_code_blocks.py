@@ -19,10 +19,13 @@ import sys
 
 import pytest
 import torch
+from helpers.checkpoint import write_checkpoint
 from helpers.documents import PAGES, blocks
-from helpers.paths import CHECKPOINT, ROOT
+from helpers.paths import ROOT
 
+from vxl_cli.common import Parser
 from vxl_kernels import _ext
+from vxl_serve.cli import add_serve
 
 LANGUAGES = {"python", "pycon", "sh", "json", "yaml", "text"}
 OUTPUT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -62,11 +65,8 @@ def stand_ins(tmp_path_factory):
     image = pytest.importorskip("PIL.Image")
     from helpers.clips import picture, write_clip
 
-    from examples.demo_clip import byte_tokenizer
-
     folder = tmp_path_factory.mktemp("stand_ins")
-    shutil.copytree(CHECKPOINT, folder / "sy1998" / "Video_XL")
-    byte_tokenizer(128).save_pretrained(folder / "sy1998" / "Video_XL")
+    write_checkpoint(folder / "sy1998" / "Video_XL")
     end_at_once(folder / "sy1998" / "Video_XL" / "model.safetensors")
     write_clip(folder / "video.mp4", count=20, fps=10)
     for name, number in (("a.jpg", 5), ("b.jpg", 9)):
@@ -183,7 +183,7 @@ def check_make(words):
                 re.findall(rf"^{targets[0]}:.*\n\t.*python (.+) \$\(ARGS\)", makefile, re.M)
             )
             arguments = shlex.split(word.removeprefix("ARGS="))
-            if script == "-m pytest":
+            if script.startswith("-m pytest"):
                 check_pytest(arguments)
             else:
                 check_options([script.split()[0]], arguments)
@@ -217,8 +217,20 @@ def check(words):
         check_pip(rest)
     elif name == "pytest":
         check_pytest(rest)
+    elif words[:2] == ["vxl", "serve"]:  # it would run on
+        add_serve((parser := Parser(prog="vxl")).add_subparsers())
+        assert parser.parse_args(rest)
+    elif words[:2] == ["vxl", "train"]:  # it would train
+        check_options(["-m", "vxl_train", "run"], rest[1:])
+    elif words[:2] in (["vxl", "mix"], ["vxl", "vico"]):  # they would need data
+        check_options(["-m", "vxl_train", rest[0]], rest[1:])
+    elif words[:2] == ["vxl", "eval"]:  # it would need a benchmark's data
+        parts = [word for word in rest[1:2] if word in ("needle", "memory", "scores")]
+        check_options(["-m", "vxl_eval", *parts], rest[1:])
     elif name == "vxl":
         vxl(rest)
+    elif name == "lmms-eval" or "lmms_eval" in rest:
+        pass  # another package's command, which `make lmms-eval-check` runs
     elif name == "accelerate":
         config = rest[rest.index("--config_file") + 1]
         assert (ROOT / config).is_file(), f"no {config}"

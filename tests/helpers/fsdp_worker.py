@@ -27,7 +27,7 @@ if __name__ == "__main__":
     from torch.distributed.tensor import DTensor
 
     from vxl_train import sharded
-    from vxl_train.cli import main
+    from vxl_train.cli import leave, main
 
     seen = sharded.gather_weights
 
@@ -40,4 +40,4 @@ if __name__ == "__main__":
     sharded.gather_weights = watched
     status = main(sys.argv[1:])
     assert not torch.distributed.is_initialized(), "the processes' group is still open"
-    sys.exit(status)
+    leave(status)

@@ -7,6 +7,7 @@ from helpers.paths import CHECKPOINT as TINY
 from helpers.paths import GOLDENS as FOLDER
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from vxl_kernels import reference
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
@@ -49,6 +50,21 @@ def load_golden(name):
 def small_model():
     """The model of a golden: ratio 4, windows of 48 tokens."""
     return load_golden("tiny_r4_w48")[2]
+
+
+def wide_model(dtype=torch.float32):
+    """Widths that are no multiple of a vector, and an MLP of more values than a thread takes."""
+    torch.manual_seed(0)
+    config = VideoXLConfig(
+        vocab_size=101, hidden_size=80, intermediate_size=1234, num_hidden_layers=2,
+        num_attention_heads=5, num_key_value_heads=1, beacon_window=48, beacon_ratio=[4],
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = VideoXLForConditionalGeneration(config).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "embed" not in name:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return model.to(dtype)
 
 
 def random_features(tokens, seed=1):

@@ -3,13 +3,12 @@ data."""
 
 import json
 import os
-import shutil
 
+from helpers.checkpoint import write_checkpoint
 from helpers.clips import picture, write_clip
-from helpers.paths import CHECKPOINT, ROOT, TESTS
+from helpers.paths import ROOT, TESTS
 from PIL import Image
 
-from examples.demo_clip import byte_tokenizer
 from vxl_model import VideoXLConfig
 from vxl_model.inputs.processing import VideoXLProcessor
 from vxl_train.run import visual_shape
@@ -48,8 +47,7 @@ def samples():
 
 
 def make_place(folder):
-    shutil.copytree(CHECKPOINT, folder / "model")
-    byte_tokenizer(128).save_pretrained(folder / "model")
+    write_checkpoint(folder / "model")
     write_clip(folder / "clip.mp4", count=50, fps=10)
     Image.fromarray(picture(5, 200, 120)).save(folder / "one.png")
     Image.fromarray(picture(9, 120, 200)).save(folder / "two.png")

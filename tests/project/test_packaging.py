@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -59,6 +61,25 @@ def test_a_wheel_says_what_was_built(tmp_path, extension):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
         path.name for path in ROOT.glob("vxl_*") if path.is_dir()
     }
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one unit alone")
+def test_units_that_another_build_compiled(tmp_path):
+    """Taken as they are while they are newer than their sources, compiled again otherwise. This
+    compiler's objects are empty."""
+    folder = tmp_path / "units"
+    folder.mkdir()
+    newer, older = folder / "isa_avx2.o", folder / "isa_amx.o"
+    for unit in (newer, older):
+        unit.write_text("of another build")
+    in_an_hour, of_old = time.time() + 3600, 0
+    os.utime(newer, (in_an_hour, in_an_hour))
+    os.utime(older, (of_old, of_old))
+    built("wheel", tmp_path, VXL_BUILD_UNITS=str(folder))
+    assert newer.read_text() == "of another build"
+    assert older.read_text() == ""
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"{path.stem}.o" for path in (ROOT / "csrc/cpu").glob("isa_*.cpp")}
 
 
 def test_an_sdist_holds_what_its_tests_need(tmp_path):

@@ -2,7 +2,6 @@
 runs this: `vxl` on a clip and a tiny checkpoint of the published layout (`make test-sdist`).
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,10 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from helpers.checkpoint import write_checkpoint
 from helpers.clips import write_clip
-from helpers.paths import CHECKPOINT
-
-from examples.demo_clip import byte_tokenizer
 
 QUESTION = "What is shown?"
 
@@ -29,8 +26,7 @@ def vxl(folder, *arguments):
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(CHECKPOINT, Path(folder) / "model")
-        byte_tokenizer(128).save_pretrained(Path(folder) / "model")
+        write_checkpoint(Path(folder) / "model")
         write_clip(Path(folder) / "clip.mp4", count=60, fps=10)
         model = ("--model", "model")
         ask = ("ask", *model, "--max-new-tokens", "6", QUESTION)
