@@ -20,6 +20,28 @@ else:
     torch.set_num_threads(1)  # the interpreter is one thread of Python
 
 
+@pytest.fixture(autouse=True)
+def rows_multiplied_alone(monkeypatch):
+    """`tl.dot` multiplies each row of its left tile by itself.
+
+    NumPy's product of whole tiles may give a row other bits at another place in its tile, which no
+    GPU does. OpenBLAS's kernels for AVX2 are of this kind."""
+    from triton.runtime import interpreter
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def by_rows(self, a, b, d, *rest):
+        def handle(x, data):
+            return interpreter.TensorHandle(data, x.dtype)
+
+        rows = handle(a, a.data[..., :, None, :])
+        columns = handle(b, b.data[..., None, :, :])
+        out = dot(self, rows, columns, handle(d, d.data[..., :, None, :]), *rest)
+        return handle(out, out.data[..., 0, :])
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", by_rows)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short calls have full, masked and partial tiles."""
