@@ -81,7 +81,7 @@ class VstCache:
         num_layers, kv_heads, head_dim: geometry of the model.
         num_pages: pages of the pool, in every layer. `VstCache.memory_for` computes how many are
             needed.
-        page_size: rows of a page, a power of two. 128 is the fastest on GPUs.
+        page_size: rows of a page, a power of two. 128 holds whole key blocks of the GPU kernels.
         dtype: float32, bfloat16 or float16.
         device: where the pages live.
 
