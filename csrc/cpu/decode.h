@@ -31,15 +31,29 @@ constexpr int kNarrowVecs = 2;
 constexpr int64_t kNarrowKeys = 8; // keys for each load and store of a sum: enough to pay for both
 constexpr int kNarrowDims = kLanes == 16 ? 2 : 1;  // vectors of dimensions with 8 rows of sums
 
-template <typename T>
-VXL_INLINE void prefetch_row(const T* row, int64_t dims) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < dims * int64_t(sizeof(T)); b += 64) __builtin_prefetch(p + b, 0, 3);
-}
+// Rows that the steps to come will read, kNarrowKeys at most. A step prefetches them line by line
+// between its products: with all at once, its own loads wait until the lines have arrived.
+struct Ahead {
+  const char* rows[kNarrowKeys];
+  int64_t count = 0, bytes = 0, row = 0, at = 0;
+
+  VXL_INLINE void line() {
+    if (row >= count) return;
+    __builtin_prefetch(rows[row] + at, 0, 3);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    ++row;
+  }
+  VXL_INLINE void rest() {
+    while (row < count) line();
+  }
+};
 
 // s[kNarrowKeys][NV lanes] = K q. q is [dims][NV lanes].
 template <int NV>
-VXL_NOINLINE void narrow_scores(const float* const* k, const float* q, int64_t dims, float* s) {
+VXL_NOINLINE void narrow_scores(const float* const* k, const float* q, int64_t dims, float* s,
+                                Ahead ahead) {
   const int64_t part = score_part(dims);
   for (int64_t d = 0; d < dims;) {
     const bool first = d == 0;
@@ -49,6 +63,7 @@ VXL_NOINLINE void narrow_scores(const float* const* k, const float* q, int64_t d
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
     for (const int64_t end = min_(d + part, dims); d < end; ++d) {
+      if (d % 2 == 0) ahead.line();
       Vec qv[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) qv[j] = load(q + (d * NV + j) * kLanes);
@@ -67,18 +82,21 @@ VXL_NOINLINE void narrow_scores(const float* const* k, const float* q, int64_t d
         store(to, first ? acc[i][j] : load(to) + acc[i][j]);
       }
   }
+  ahead.rest();
 }
 
 // sum[R][dims] += p^T V over n keys, for C vectors of dimensions. p is [n][stride].
 template <int R, int C, typename T>
 VXL_INLINE void narrow_weigh_dims(const float* p, int64_t stride, int64_t n, const T* const* v,
-                                  int64_t offset, int64_t dims, float* sum) {
+                                  int64_t offset, int64_t dims, float* sum, Ahead& ahead) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = load(sum + r * dims + offset + c * kLanes);
   for (int64_t i = 0; i < n; ++i) {
+    ahead.line();
+    ahead.line();
     Vec vv[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) vv[c] = load_as_float(v[i] + offset + c * kLanes);
@@ -97,62 +115,86 @@ VXL_INLINE void narrow_weigh_dims(const float* p, int64_t stride, int64_t n, con
 
 template <int R, typename T>
 VXL_NOINLINE void narrow_weigh(const float* p, int64_t stride, int64_t n, const T* const* v,
-                               int64_t dims, float* sum) {
+                               int64_t dims, float* sum, Ahead& ahead) {
   int64_t d = 0;
   for (; d + kNarrowDims * kLanes <= dims; d += kNarrowDims * kLanes)
-    narrow_weigh_dims<R, kNarrowDims>(p, stride, n, v, d, dims, sum);
-  for (; d < dims; d += kLanes) narrow_weigh_dims<R, 1>(p, stride, n, v, d, dims, sum);
+    narrow_weigh_dims<R, kNarrowDims>(p, stride, n, v, d, dims, sum, ahead);
+  for (; d < dims; d += kLanes) narrow_weigh_dims<R, 1>(p, stride, n, v, d, dims, sum, ahead);
 }
 
-// The same for any number of rows.
-template <typename T>
-VXL_INLINE void narrow_weigh_rows(int64_t rows, const float* p, int64_t stride, int64_t n,
-                                  const T* const* v, int64_t dims, float* sum) {
+// Calls fn(number, first) for groups of 8, 7, 4, 2 and 1 of the rows, their number as a constant.
+template <typename Fn>
+VXL_INLINE void narrow_rows(int64_t rows, const Fn& fn) {
   for (int64_t r = 0; r < rows;) {
     const int64_t left = rows - r;
-    const float* const at = p + r;
-    float* const to = sum + r * dims;
     if (left >= 8) {
-      narrow_weigh<8>(at, stride, n, v, dims, to);
+      fn(std::integral_constant<int, 8>{}, r);
       r += 8;
     } else if (left == 7) {
-      narrow_weigh<7>(at, stride, n, v, dims, to);
+      fn(std::integral_constant<int, 7>{}, r);
       r += 7;
     } else if (left >= 4) {
-      narrow_weigh<4>(at, stride, n, v, dims, to);
+      fn(std::integral_constant<int, 4>{}, r);
       r += 4;
     } else if (left >= 2) {
-      narrow_weigh<2>(at, stride, n, v, dims, to);
+      fn(std::integral_constant<int, 2>{}, r);
       r += 2;
     } else {
-      narrow_weigh<1>(at, stride, n, v, dims, to);
+      fn(std::integral_constant<int, 1>{}, r);
       r += 1;
     }
   }
 }
 
+// `narrow_weigh` for any number of rows.
+template <typename T>
+VXL_INLINE void narrow_weigh_rows(int64_t rows, const float* p, int64_t stride, int64_t n,
+                                  const T* const* v, int64_t dims, float* sum, Ahead& ahead) {
+  narrow_rows(rows, [&](auto count, int64_t r) {
+    narrow_weigh<decltype(count)::value>(p + r, stride, n, v, dims, sum + r * dims, ahead);
+  });
+  ahead.rest();
+}
+
 // The rows of a block and of the next one: which to read, and which to prefetch.
 template <typename T>
 struct BlockRows {
-  static constexpr int64_t kDistance = 8;  // keys; 16 and 32 were up to a fifth slower
+  static constexpr int64_t kDistance = sizeof(T) == 2 ? 16 : 8;  // keys
   const HeadRows *here, *next;
   int64_t count, next_count;
+  int64_t heads, bytes;  // bytes of a row
 
   const T* k(int64_t i, int64_t head) const { return k_of(here[i], head); }
   const T* v(int64_t i, int64_t head) const { return v_of(here[i], head); }
-  // Rows are read in this order: K of this block, its V, K of the next block. Past the end these
-  // return the last row.
-  const T* after_k(int64_t i, int64_t head) const {
-    const int64_t j = i + kDistance;
-    return j < count ? k(j, head) : v(min_(j - count, count - 1), head);
+
+  // What to prefetch in the step of `head` and keys [c, c + n). The steps go head by head, but rows
+  // are prefetched as they lie in memory, all heads of a key together, and read in this order: K of
+  // this block, its V, K of the next block.
+  Ahead after_k(int64_t c, int64_t n, int64_t head) const {
+    return ahead(c, n, head, [this](int64_t i, int64_t h) {
+      return i < count ? k(i, h) : v(min_(i - count, count - 1), h);
+    });
   }
-  const T* after_v(int64_t i, int64_t head) const {
-    const int64_t j = i + kDistance;
-    if (j < count) return v(j, head);
-    return j - count < next_count ? k_of(next[j - count], head) : v(count - 1, head);
+  Ahead after_v(int64_t c, int64_t n, int64_t head) const {
+    return ahead(c, n, head, [this](int64_t i, int64_t h) {
+      if (i < count) return v(i, h);
+      return i - count < next_count ? k_of(next[i - count], h) : v(count - 1, h);
+    });
   }
 
  private:
+  template <typename Find>
+  VXL_INLINE Ahead ahead(int64_t c, int64_t n, int64_t head, const Find& find) const {
+    Ahead x;
+    x.count = n;
+    x.bytes = bytes;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = head * n + i;  // of the n * heads rows of this step's keys
+      const T* row = find(c + at / heads + kDistance, at % heads);
+      x.rows[i] = reinterpret_cast<const char*>(row);
+    }
+    return x;
+  }
   static const T* k_of(const HeadRows& x, int64_t head) {
     return reinterpret_cast<const T*>(x.k + head * x.k_step);
   }
@@ -161,112 +203,123 @@ struct BlockRows {
   }
 };
 
-// Walks (key, head) in memory order, for prefetches. The arithmetic goes head by head.
-struct InOrder {
-  const int64_t heads;
-  int64_t key, head = 0;
-
-  VXL_INLINE void step() {
-    if (++head == heads) {
-      head = 0;
-      ++key;
-    }
-  }
-};
-
 // State of the KV heads of a piece.
 struct NarrowState {
-  int64_t heads, lanes, padded, dims;  // lanes: query rows; padded: whole vectors
-  float *q, *o, *sum;                  // q: [heads][head_dim][padded]; others: [heads][lanes][dims]
-  float* s;                            // [heads][kKeyBlock][padded]
-  float *m, *l, *alpha;                // [heads][padded]
-  float* staged;                       // rows as floats, with whole vectors of dimensions
-  int32_t* limits;                     // [padded]
+  int64_t heads, lanes, padded;  // lanes: query rows; padded: whole vectors
+  int64_t q_dims, dims;          // 32-bit words of a query; padded dimensions of a sum
+  float *q, *o, *sum;            // q: [heads][q_dims][padded]; others: [heads][lanes][dims]
+  float* s;                      // [heads][kKeyBlock][padded]
+  float *m, *l, *alpha;          // [heads][padded]
+  float* staged;                 // kNarrowKeys rows and more, padded
+  int32_t* limits;               // [padded]
+
+  float* scores(int64_t head, int64_t key = 0) const {
+    return s + (head * kKeyBlock + key) * padded;
+  }
 };
 
-template <int NV, typename T>
-void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block, const NarrowState& x) {
-  const T* rows[kNarrowKeys];
-  const float* floats[kNarrowKeys];
-  for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
-    InOrder next{x.heads, c};
-    for (int64_t h = 0; h < x.heads; ++h) {
-      for (int64_t i = 0; i < kNarrowKeys; ++i, next.step()) {
-        rows[i] = block.k(min_(c + i, block.count - 1), h);  // past the end: a score nobody reads
-        prefetch_row(block.after_k(next.key, next.head), p.head_dim);
-      }
-      for (int64_t i = 0; i < kNarrowKeys; ++i) {
-        if constexpr (std::is_same_v<T, float>) {
-          floats[i] = rows[i];
-        } else {
-          floats[i] = x.staged + i * x.dims;
-          load_row(rows[i], x.staged + i * x.dims, p.head_dim);
-        }
-      }
-      narrow_scores<NV>(floats, x.q + h * p.head_dim * x.padded, p.head_dim,
-                        x.s + (h * kKeyBlock + c) * x.padded);
-    }
-  }
-}
-
-template <int NV, typename T>
-void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block, const NarrowState& x) {
-  const T* rows[kNarrowKeys];
-  const float* whole[kNarrowKeys];
-  std::memset(x.sum, 0, x.heads * x.lanes * x.dims * sizeof(float));
-  for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
-    const int64_t n = min_(kNarrowKeys, block.count - c);
-    InOrder next{x.heads, c};
-    for (int64_t h = 0; h < x.heads; ++h) {
-      for (int64_t i = 0; i < n; ++i, next.step()) {
-        rows[i] = block.v(c + i, h);
-        prefetch_row(block.after_v(next.key, next.head), p.head_dim);
-      }
-      const float* weights = x.s + (h * kKeyBlock + c) * x.padded;
-      float* sum = x.sum + h * x.lanes * x.dims;
-      if (x.dims == p.head_dim) {
-        narrow_weigh_rows(x.lanes, weights, x.padded, n, rows, x.dims, sum);
-        continue;
-      }
-      // A vector load from the tensor itself could read past its end.
-      for (int64_t i = 0; i < n; ++i) {
-        float* to = x.staged + i * x.dims;
-        whole[i] = to;
-        load_row(rows[i], to, p.head_dim);
-        for (int64_t d = p.head_dim; d < x.dims; ++d) to[d] = 0.0f;
-      }
-      narrow_weigh_rows(x.lanes, weights, x.padded, n, whole, x.dims, sum);
-    }
-  }
-}
-
-template <int NV, typename T>
-void narrow_block(const vxl::AttentionParams& p, const BlockRows<T>& block, const NarrowState& x) {
-  score_keys<NV>(p, block, x);
-  float block_max[NV * kLanes];
-  for (int64_t h = 0; h < x.heads; ++h) {
-    float* s = x.s + h * kKeyBlock * x.padded;
-    mask_scores<NV>(s, block.count, x.limits, block_max);
-    softmax<NV>(s, block.count, block_max, x.m + h * x.padded, x.l + h * x.padded,
-                x.alpha + h * x.padded);
-  }
-  weigh_values<NV>(p, block, x);
-  for (int64_t h = 0; h < x.heads; ++h)
-    for (int64_t lane = 0; lane < x.lanes; ++lane) {
-      const Vec a = splat(x.alpha[h * x.padded + lane]);
-      float* o = x.o + (h * x.lanes + lane) * x.dims;
-      const float* sum = x.sum + (h * x.lanes + lane) * x.dims;
-      for (int64_t d = 0; d < x.dims; d += kLanes) store(o + d, load(o + d) * a + load(sum + d));
-    }
-}
-
-// Sets q, o, m and l of a piece. The scale is in q.
+// How `narrow_piece` computes: the operands' layout, and one key block against all heads. This one
+// works in float32 for every storage type. PairNarrow (pairs_decode.h) has the same members.
 template <typename T>
+struct FloatNarrow {
+  static int64_t q_dims(int64_t head_dim) { return head_dim; }
+  static int64_t dims(int64_t head_dim) { return round_up(head_dim, kLanes); }
+
+  float scale;
+  explicit FloatNarrow(float x) : scale(x * kLog2e) {}
+
+  void stage_query(const T* row, int64_t head_dim, float* out, int64_t stride) const {
+    for (int64_t d = 0; d < head_dim; ++d) out[d * stride] = to_float(row[d]) * scale;
+  }
+
+  // A sum keeps its dimensions in this order.
+  static void sum_from_row(const float* row, int64_t head_dim, float* sum) {
+    std::memcpy(sum, row, head_dim * sizeof(float));
+  }
+  static const float* row_from_sum(const float* sum, int64_t /*head_dim*/, float* /*staged*/) {
+    return sum;
+  }
+
+  template <int NV>
+  void attend_block(const vxl::AttentionParams& p, const BlockRows<T>& block,
+                    const NarrowState& x) const {
+    score_keys<NV>(p, block, x);
+    float block_max[NV * kLanes];
+    for (int64_t h = 0; h < x.heads; ++h) {
+      mask_scores<NV>(x.scores(h), block.count, x.limits, block_max);
+      softmax<NV>(x.scores(h), block.count, block_max, x.m + h * x.padded, x.l + h * x.padded,
+                  x.alpha + h * x.padded);
+    }
+    weigh_values(p, block, x);
+    for (int64_t h = 0; h < x.heads; ++h)
+      for (int64_t lane = 0; lane < x.lanes; ++lane) {
+        const Vec a = splat(x.alpha[h * x.padded + lane]);
+        float* o = x.o + (h * x.lanes + lane) * x.dims;
+        const float* sum = x.sum + (h * x.lanes + lane) * x.dims;
+        for (int64_t d = 0; d < x.dims; d += kLanes) store(o + d, load(o + d) * a + load(sum + d));
+      }
+  }
+
+ private:
+  template <int NV>
+  static void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
+                         const NarrowState& x) {
+    const T* rows[kNarrowKeys];
+    const float* floats[kNarrowKeys];
+    for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
+      for (int64_t h = 0; h < x.heads; ++h) {
+        for (int64_t i = 0; i < kNarrowKeys; ++i) {
+          rows[i] = block.k(min_(c + i, block.count - 1), h);  // past the end: a score nobody reads
+        }
+        for (int64_t i = 0; i < kNarrowKeys; ++i) {
+          if constexpr (std::is_same_v<T, float>) {
+            floats[i] = rows[i];
+          } else {
+            floats[i] = x.staged + i * x.dims;
+            load_row(rows[i], x.staged + i * x.dims, p.head_dim);
+          }
+        }
+        narrow_scores<NV>(floats, x.q + h * p.head_dim * x.padded, p.head_dim, x.scores(h, c),
+                          block.after_k(c, kNarrowKeys, h));
+      }
+    }
+  }
+
+  static void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
+                           const NarrowState& x) {
+    const T* rows[kNarrowKeys];
+    const float* whole[kNarrowKeys];
+    std::memset(x.sum, 0, x.heads * x.lanes * x.dims * sizeof(float));
+    for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
+      const int64_t n = min_(kNarrowKeys, block.count - c);
+      for (int64_t h = 0; h < x.heads; ++h) {
+        Ahead ahead = block.after_v(c, n, h);
+        for (int64_t i = 0; i < n; ++i) rows[i] = block.v(c + i, h);
+        const float* weights = x.scores(h, c);
+        float* sum = x.sum + h * x.lanes * x.dims;
+        if (x.dims == p.head_dim) {
+          narrow_weigh_rows(x.lanes, weights, x.padded, n, rows, x.dims, sum, ahead);
+          continue;
+        }
+        // A vector load from the tensor itself could read past its end.
+        for (int64_t i = 0; i < n; ++i) {
+          float* to = x.staged + i * x.dims;
+          whole[i] = to;
+          load_row(rows[i], to, p.head_dim);
+          for (int64_t d = p.head_dim; d < x.dims; ++d) to[d] = 0.0f;
+        }
+        narrow_weigh_rows(x.lanes, weights, x.padded, n, whole, x.dims, sum, ahead);
+      }
+    }
+  }
+};
+
+// Sets q, o, m and l of a piece.
+template <typename T, typename Math>
 void start_narrow(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
-                  const vxl::Piece& piece, const TileRow* rows, const NarrowState& x,
-                  float* workspace) {
-  const float scale = p.scale * kLog2e;
-  std::memset(x.q, 0, x.heads * p.head_dim * x.padded * sizeof(float));
+                  const vxl::Piece& piece, const TileRow* rows, const Math& math,
+                  const NarrowState& x, float* workspace) {
+  std::memset(x.q, 0, x.heads * x.q_dims * x.padded * sizeof(float));
   std::memset(x.o, 0, x.heads * x.lanes * x.dims * sizeof(float));
   std::memset(x.l, 0, x.heads * x.padded * sizeof(float));
   for (int64_t i = 0; i < x.heads * x.padded; ++i) x.m[i] = -INFINITY;
@@ -274,36 +327,37 @@ void start_narrow(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
     for (int64_t lane = 0; lane < x.lanes; ++lane) {
       const TileRow& row = rows[lane / plan.group];
       const int64_t head = (piece.kv_head + h) * plan.group + lane % plan.group;
-      const T* from = row_at<const T>(p.q, row, head);
-      float* to = x.q + h * p.head_dim * x.padded + lane;
-      for (int64_t d = 0; d < p.head_dim; ++d) to[d * x.padded] = to_float(from[d]) * scale;
+      math.stage_query(row_at<const T>(p.q, row, head), p.head_dim,
+                       x.q + h * x.q_dims * x.padded + lane, x.padded);
       if (!piece.resumes) continue;
       const float* left = partial_at(p, plan, piece, row, head, workspace);
-      std::memcpy(x.o + (h * x.lanes + lane) * x.dims, left, p.head_dim * sizeof(float));
+      math.sum_from_row(left, p.head_dim, x.o + (h * x.lanes + lane) * x.dims);
       x.m[h * x.padded + lane] = left[p.head_dim];
       x.l[h * x.padded + lane] = left[p.head_dim + 1];
     }
   }
 }
 
-template <typename T>
+template <typename T, typename Math>
 void narrow_piece(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
                   const vxl::Piece& piece, float* scratch, float* workspace) {
+  const Math math(p.scale);
   NarrowState x;
   x.heads = piece.kv_heads;
   x.lanes = piece.rows * plan.group;
   x.padded = round_up(x.lanes, kLanes);
-  x.dims = round_up(p.head_dim, kLanes);
+  x.q_dims = Math::q_dims(p.head_dim);
+  x.dims = Math::dims(p.head_dim);
   auto take = [&scratch](int64_t n) { float* to = scratch; scratch += n; return to; };
-  x.q = take(x.heads * p.head_dim * x.padded);
+  x.q = take(x.heads * x.q_dims * x.padded);
   for (float** to : {&x.o, &x.sum}) *to = take(x.heads * x.lanes * x.dims);
   x.s = take(x.heads * kKeyBlock * x.padded);
   for (float** to : {&x.m, &x.l, &x.alpha}) *to = take(x.heads * x.padded);
-  x.staged = take(kNarrowKeys * x.dims);
+  x.staged = take((kNarrowKeys + 1) * x.dims);
   x.limits = reinterpret_cast<int32_t*>(take(x.padded));
   TileRow* const rows = reinterpret_cast<TileRow*>(scratch);
   find_rows(p, plan, piece, rows);
-  start_narrow<T>(p, plan, piece, rows, x, workspace);
+  start_narrow<T>(p, plan, piece, rows, math, x, workspace);
 
   const vxl::Member& first = plan.members[piece.member];
   const KeyStream<T> stream(p, first.sequence, piece.kv_head, first.chunk);
@@ -318,21 +372,23 @@ void narrow_piece(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
       const TileRow& row = rows[min_(lane, x.lanes - 1) / plan.group];
       x.limits[lane] = int32_t(min_(count, max_(0, row.bound - key)));
     }
-    const BlockRows<T> block{found[side], found[side ^ 1], count, next_count};
+    const BlockRows<T> block{found[side], found[side ^ 1], count, next_count, x.heads,
+                             p.head_dim * int64_t(sizeof(T))};
     if (x.padded == kLanes) {
-      narrow_block<1>(p, block, x);
+      math.template attend_block<1>(p, block, x);
     } else {
-      narrow_block<kNarrowVecs>(p, block, x);
+      math.template attend_block<kNarrowVecs>(p, block, x);
     }
   }
 
   for (int64_t h = 0; h < x.heads; ++h)
-    for (int64_t lane = 0; lane < x.lanes; ++lane)
+    for (int64_t lane = 0; lane < x.lanes; ++lane) {
+      const float* o =
+          math.row_from_sum(x.o + (h * x.lanes + lane) * x.dims, p.head_dim, x.staged);
       leave_row<T>(p, plan, piece, rows[lane / plan.group],
                    (piece.kv_head + h) * plan.group + lane % plan.group,
-                   Partial{x.o + (h * x.lanes + lane) * x.dims, x.m[h * x.padded + lane],
-                           x.l[h * x.padded + lane]},
-                   workspace);
+                   Partial{o, x.m[h * x.padded + lane], x.l[h * x.padded + lane]}, workspace);
+    }
 }
 
 }  // namespace

@@ -76,7 +76,8 @@ CpuKernels with_bf16(const Bf16Kernels& x) {
   k.tile_piece[bf16] = x.tile_piece;
   k.backward_task[bf16] = x.backward_task;
   k.linear[bf16] = x.linear;
-  k.narrow_lanes[bf16] = 0;  // float32 products would give a row other bits than its tile
+  k.narrow_piece[bf16] = x.narrow_piece;
+  k.narrow_lanes[bf16] = x.narrow_lanes;
   return k;
 }
 

@@ -70,6 +70,8 @@ struct CpuKernels {
 struct Bf16Kernels {
   const char* name;
   PieceTask tile_piece;
+  PieceTask narrow_piece;
+  int narrow_lanes;  // 0 if there is no narrow_piece
   BackwardTask backward_task;
   LinearKernel linear;
 };
