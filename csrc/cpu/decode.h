@@ -7,10 +7,11 @@
 // blocks of kKeyBlock keys, and the values of a block are summed key by key. Only the lanes differ:
 // those of the values are head dimensions, which keeps them full.
 //
-// Measured on a Zen 5 core with 7 query rows and head_dim 128: prefetching rows into L1, 8 keys ahead
-// and in memory order, doubles the speed from memory. These were no faster: to prefetch every other
-// line (the hardware does not fetch the rest), to read lines instead of prefetching them, to pull
-// whole blocks into L2 first, to copy rows first.
+// Measured with 7 query rows and head_dim 128. Zen 5: prefetching rows into L1, 8 keys ahead and in
+// memory order, doubles the speed from memory. These were no faster: to prefetch every other line
+// (the hardware does not fetch the rest), to read lines instead of prefetching them, to pull whole
+// blocks into L2 first, to copy rows first. Zen 4: prefetches between the products instead of before
+// them take a tenth to a fifth of the time away.
 #pragma once
 
 #include <type_traits>

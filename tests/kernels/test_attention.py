@@ -98,6 +98,40 @@ BATCHES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(28, 4, 128), (8, 1, 33), (16, 2, 256)]
+)
+@pytest.mark.parametrize("cached", [1, 127, 300, 2049])
+def test_few_rows_have_the_bits_that_they_have_among_many(dtype, heads, kv_heads, head_dim, cached):
+    """The kernel of a few rows and that of tiles compute each number by the same operations."""
+    rows = 80
+    inputs = make_inputs(
+        (cached,),
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        page_size=16,
+    )
+    for row in range(rows):  # where a later row looks for it
+        page, slot = inputs.block_table[0, (cached + row) // 16], (cached + row) % 16
+        inputs.k_cache[page, slot] = inputs.k[0, row]
+        inputs.v_cache[page, slot] = inputs.v[0, row]
+    out, lse = attend(inputs)
+    for first, count in ((0, 1), (41, 2), (77, 3)):
+        some = slice(first, first + count)
+        few = dataclasses.replace(
+            inputs,
+            **{name: getattr(inputs, name)[:, some] for name in ("q", "k", "v")},
+            cache_seqlens=inputs.cache_seqlens + first,
+        )
+        few_out, few_lse = attend(few)
+        assert torch.equal(few_out, out[:, some])
+        assert torch.equal(few_lse, lse[:, :, some])
+
+
 @pytest.mark.parametrize("shape", BATCHES)
 def test_a_sequence_does_not_see_its_neighbours(shape):
     inputs = make_inputs((9000, 0, 2500), heads=14, kv_heads=2, head_dim=32, **shape)
