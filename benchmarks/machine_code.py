@@ -27,10 +27,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks.codegen.compile import Kernel, compile_kernel
+from benchmarks.codegen.compile import compile_kernel
 from benchmarks.codegen.limits import LIMITS, TARGETS
 from benchmarks.codegen.model import Measured, measure
 from benchmarks.codegen.parse import ParseError
@@ -45,11 +46,16 @@ from benchmarks.codegen.table import (
 )
 from benchmarks.common.options import add_output_options, check_output_options
 
+if TYPE_CHECKING:
+    from vxl_kernels._triton.catalog import Compilation
+
 Job = tuple[str, str, int, int, str]
 """(source, arch, index, head_dim, dtype): kernels themselves do not travel between processes."""
 
 
-def kernels(source: str, arch: str, head_dim: int = 128, dtype: str = "bf16") -> Sequence[Kernel]:
+def kernels(
+    source: str, arch: str, head_dim: int = 128, dtype: str = "bf16"
+) -> Sequence[Compilation]:
     """Of "plain" or "shipped"."""
     if source == "plain":
         from benchmarks.codegen.plain_flash import sweep

@@ -16,13 +16,16 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
 
-from benchmarks.codegen.compile import Kernel
 from vxl_kernels import ChunkLayout, ops
+
+if TYPE_CHECKING:
+    from vxl_kernels._triton.catalog import Compilation
 
 __all__ = ["compile_all", "distinct", "reached"]
 
@@ -38,7 +41,7 @@ def reached(
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     page_sizes: Iterable[int] = (128,),
     gradients: bool = True,
-) -> list[Kernel]:
+) -> list[Compilation]:
     """Every kernel that a model of this geometry launches over a paged cache, batches of one and
     of several, window by window, and sequences of different rows in one call."""
     from vxl_kernels._triton import catalog, launch, launch_backward, launch_ragged
@@ -48,7 +51,7 @@ def reached(
 
     calls = [(None, rows) for rows in _ROWS]
     chunk = ChunkLayout(1440, 8)
-    found: list[Kernel] = []
+    found: list[Compilation] = []
     for dtype in dtypes:
         for page_size in page_sizes:
             for of_call, rows in [(chunk, chunk.rows), *calls]:
@@ -84,16 +87,16 @@ def reached(
     return distinct(found)
 
 
-def distinct(entries: Iterable[Kernel]) -> list[Kernel]:
+def distinct(entries: Iterable[Compilation]) -> list[Compilation]:
     """One of all configurations that compile to the same code."""
-    found: dict[str, Kernel] = {}
+    found: dict[str, Compilation] = {}
     for e in entries:
         same = (e.kernel, e.signature, e.constexprs, str(e.attrs), e.num_warps, e.num_stages)
         found.setdefault(json.dumps([*same, e.options], default=str, sort_keys=True), e)
     return list(found.values())
 
 
-def _compile(entries: Sequence[Kernel], arch: str, failed: dict[str, str]) -> None:
+def _compile(entries: Sequence[Compilation], arch: str, failed: dict[str, str]) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -109,7 +112,7 @@ def _compile(entries: Sequence[Kernel], arch: str, failed: dict[str, str]) -> No
             failed[f"{e.kernel} {e.config}"] = f"{type(error).__name__}: {error}"[:300]
 
 
-def compile_all(entries: Sequence[Kernel], arch: str, jobs: int) -> dict[str, str]:
+def compile_all(entries: Sequence[Compilation], arch: str, jobs: int) -> dict[str, str]:
     """Compiles into Triton's cache. Returns what failed, by name."""
     if jobs == 1:
         failed: dict[str, str] = {}

@@ -8,42 +8,15 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.codegen.limits import LIMITS
 from benchmarks.codegen.parse import Function, ParseError, read_amdgcn, read_sass
 
-__all__ = ["Compiled", "Kernel", "compile_kernel", "read_resources", "target_of"]
+if TYPE_CHECKING:
+    from vxl_kernels._triton.catalog import Compilation
 
-
-class Kernel(Protocol):
-    """What `vxl_kernels._triton.catalog.Compilation` and `plain_flash.Compilation` have in
-    common."""
-
-    @property
-    def kernel(self) -> str: ...
-    @property
-    def config(self) -> str: ...
-    @property
-    def fn(self) -> Any: ...
-    @property
-    def signature(self) -> dict[str, str]: ...
-    @property
-    def constexprs(self) -> dict[str, Any]: ...
-    @property
-    def attrs(self) -> dict[Any, Any]: ...
-    @property
-    def num_warps(self) -> int: ...
-    @property
-    def num_stages(self) -> int: ...
-    @property
-    def options(self) -> dict[str, Any]: ...
-    @property
-    def tile(self) -> dict[str, int]: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
+__all__ = ["Compiled", "compile_kernel", "read_resources", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +77,7 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
+def compile_kernel(kernel: Compilation, arch: str) -> Compiled:
     """Compiles one configuration for `arch` without a device."""
     import triton
     from triton.compiler import ASTSource

@@ -14,11 +14,15 @@ of one architecture; it does not predict a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from benchmarks.codegen.compile import Compiled, Kernel
+from benchmarks.codegen.compile import Compiled
 from benchmarks.codegen.count import ALU, FMA, MUFU, SHUFFLE, Counts, tensor_core_shapes
 from benchmarks.codegen.limits import LIMITS, Limits
 from benchmarks.codegen.loops import TileLoop, full_tile_loops
+
+if TYPE_CHECKING:
+    from vxl_kernels._triton.catalog import Compilation
 
 __all__ = ["Cycles", "Measured", "ctas_per_sm", "cycles", "kv_bytes_per_output", "measure"]
 
@@ -165,7 +169,7 @@ class Measured:
     error: str = ""
 
 
-def measure(kernel: Kernel, arch: str, compiled: Compiled) -> Measured:
+def measure(kernel: Compilation, arch: str, compiled: Compiled) -> Measured:
     """Measures one compiled kernel.
 
     Raises:

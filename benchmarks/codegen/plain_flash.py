@@ -14,32 +14,13 @@ one that its own model likes best.
 # ruff: noqa: N803 - compile-time constants of a kernel are upper case
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Compilation", "plain_flash", "plain_flash_kernel", "sweep"]
+from vxl_kernels._triton.catalog import Compilation
 
-
-@dataclass(frozen=True)
-class Compilation:
-    """One kernel with all its compile-time choices: what `triton.compile` needs, and its tile."""
-
-    kernel: str
-    config: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[Any, Any]
-    num_warps: int
-    num_stages: int
-    options: dict[str, Any] = field(default_factory=dict)
-    tile: dict[str, int] = field(default_factory=dict)
-    head_dim: int = 128
-    dtype: str = "bf16"
+__all__ = ["plain_flash", "plain_flash_kernel", "sweep"]
 
 
 @triton.jit
@@ -218,7 +199,7 @@ def _compilation(
     rows: int, keys: int, warps: int, stages: int, tma: bool, head_dim: int, dtype: str
 ) -> Compilation:
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
-    constexprs = {"BM": rows, "BN": keys, "D": head_dim, "TMA": tma}
+    constexprs: dict[str, object] = {"BM": rows, "BN": keys, "D": head_dim, "TMA": tma}
     return Compilation(
         kernel="plain_flash",
         config=f"{rows}x{keys} w{warps} s{stages}" + (" tma" if tma else ""),
@@ -233,6 +214,7 @@ def _compilation(
         attrs={(i,): [["tt.divisibility", 16]] for i in range(4)},
         num_warps=warps,
         num_stages=stages,
+        options={},
         tile={"rows": rows, "keys": keys, "head_dim": head_dim, "group": 1},
         head_dim=head_dim,
         dtype=dtype,

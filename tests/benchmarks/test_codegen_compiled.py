@@ -16,8 +16,9 @@ tl = pytest.importorskip("triton.language")
 from benchmarks import machine_code
 from benchmarks.codegen.compile import compile_kernel, target_of
 from benchmarks.codegen.model import Measured, measure
-from benchmarks.codegen.plain_flash import Compilation, sweep
+from benchmarks.codegen.plain_flash import sweep
 from benchmarks.codegen.table import violations
+from vxl_kernels._triton.catalog import Compilation
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, which the interpreter does not", allow_module_level=True)
@@ -42,9 +43,13 @@ def test_a_spilling_kernel_is_flagged() -> None:
         _greedy,
         {"x_ptr": "*fp32", "out_ptr": "*fp32", "N": "constexpr"},
         {"N": n},
-        {},
-        1,
-        1,
+        attrs={},
+        num_warps=1,
+        num_stages=1,
+        options={},
+        tile={},
+        head_dim=128,
+        dtype="fp32",
     )
     compiled = compile_kernel(toy, "cuda:80")
     assert compiled.spill_bytes > 0
