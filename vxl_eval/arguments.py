@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 __all__ = ["check_ratio", "fail"]
 
 
+# As `vxl_model.errors.fail`. Importing that package loads torch and transformers, and the score of
+# saved answers needs neither.
 def fail(argument: str, got: object, expected: str) -> NoReturn:
     """Raises a ValueError."""
     raise ValueError(f"{argument}: got {got}, expected {expected}")
