@@ -12,6 +12,7 @@ pytest.importorskip("av")
 pytest.importorskip("PIL.Image")
 
 from helpers.clips import write_clip
+from helpers.commands import ASK, QUESTION
 
 from vxl_kernels import _ext
 from vxl_model import VideoXLForConditionalGeneration
@@ -21,9 +22,6 @@ pytestmark = [
     pytest.mark.core,
     pytest.mark.skipif(_ext.extension is None, reason="no compiled extension"),
 ]
-
-QUESTION = "What is shown?"
-ASK = ("ask", "--model", "model", "--ratio", "4", "--max-new-tokens", "6")
 
 
 def expected_answer(place, memory_of):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.commands import ASK, QUESTION
 from helpers.paths import ROOT
 
 pytest.importorskip("transformers")
@@ -17,9 +18,6 @@ pytestmark = [
     pytest.mark.core,
     pytest.mark.skipif(_ext.extension is None, reason="no compiled extension"),
 ]
-
-QUESTION = "What is shown?"
-ASK = ("ask", "--model", "model", "--ratio", "4", "--max-new-tokens", "6")
 
 
 def environment():
