@@ -11,7 +11,7 @@ pytestmark = pytest.mark.core
 
 pytest.importorskip("triton")
 FOLDER = TESTS / "triton_interpreter"
-# Shares of about equal length: one for each core of a small machine.
+# Shares of about equal length, so that the processes of a suite can take one each.
 SHARES = {
     "attention": ["test_triton_attention.py"],
     "backward": ["test_triton_backward.py"],
@@ -25,33 +25,25 @@ SHARES = {
 ONLY = {"model": ["-k", "triton"]}
 
 
-@pytest.fixture(scope="module")
-def shares(request):
-    """Runs all shares at once, each a pytest with one thread and the given marks."""
-    running = {
-        name: subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                *(str(FOLDER / f) for f in files),
-                *ONLY.get(name, []),
-                "-m",
-                request.config.option.markexpr,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        )
-        for name, files in SHARES.items()
-    }
-    return {name: (process, process.communicate()[0]) for name, process in running.items()}
-
-
 @pytest.mark.parametrize("share", SHARES)
-def test_under_the_interpreter(shares, share):
-    process, output = shares[share]
-    assert process.returncode == 0, output[-4000:]
-    assert " passed" in output
+def test_under_the_interpreter(request, share):
+    """Each share is a pytest of its own, with one thread and the marks of this one."""
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *(str(FOLDER / f) for f in SHARES[share]),
+            *ONLY.get(share, []),
+            "-m",
+            request.config.option.markexpr,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
