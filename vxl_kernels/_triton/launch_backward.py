@@ -21,11 +21,12 @@ from .launch_common import (
 )
 
 __all__ = [
-    "dkv_arguments",
     "dq_arguments",
     "plan_attention_backward",
     "plan_delta",
+    "plan_dkv",
     "plan_sum",
+    "shared_arguments",
     "tile_of",
     "vst_attention_backward",
 ]
@@ -46,11 +47,8 @@ def plan_attention_backward(
     the table's.
     """
     arch = arch or architecture(q.device)
-    batch, rows, heads, head_dim = q.shape
+    rows = q.shape[1]
     check_capacity(rows, k_cache, block_table)
-    block_d = power_of_two(head_dim)
-    if config is None:
-        config = configs.backward_config(arch, block_d, q.element_size(), head_dim != block_d)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     window, ratio, chunks, split = layout or (rows, NEVER, 1, 1)
     kept = window // ratio
@@ -60,25 +58,14 @@ def plan_attention_backward(
     shape = {
         "window": window, "ratio": ratio, "kept": kept, "chunks": chunks, "scale": scale,
     }  # fmt: skip
-    constexprs = {
-        "KV_HEADS": k.shape[2],
-        "GROUP_SIZE": heads // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "PRECISION": precision(q.dtype, arch),
-    }
-    delta, log2 = (
-        torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device) for _ in range(2)
-    )
-    queries = {"q_ptr": q, "grad_out_ptr": grad_out, "log2_ptr": log2, "delta_ptr": delta}
-    queries |= row_strides(q=q, grad_out=grad_out)
+    queries, constexprs, config = shared_arguments(q, k, grad_out, arch, config)
     cache = (k_cache, v_cache, block_table, cache_seqlens)
     if k_cache is not None:
         cache = (k_cache, v_cache, block_table.contiguous(), cache_seqlens.contiguous())
     launches = []
     if grads[0].numel():
         launches = [
-            plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale),
+            plan_delta(queries, out, lse, grad_lse, scale),
             _plan_dq(queries | shape, constexprs, k, v, cache, grads[0], config.dq, arch),
             _plan_new(queries | shape, constexprs, k, v, grads, config.dkv_new, arch),
         ]
@@ -89,13 +76,36 @@ def plan_attention_backward(
     return launches, (*grads, *of_cache)
 
 
-def plan_delta(grad_out, out, lse, grad_lse, delta, log2, scale) -> Launch:
+def shared_arguments(q, k, grad_out, arch, config) -> tuple[dict, dict, configs.BackwardConfig]:
+    """Arguments and constexprs that dQ, dK and dV take alike, and the table's config in place of
+    None. q, k and grad_out are (batch, rows, heads, head_dim). `plan_delta` fills log2 and delta.
+    """
+    batch, rows, heads, head_dim = q.shape
+    block_d = power_of_two(head_dim)
+    if config is None:
+        config = configs.backward_config(arch, block_d, q.element_size(), head_dim != block_d)
+    delta, log2 = (
+        torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device) for _ in range(2)
+    )
+    queries = {"q_ptr": q, "grad_out_ptr": grad_out, "log2_ptr": log2, "delta_ptr": delta}
+    constexprs = {
+        "KV_HEADS": k.shape[2],
+        "GROUP_SIZE": heads // k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "PRECISION": precision(q.dtype, arch),
+    }
+    return queries | row_strides(q=q, grad_out=grad_out), constexprs, config
+
+
+def plan_delta(queries, out, lse, grad_lse, scale) -> Launch:
+    """queries: of `shared_arguments`."""
     batch, rows, heads, head_dim = out.shape
-    arguments = {
-        "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse.contiguous(),
-        "grad_lse_ptr": grad_lse.contiguous(), "delta_ptr": delta, "log2_ptr": log2,
+    arguments = {name: queries[name] for name in ("grad_out_ptr", "delta_ptr", "log2_ptr")}
+    arguments |= {
+        "out_ptr": out, "lse_ptr": lse.contiguous(), "grad_lse_ptr": grad_lse.contiguous(),
         "scale": scale, "rows": rows,
-        **row_strides(grad_out=grad_out, out=out),
+        **row_strides(grad_out=queries["grad_out_ptr"], out=out),
     }  # fmt: skip
     constexprs = {
         "HEADS": heads,
@@ -170,14 +180,15 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch) -> Launch:
     )  # fmt: skip
 
 
-def dkv_arguments(shared, constexprs, of_keys, cache: bool, config, arch) -> tuple[dict, dict]:
-    """Arguments and constexprs of dK and dV; q and grad_out (batch, rows, heads, head_dim)."""
+def plan_dkv(name, kernel, grid, shared, constexprs, of_keys, config, arch) -> Launch:
+    """dK and dV of the keys that `of_keys` describes: new ones, or with a block table the cache's.
+    q and grad_out are (batch, rows, heads, head_dim)."""
     constexprs = constexprs | {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "MASKED_BLOCK_M": config.masked_block_m,
         "ALLOW_LICM": config.allow_licm,
-        "CACHE": cache,
+        "CACHE": of_keys["block_table_ptr"] is not None,
     }
     names = ("q_desc", "grad_out_desc")
     views: dict = dict.fromkeys(names)
@@ -187,14 +198,9 @@ def dkv_arguments(shared, constexprs, of_keys, cache: bool, config, arch) -> tup
             views = dict(zip(names, found, strict=True))
             constexprs["MASKED_BLOCK_M"] = config.block_m  # one size of blocks for TMA
     constexprs["TMA"] = views["q_desc"] is not None
-    return shared | of_keys | views, constexprs
-
-
-def _plan_dkv(name, grid, shared, constexprs, of_keys, config, arch) -> Launch:
-    of_cache = name == "backward_cache"
-    arguments, constexprs = dkv_arguments(shared, constexprs, of_keys, of_cache, config, arch)
     return Launch(
-        name, dkv_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages,
+        name, kernel, grid, shared | of_keys | views, constexprs,
+        config.num_warps, config.num_stages,
         tile_of(config.block_m, config.block_n, constexprs, 4),
     )  # fmt: skip
 
@@ -208,7 +214,7 @@ def _plan_new(shared, constexprs, k, v, grads, config, arch) -> Launch:
         "page_size": 1, "max_pages": 0, "chunk_splits": 1, **row_strides(k=k, v=v),
     }  # fmt: skip
     grid = (blocks * chunks * constexprs["KV_HEADS"], k.shape[0])
-    return _plan_dkv("backward_new", grid, shared, constexprs, of_keys, config, arch)
+    return plan_dkv("backward_new", dkv_kernel, grid, shared, constexprs, of_keys, config, arch)
 
 
 def _chunk_splits(rows: int, chunks: int) -> int:
@@ -244,7 +250,8 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
     total = plan_sum(sums, cache, of_cache, lengths, None)
     if not shared["q_ptr"].numel():
         return [total]
-    return [_plan_dkv("backward_cache", grid, shared, constexprs, of_keys, config, arch), total]
+    dkv = plan_dkv("backward_cache", dkv_kernel, grid, shared, constexprs, of_keys, config, arch)
+    return [dkv, total]
 
 
 def plan_sum(sums, cache, of_cache, lengths, table) -> Launch:

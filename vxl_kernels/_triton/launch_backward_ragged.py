@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from . import architecture, configs
+from . import architecture
 from .backward_ragged import dkv_ragged_kernel, dq_ragged_kernel, plan_backward_kernel
-from .launch_backward import dkv_arguments, dq_arguments, plan_delta, plan_sum, tile_of
-from .launch_common import (
-    Launch,
-    check_capacity,
-    dense_heads,
-    power_of_two,
-    precision,
-    row_strides,
+from .launch_backward import (
+    dq_arguments,
+    plan_delta,
+    plan_dkv,
+    plan_sum,
+    shared_arguments,
+    tile_of,
 )
+from .launch_common import Launch, check_capacity, dense_heads, row_strides
 
 __all__ = ["plan_attention_varlen_backward", "vst_attention_varlen_backward"]
 
@@ -32,11 +32,8 @@ def plan_attention_varlen_backward(
 ) -> tuple[list[Launch], tuple[torch.Tensor, ...]]:  # fmt: skip
     """Launches in their order, and the gradients that they fill, as `plan_attention_backward`."""
     arch = arch or architecture(q.device)
-    rows, heads, head_dim = q.shape
+    rows = len(q)
     check_capacity(rows, k_cache, block_table)
-    block_d = power_of_two(head_dim)
-    if config is None:
-        config = configs.backward_config(arch, block_d, q.element_size(), head_dim != block_d)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     nothing = 0 in (rows, len(layout))
     cache = (k_cache, v_cache, block_table, cache_seqlens)
@@ -49,23 +46,13 @@ def plan_attention_varlen_backward(
         return [], (*grads, *of_cache)
     q, k, v, grad_out, out = (dense_heads(x[None]) for x in (q, k, v, grad_out, out))
     layout = layout.contiguous()
-    constexprs = {
-        "KV_HEADS": k.shape[2],
-        "GROUP_SIZE": heads // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "PRECISION": precision(q.dtype, arch),
-    }
-    delta, log2 = (
-        torch.empty((1, heads, rows), dtype=torch.float32, device=q.device) for _ in range(2)
-    )
+    queries, constexprs, config = shared_arguments(q, k, grad_out, arch, config)
     plan = _plan_plan(layout, rows, constexprs["GROUP_SIZE"], chunks, config)
-    shared = {"q_ptr": q, "grad_out_ptr": grad_out, "log2_ptr": log2, "delta_ptr": delta}
+    shared = _without_batch(queries, "q", "grad_out")
     shared |= {"scale": scale, "rows": rows, "table_ptr": layout}
-    shared |= _without_batch(row_strides(q=q, grad_out=grad_out), "q", "grad_out")
     launches = [
         plan,
-        plan_delta(grad_out, out, lse[None], grad_lse[None], delta, log2, scale),
+        plan_delta(queries, out, lse[None], grad_lse[None], scale),
         _plan_dq(shared, constexprs, k, v, cache, grads[0], config.dq, arch, plan),
         _plan_new(shared, constexprs, k, v, grads, config.dkv_new, arch, plan),
     ]
@@ -105,24 +92,16 @@ def _plan_dq(shared, constexprs, k, v, cache, dq, config, arch, plan) -> Launch:
     )  # fmt: skip
 
 
-def _plan_dkv(name, programs, shared, constexprs, of_keys, config, arch) -> Launch:
-    of_cache = name == "backward_cache_ragged"
-    arguments, constexprs = dkv_arguments(shared, constexprs, of_keys, of_cache, config, arch)
-    return Launch(
-        name, dkv_ragged_kernel, (programs * constexprs["KV_HEADS"],), arguments, constexprs,
-        config.num_warps, config.num_stages,
-        tile_of(config.block_m, config.block_n, constexprs, 4),
-    )  # fmt: skip
-
-
 def _plan_new(shared, constexprs, k, v, grads, config, arch, plan) -> Launch:
     of_keys = {
         "k_ptr": k, "v_ptr": v, "dk_ptr": grads[1], "dv_ptr": grads[2],
         "block_table_ptr": None, "cache_seqlens_ptr": None, "page_size": 1, "max_pages": 0,
         "blocks_ptr": plan.arguments["blocks_ptr"], **row_strides(k=k, v=v),
     }  # fmt: skip
-    programs = plan.arguments["blocks"]
-    return _plan_dkv("backward_new_ragged", programs, shared, constexprs, of_keys, config, arch)
+    grid = (plan.arguments["blocks"] * constexprs["KV_HEADS"],)
+    return plan_dkv(
+        "backward_new_ragged", dkv_ragged_kernel, grid, shared, constexprs, of_keys, config, arch
+    )
 
 
 def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Launch]:
@@ -139,15 +118,15 @@ def _plan_cached(shared, constexprs, cache, of_cache, config, arch) -> list[Laun
         "block_table_ptr": block_table, "cache_seqlens_ptr": cache_seqlens, "blocks_ptr": None,
         "page_size": page_size, "max_pages": max_pages, **row_strides(k=k_cache, v=v_cache),
     }  # fmt: skip
-    programs = -(-capacity // config.block_n) * sequences
+    grid = (-(-capacity // config.block_n) * sequences * kv_heads,)
     lengths = {
         "kept": 0, "chunks": 1, "page_size": page_size, "max_pages": max_pages,
         "batch": sequences, "chunk_splits": 1,
     }  # fmt: skip
-    return [
-        _plan_dkv("backward_cache_ragged", programs, shared, constexprs, of_keys, config, arch),
-        plan_sum(sums, cache, of_cache, lengths, shared["table_ptr"]),
-    ]
+    dkv = plan_dkv(
+        "backward_cache_ragged", dkv_ragged_kernel, grid, shared, constexprs, of_keys, config, arch
+    )
+    return [dkv, plan_sum(sums, cache, of_cache, lengths, shared["table_ptr"])]
 
 
 def vst_attention_varlen_backward(*args):
