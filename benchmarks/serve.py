@@ -29,7 +29,8 @@ from benchmarks.common.options import add_output_options, check_output_options
 from benchmarks.model.cases import make_model
 from examples.demo import demo_model
 from vxl_kernels.files import atomic_write
-from vxl_serve.engine import Engine, Question
+from vxl_serve.engine import Engine
+from vxl_serve.questions import Question
 from vxl_serve.sampling import Sampling
 
 GEOMETRY = {

@@ -28,10 +28,10 @@ from .chat import (
     render,
     sampling_of,
 )
-from .engine import Event, FullError, Question, TooLargeError
 from .live import live
 from .memories import Entry, Memories
 from .metrics import Metrics
+from .questions import Event, FullError, Question, TooLargeError
 from .sampling import Sampling
 from .settings import RequestError, refuse
 from .sources import Source

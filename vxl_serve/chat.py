@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .engine import Event
+from .questions import Event
 from .sampling import Sampling
 from .settings import RequestError, ServerSettings, refuse
 

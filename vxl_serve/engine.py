@@ -7,105 +7,33 @@ ever taken back: what does not fit waits, and who waits longest comes first.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vxl_kernels import PoolExhausted
-from vxl_model import VideoMemory
 from vxl_model.streaming.batch import StreamBatch
 from vxl_model.streaming.ratios import RatioPlan
 from vxl_model.streaming.state import VideoState
 
-from .sampling import AnswerText, Chosen, Sampler, Sampling
+from .questions import Answer, Event, FullError, Question, TooLargeError, Turns
+from .sampling import AnswerText, Sampler
 
-__all__ = ["Answer", "Engine", "Event", "FullError", "Question", "TooLargeError"]
+__all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
 # Rows of questions that one step reads at most, so that answers under way do not wait long for
 # their next token. A longer question is read in one step all the same.
 QUESTION_ROWS = 512
-
-
-class FullError(Exception):
-    """The queue is full; the request may be repeated later."""
-
-
-class TooLargeError(ValueError):
-    """A request that would not fit into an empty cache."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request.
-
-    Attributes:
-        ids: everything after the video; without a memory the whole text.
-        sampling: how to answer.
-        memory: returns the memory, in the engine's thread; None for text alone.
-        client: who asks. Clients take turns.
-    """
-
-    ids: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    memory: Callable[[], VideoMemory] | None = None
-    client: str = ""
-
-
-@dataclass(frozen=True)
-class Event:
-    """A token of answer `index`, with the text that it made certain. The last one has `finish`,
-    "stop" or "length". `count`: tokens, where several come at once."""
-
-    index: int
-    chosen: Chosen
-    text: str
-    finish: str | None = None
-    count: int = 1
-
-
-class Answer:
-    """The events of one question. Iterate over it in the event loop that made it, or `cancel`."""
-
-    def __init__(self, question: Question, leave: Callable[[Answer], None]) -> None:
-        self.question, self._leave = question, leave
-        self.cancelled = False
-        self.begun = time.perf_counter()
-        self._open = question.sampling.n
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
-
-    def cancel(self) -> None:
-        """Nobody waits for the rest: it leaves the queue, or the next step leaves it out."""
-        self.cancelled = True
-        self._leave(self)
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while self._open:
-            event = await self._events.get()
-            if isinstance(event, BaseException):
-                raise event
-            self._open -= event.finish is not None
-            yield event
-
-    def put(self, event: Event | BaseException) -> None:
-        """Called by the engine's thread."""
-        if isinstance(event, BaseException):
-            event.__traceback__ = None  # its frames hold pages
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed, so nobody listens
-            self.cancelled = True
 
 
 @dataclass
@@ -121,35 +49,6 @@ class _Run:
     index: int | None = None
     tokens: int = 0
     ended: bool = False
-
-
-class _Turns:
-    """Questions that wait. Clients take turns, and each one's questions keep their order."""
-
-    def __init__(self) -> None:
-        self._clients: OrderedDict[str, deque[Answer]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return sum(map(len, self._clients.values()))
-
-    def add(self, answer: Answer) -> None:
-        self._clients.setdefault(answer.question.client, deque()).append(answer)
-
-    def first(self) -> Answer | None:
-        """The next one, which stays first until it is removed."""
-        return next((waiting[0] for waiting in self._clients.values()), None)
-
-    def remove(self, answer: Answer, served: bool = False) -> None:
-        """Takes one out, if it is there. `served`: its client moves to the end of the queue."""
-        client = answer.question.client
-        waiting = self._clients.get(client, deque())
-        if answer not in waiting:
-            return
-        waiting.remove(answer)
-        if served:
-            self._clients.move_to_end(client)
-        if not waiting:
-            del self._clients[client]
 
 
 class Engine:
@@ -185,7 +84,7 @@ class Engine:
         self.promised = 0
         self.first_token: Callable[[float], None] = lambda seconds: None
         self._wake = threading.Condition()
-        self._waiting, self._running = _Turns(), list[_Run]()
+        self._waiting, self._running = Turns(), list[_Run]()
         self._short: deque[tuple[Callable[[], Any], Future]] = deque()
         self._long: deque[tuple[Callable[[], Any], Future]] = deque()
         self._closing = self._busy = False

@@ -27,7 +27,8 @@ from vxl_kernels.files import atomic_write
 from vxl_model import VideoMemory
 from vxl_model.streaming.fingerprint import model_fingerprint
 
-from .engine import Engine, FullError, TooLargeError
+from .engine import Engine
+from .questions import FullError, TooLargeError
 from .settings import RequestError, ServerSettings, refuse, told
 from .sources import Source, Sources
 

@@ -10,7 +10,8 @@ from helpers.paths import CHECKPOINT
 
 from examples.demo_clip import byte_tokenizer
 from vxl_model import VideoXLForConditionalGeneration, VideoXLProcessor
-from vxl_serve.engine import Engine, FullError, Question, TooLargeError
+from vxl_serve.engine import Engine
+from vxl_serve.questions import FullError, Question, TooLargeError
 from vxl_serve.sampling import AnswerText, Chosen, Sampler, Sampling
 
 TOKENS = 4096

@@ -10,8 +10,9 @@ pytest.importorskip("fastapi", reason="make serve-check installs it in an enviro
 from helpers.server import make_place, options
 
 from vxl_serve.cli import _settings
-from vxl_serve.engine import Engine, FullError
+from vxl_serve.engine import Engine
 from vxl_serve.memories import Entry, Memories
+from vxl_serve.questions import FullError
 from vxl_serve.settings import RequestError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from ..engine import Event
+from ..questions import Event
 from ..sampling import Chosen, Sampling
 from ..settings import RequestError, refuse
 from .prefix import Prefix
