@@ -83,7 +83,7 @@ class Session:
                 known = False
             if not known:
                 raise ValueError(
-                    f"{option}: got {path}, which exists and is no memory, "
+                    f"{option}: got {path}, which exists and is not a memory, "
                     "expected a new file or a memory"
                 )
         return target

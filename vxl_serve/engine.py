@@ -1,8 +1,8 @@
 """Continuous batching: questions about any memories of one model are decoded together.
 
-One thread owns the model. Questions join and leave at every step, long work (watching) lets them
+One thread owns the model. Questions join and leave at every step. Long work (watching) lets them
 have their steps in between. A question that was let in has room to its last token, so nothing is
-ever taken back: what does not fit waits, and who waits longest comes first.
+ever taken back. A question that does not fit waits, and clients take turns.
 """
 
 from __future__ import annotations

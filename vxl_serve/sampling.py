@@ -128,7 +128,7 @@ class AnswerText:
 
     def _new_text(self, last: bool) -> str:
         whole = self._decode(self._ids[self._start :])
-        # A character may be cut between tokens. What is still broken after so many is not one.
+        # A character may be cut between tokens. What is still broken after this many is not one.
         waits = len(self._ids) - self._read < _MOST_BYTES
         if whole.endswith("\ufffd") and waits and not last:
             return ""

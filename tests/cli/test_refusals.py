@@ -82,11 +82,11 @@ def test_only_a_memory_is_replaced(run, place, tmp_path, monkeypatch):
         before = other.read_bytes()
         code, out, err = run("watch", *model, "--image", "one.png", "--save", other)
         assert (code, out) == (2, "")
-        assert f"--save: got {other}, which exists and is no memory" in err
+        assert f"--save: got {other}, which exists and is not a memory" in err
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"/save {other}\n"))
         code, out, err = run("chat", *model, "--memory", kept)
         assert (code, out) == (0, "")
-        assert f"/save: got {other}, which exists and is no memory" in err
+        assert f"/save: got {other}, which exists and is not a memory" in err
         assert other.read_bytes() == before
 
 

@@ -53,7 +53,7 @@ def small_model():
 
 
 def wide_model(dtype=torch.float32):
-    """Widths that are no multiple of a vector, and an MLP of more values than a thread takes."""
+    """Widths that are not a multiple of a vector, and an MLP of more values than a thread takes."""
     torch.manual_seed(0)
     config = VideoXLConfig(
         vocab_size=101, hidden_size=80, intermediate_size=1234, num_hidden_layers=2,

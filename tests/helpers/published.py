@@ -5,7 +5,7 @@ import json
 
 ASK = {"from": "human", "value": "<image>\nWhat is this?"}
 SAY = {"from": "gpt", "value": "A dog in the snow."}
-BAD_EVERY = 25  # each kind of damage comes once in so many records
+BAD_EVERY = 25  # each kind of damage comes once in this many records
 
 
 def turns(marker, i):

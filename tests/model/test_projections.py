@@ -37,7 +37,7 @@ class Doubled(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """A module that is no `nn.Linear` and has no weight of its own."""
+    """A module that is not an `nn.Linear` and has no weight of its own."""
 
     def __init__(self, inner):
         super().__init__()

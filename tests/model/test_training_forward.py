@@ -183,7 +183,7 @@ def test_a_packed_pass_computes_the_same(model, mixed_videos):
 
 
 def test_a_pass_has_a_bounded_number_of_rows(model, mixed_videos, monkeypatch):
-    """Neighbours share a pass up to so many rows. A sample of more is alone."""
+    """Neighbours share a pass up to a number of rows. A sample of more is alone."""
     passes = noted_passes(monkeypatch)
     for most, segments in ((10_000, [20]), (140, [5, 4, 7, 4]), (50, [5, 4, 3, 1, 3, 4])):
         monkeypatch.setattr("vxl_model.training_forward._PACK_ROWS", most)

@@ -100,7 +100,7 @@ CASES = {
     "a memory by a path": (CHAT, video("memory:../../tiny/config.json"), 404, "does not exist"),
     "a memory's path, encoded": ("GET /v1/memories/..%2f..%2ftiny", {}, 404, ""),
     "another site's page": (CHAT, {**chat(), "headers": OTHER_SITE}, 403, "site"),
-    "an origin that is no URL": (CHAT, {**chat(), "headers": NO_SITE}, 403, "site"),
+    "an origin that is not a URL": (CHAT, {**chat(), "headers": NO_SITE}, 403, "site"),
     # files and hosts
     "a file above the folder": (CHAT, video("../clip.mp4"), 404, "allowed folder"),
     "an absolute file": (CHAT, video("file:///etc/passwd"), 404, "allowed folder"),

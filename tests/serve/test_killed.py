@@ -45,7 +45,7 @@ def wait_for(condition):
 
 
 def check(server, store, frames):
-    """Memories of so many frames, whole, and no file of another."""
+    """Memories of this many frames, whole, and no file of another."""
     assert sorted(entry["frames"] for entry in listed(server)) == frames
     names = {entry["id"] for entry in listed(server)}
     assert {path.stem for path in store.glob("*.*") if not path.name.startswith(".lock")} == names
