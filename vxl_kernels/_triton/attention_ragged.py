@@ -14,7 +14,7 @@ import triton.language as tl
 from .decode import attend_own, attend_split, merge_splits
 from .keys import Keys, Table, cached_entries
 from .prefill import attend_cache_end, attend_chunk, store_packed
-from .primitives import Runs, assume_strides, load_packed, opaque_zero, packed_rows
+from .primitives import Runs, assume_strides, load_packed, opaque_zero, packed_tile
 from .ragged import Splits, sequence_at, sequence_of_row, split_rows, split_size
 from .softmax import Arithmetic, attend_cache, softmax_start
 
@@ -85,9 +85,7 @@ def prefill_ragged_kernel(
     if i_seq < 0:
         return
     i_head = tl.program_id(0) % KV_HEADS
-    # Packed rows past the last repeat it and are not stored.
-    offs_m = tl.minimum(first_m + tl.arange(0, BLOCK_M), last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
+    offs_head, offs_row, _ = packed_tile(first_m, last_m, i_head, runs, ratio, GROUP_SIZE, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_e = tl.arange(0, MASKED_BLOCK_N)
     q = load_packed(q_ptr, offs_head, offs_row, q_row, q_head, rows, HEAD_DIM, BLOCK_D)

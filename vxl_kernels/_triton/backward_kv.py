@@ -27,10 +27,13 @@ __all__ = [
     "Sums",
     "add_full_rows",
     "add_masked_rows",
+    "cache_places",
     "cached_run",
     "dkv_kernel",
+    "load_keys",
     "new_keys",
     "new_run",
+    "store_keys",
     "sum_pages_kernel",
 ]
 
@@ -302,6 +305,39 @@ def add_masked_rows(
     return sums
 
 
+@triton.jit
+def cache_places(block_table_ptr, i_batch, offs_key, end, page_size, max_pages):
+    """(page, slot within it) [N, 1] of entries of a sequence's cache, of those before `end`."""
+    entry = offs_key // page_size
+    table_ptrs = block_table_ptr + i_batch.to(tl.int64) * max_pages + entry
+    page = tl.load(table_ptrs, mask=offs_key < end, other=0).to(tl.int64)[:, None]
+    return page, (offs_key - entry * page_size).to(tl.int64)[:, None]
+
+
+@triton.jit
+def load_keys(
+    k_ptr, v_ptr, first, at_key, i_head, offs_key, end, offs_d, scale,
+    k_batch, k_row, k_head, v_batch, v_row, v_head, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """K and V of a program. first: the keys' sequence or pages, at_key: their rows or slots."""
+    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head.to(tl.int64) * k_head
+    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head.to(tl.int64) * v_head
+    k = load_rows(k_ptrs + offs_d, offs_key, end, HEAD_DIM, True)
+    v = load_rows(v_ptrs + offs_d, offs_key, end, HEAD_DIM, True)
+    return KeyBlock(k, v, scale, scale * LOG2E)
+
+
+@triton.jit
+def store_keys(dk_ptr, dv_ptr, sums, run, offs_n, places, HEAD_DIM: tl.constexpr):
+    """Stores the sums of a program's keys, dense. places [N]: row x KV heads + head of the keys
+    `run.start + offs_n`."""
+    offs_d = tl.arange(0, sums.dk.shape[1])[None, :]
+    offs_out = places[:, None] * HEAD_DIM + offs_d
+    mask = (run.start + offs_n < run.end)[:, None] & (offs_d < HEAD_DIM)
+    tl.store(dk_ptr + offs_out, sums.dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + offs_out, sums.dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def dkv_kernel(
     q_ptr, grad_out_ptr, log2_ptr, delta_ptr, q_desc, grad_out_desc,
@@ -333,20 +369,18 @@ def dkv_kernel(
     run, raw, vst = _walk(pid, i_batch, call, KV_HEADS, BLOCK_N, BLOCK_M, CACHE)
     offs_key = run.start + tl.arange(0, BLOCK_N)
     if CACHE:
-        entry = offs_key // page_size
-        table_ptrs = block_table_ptr + i_batch * max_pages + entry
-        first = tl.load(table_ptrs, mask=offs_key < run.end, other=0).to(tl.int64)[:, None]
-        at_key = (offs_key - entry * page_size).to(tl.int64)[:, None]
+        first, at_key = cache_places(
+            block_table_ptr, i_batch, offs_key, run.end, page_size, max_pages
+        )
     else:
         i_chunk = pid // KV_HEADS % chunks
         first = i_batch
         at_key = chunk_row(run.is_vst, offs_key, i_chunk, window, ratio, chunks, True)
         at_key = at_key.to(tl.int64)[:, None]
-    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head.to(tl.int64) * k_head
-    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head.to(tl.int64) * v_head
-    k = load_rows(k_ptrs + offs_d, offs_key, run.end, HEAD_DIM, True)
-    v = load_rows(v_ptrs + offs_d, offs_key, run.end, HEAD_DIM, True)
-    keys = KeyBlock(k, v, scale, scale * LOG2E)
+    keys = load_keys(
+        k_ptr, v_ptr, first, at_key, i_head, offs_key, run.end, offs_d, scale,
+        k_batch, k_row, k_head, v_batch, v_row, v_head, HEAD_DIM,
+    )  # fmt: skip
     at_lse = i_batch * (KV_HEADS * GROUP_SIZE) * rows
     queries = Queries(
         q_ptr + i_batch * q_batch, grad_out_ptr + i_batch * grad_out_batch,
@@ -368,7 +402,6 @@ def dkv_kernel(
         MASKED_BLOCK_M, CACHE, GROUP_SIZE, HEAD_DIM, TMA, PRECISION, ALLOW_LICM,
     )  # fmt: skip
 
-    # -- result, dense --
     pid = tl.program_id(0) + opaque_zero(1)
     run, _, _ = _walk(pid, i_batch, call, KV_HEADS, BLOCK_N, BLOCK_M, CACHE)
     if CACHE:
@@ -380,10 +413,8 @@ def dkv_kernel(
         row = i_batch * rows
         row += chunk_row(run.is_vst, run.start, i_chunk, window, ratio, chunks, True)
     offs_n = opaque_zero() + tl.arange(0, BLOCK_N)
-    offs_out = ((row + offs_n) * KV_HEADS + pid % KV_HEADS)[:, None] * HEAD_DIM + offs_d
-    mask = (run.start + offs_n < run.end)[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dk_ptr + offs_out, sums.dk.to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + offs_out, sums.dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    places = (row + offs_n) * KV_HEADS + pid % KV_HEADS
+    store_keys(dk_ptr, dv_ptr, sums, run, offs_n, places, HEAD_DIM)
 
 
 # -- the cache's gradient ------------------------------------------------------------------------

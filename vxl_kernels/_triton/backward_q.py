@@ -33,7 +33,7 @@ from .primitives import (
     chunk_runs,
     load_rows,
     opaque_zero,
-    packed_rows,
+    packed_tile,
     run_row,
     tile_of_program,
     visible_new,
@@ -141,11 +141,10 @@ def store_tile(
 ):  # fmt: skip
     """Stores packed rows first_m to last_m of a chunk: dq (rows, heads, head_dim), dense."""
     # Packed rows are computed again, see `opaque_zero`.
-    offs_m = first_m + opaque_zero() + tl.arange(0, dq.shape[0])
+    offs_head, offs_row, stored = packed_tile(
+        first_m + opaque_zero(), last_m, i_head, runs, ratio, GROUP_SIZE, dq.shape[0]
+    )
     offs_d = tl.arange(0, dq.shape[1])[None, :]
-    stored = offs_m <= last_m
-    offs_m = tl.minimum(offs_m, last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
     offs_out = (offs_row * HEADS + offs_head).to(tl.int64)
     dq_ptrs = dq_ptr + offs_out[:, None] * HEAD_DIM + offs_d
     mask = stored[:, None] & (offs_d < HEAD_DIM)
@@ -278,9 +277,7 @@ def dq_kernel(
         length, chunks, KV_HEADS, GROUP_SIZE, BLOCK_M
     )
     runs = chunk_runs(i_chunk, window, ratio, chunks)
-    # Packed rows past the last repeat it and are not stored.
-    offs_m = tl.minimum(first_m + tl.arange(0, BLOCK_M), last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
+    offs_head, offs_row, _ = packed_tile(first_m, last_m, i_head, runs, ratio, GROUP_SIZE, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_e = tl.arange(0, MASKED_BLOCK_N)
     HEADS: tl.constexpr = KV_HEADS * GROUP_SIZE

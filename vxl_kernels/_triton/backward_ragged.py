@@ -13,18 +13,20 @@ import triton.language as tl
 from .attention_ragged import cache_of, planned_tile
 from .backward_kv import (
     Call,
-    KeyBlock,
     Queries,
     Sums,
     add_full_rows,
     add_masked_rows,
+    cache_places,
     cached_run,
+    load_keys,
     new_keys,
     new_run,
+    store_keys,
 )
-from .backward_q import LOG2E, add_cache, add_new, load_tile, store_tile
+from .backward_q import add_cache, add_new, load_tile, store_tile
 from .keys import Keys
-from .primitives import Runs, load_rows, opaque_zero, packed_rows, run_row
+from .primitives import Runs, opaque_zero, packed_tile, run_row
 from .ragged import plan_blocks, plan_rows, sequence_at
 
 __all__ = ["dkv_ragged_kernel", "dq_ragged_kernel", "plan_backward_kernel"]
@@ -74,9 +76,7 @@ def dq_ragged_kernel(
         return
     i_head = tl.program_id(0) % KV_HEADS
     i_batch = tl.cast(0, tl.int64)
-    # Packed rows past the last repeat it and are not stored.
-    offs_m = tl.minimum(first_m + tl.arange(0, BLOCK_M), last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
+    offs_head, offs_row, _ = packed_tile(first_m, last_m, i_head, runs, ratio, GROUP_SIZE, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_e = tl.arange(0, MASKED_BLOCK_N)
     tile = load_tile(
@@ -174,18 +174,16 @@ def dkv_ragged_kernel(
         return
     offs_key = run.start + tl.arange(0, BLOCK_N)
     if CACHE:
-        entry = offs_key // page_size
-        table_ptrs = block_table_ptr + i_seq.to(tl.int64) * max_pages + entry
-        first = tl.load(table_ptrs, mask=offs_key < run.end, other=0).to(tl.int64)[:, None]
-        at_key = (offs_key - entry * page_size).to(tl.int64)[:, None]
+        first, at_key = cache_places(
+            block_table_ptr, i_seq, offs_key, run.end, page_size, max_pages
+        )
     else:
         first = tl.cast(0, tl.int64)
         at_key = run_row(run.is_vst, offs_key, Runs(raw.base, vst.base)).to(tl.int64)[:, None]
-    k_ptrs = k_ptr + first * k_batch + at_key * k_row + i_head.to(tl.int64) * k_head
-    v_ptrs = v_ptr + first * v_batch + at_key * v_row + i_head.to(tl.int64) * v_head
-    k = load_rows(k_ptrs + offs_d, offs_key, run.end, HEAD_DIM, True)
-    v = load_rows(v_ptrs + offs_d, offs_key, run.end, HEAD_DIM, True)
-    keys = KeyBlock(k, v, scale, scale * LOG2E)
+    keys = load_keys(
+        k_ptr, v_ptr, first, at_key, i_head, offs_key, run.end, offs_d, scale,
+        k_batch, k_row, k_head, v_batch, v_row, v_head, HEAD_DIM,
+    )  # fmt: skip
     queries = Queries(
         q_ptr, grad_out_ptr, log2_ptr, delta_ptr, q_desc, grad_out_desc,
         tl.cast(0, tl.int64), rows, q_row, q_head, grad_out_row, grad_out_head,
@@ -210,7 +208,6 @@ def dkv_ragged_kernel(
         MASKED_BLOCK_M, CACHE, GROUP_SIZE, HEAD_DIM, TMA, PRECISION, ALLOW_LICM,
     )  # fmt: skip
 
-    # -- result, dense --
     zero = opaque_zero(1)
     i_head = (tl.program_id(0) + zero) % KV_HEADS
     i_seq, _, run, raw, vst = _walk(
@@ -222,7 +219,5 @@ def dkv_ragged_kernel(
     else:
         row = run_row(run.is_vst, run.start, Runs(raw.base, vst.base)).to(tl.int64)
     offs_n = opaque_zero() + tl.arange(0, BLOCK_N)
-    offs_out = ((row + offs_n) * KV_HEADS + i_head)[:, None] * HEAD_DIM + offs_d
-    mask = (run.start + offs_n < run.end)[:, None] & (offs_d < HEAD_DIM)
-    tl.store(dk_ptr + offs_out, sums.dk.to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + offs_out, sums.dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    places = (row + offs_n) * KV_HEADS + i_head
+    store_keys(dk_ptr, dv_ptr, sums, run, offs_n, places, HEAD_DIM)

@@ -28,7 +28,7 @@ from .primitives import (
     chunk_runs,
     load_packed,
     opaque_zero,
-    packed_rows,
+    packed_tile,
     run_row,
     tile_of_program,
     visible_new,
@@ -134,10 +134,9 @@ def store_packed(
     """Stores packed rows first_m to last_m of a chunk: out (batch, rows, heads, head_dim) and the
     natural lse (batch, heads, rows), dense."""
     # Packed rows are computed again, see `opaque_zero`: kept, they would be spilled.
-    offs_m = first_m + opaque_zero() + tl.arange(0, state.acc.shape[0])
-    stored = offs_m <= last_m
-    offs_m = tl.minimum(offs_m, last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
+    offs_head, offs_row, stored = packed_tile(
+        first_m + opaque_zero(), last_m, i_head, runs, ratio, GROUP_SIZE, state.acc.shape[0]
+    )
     offs_d = tl.arange(0, state.acc.shape[1])[None, :]
     out_ptr += i_batch * rows * (HEADS * HEAD_DIM)
     offs_out = (offs_row * HEADS + offs_head).to(tl.int64)
@@ -183,9 +182,7 @@ def prefill_kernel(
         length, chunks, KV_HEADS, GROUP_SIZE, BLOCK_M
     )
     runs = chunk_runs(i_chunk, window, ratio, chunks)
-    # Packed rows past the last repeat it and are not stored.
-    offs_m = tl.minimum(first_m + tl.arange(0, BLOCK_M), last_m)
-    offs_head, offs_row = packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE)
+    offs_head, offs_row, _ = packed_tile(first_m, last_m, i_head, runs, ratio, GROUP_SIZE, BLOCK_M)
     # Keys of a full and of a masked block. Made before the loops: if offs_e is made after the
     # cache's loop, sm_80 takes 523.6 instead of 521.7 instructions per MFLOP.
     offs_n = tl.arange(0, BLOCK_N)

@@ -25,6 +25,7 @@ __all__ = [
     "narrow",
     "opaque_zero",
     "packed_rows",
+    "packed_tile",
     "query_row",
     "run_row",
     "tile_of_program",
@@ -110,6 +111,17 @@ def packed_rows(offs_m, i_head, runs, ratio, GROUP_SIZE: tl.constexpr):
     position = offs_m // GROUP_SIZE
     offs_head = i_head * GROUP_SIZE + offs_m % GROUP_SIZE
     return offs_head, query_row(position, runs, ratio)
+
+
+@triton.jit
+def packed_tile(
+    first_m, last_m, i_head, runs, ratio, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """`packed_rows` of a tile, and which of them to store: those past last_m repeat it."""
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    stored = offs_m <= last_m
+    offs_head, offs_row = packed_rows(tl.minimum(offs_m, last_m), i_head, runs, ratio, GROUP_SIZE)
+    return offs_head, offs_row, stored
 
 
 @triton.jit
