@@ -4,7 +4,8 @@
 // kLanes-th product (of pairs, with bf16 operands), and a tree adds the lanes at the end. A tile of
 // outputs and rows only says which sums run at the same time. So neither the rows of a call nor its
 // threads change a bit of a row. A weight comes from memory once: all rows pass over a block of
-// kLinearOuts of its rows while the block is in the nearest cache.
+// kLinearOuts of its rows while the block is in the nearest cache. Meanwhile the next block is
+// fetched into L2, a part of it in each pass, so that memory and products are busy at the same time.
 //
 // x is copied once, to rows whose length is a multiple of a vector, zeros at the end.
 #pragma once
@@ -24,7 +25,7 @@ constexpr int kLinearOuts = 4, kLinearRows = 6;  // 24 of 32 registers accumulat
 constexpr int kLinearOuts = 4, kLinearRows = 2;  // 8 of 16
 #endif
 constexpr int64_t kLinearTask = 64;  // outputs of a task
-constexpr int64_t kLinearAhead = 1024;  // bytes of a row of W that are fetched in advance
+constexpr int64_t kLinearNear = 1024;  // bytes of a row of W that are fetched from L2 in advance
 
 // Multiplies in float32. W of another type is converted in registers, x beforehand.
 template <typename T>
@@ -38,6 +39,22 @@ struct FloatDot {
   static VXL_INLINE Vec row(const float* x) { return load(x); }
   static VXL_INLINE Vec add(Vec sum, Vec w, Vec x) { return sum + w * x; }
   static void pack(const T* x, int64_t n, float* to) { load_row(x, to, n); }
+};
+
+// What to fetch while a tile is computed: `bytes` of each of kLinearOuts rows every `every` steps.
+struct LinearAhead {
+  const char* rows[kLinearOuts];
+  int64_t bytes, every, left = 0;
+
+  VXL_INLINE void step() {
+    if (left-- > 0) return;
+    left = every - 1;
+#pragma GCC unroll 8
+    for (int o = 0; o < kLinearOuts; ++o) {
+      __builtin_prefetch(rows[o], 0, 2);
+      rows[o] += bytes;
+    }
+  }
 };
 
 // The sum of all lanes, halves first.
@@ -66,7 +83,7 @@ void linear_pack(const LinearParams& p, int64_t row, float* packed) {
 template <typename Dot, int NR>
 VXL_NOINLINE void linear_tile(const typename Dot::Weight* const (&w)[kLinearOuts],
                               const typename Dot::Packed* x, int64_t x_stride, int64_t in,
-                              float (&sums)[kLinearOuts][kLinearRows]) {
+                              LinearAhead ahead, float (&sums)[kLinearOuts][kLinearRows]) {
   using T = typename Dot::Weight;
   Vec acc[kLinearOuts][NR];
 #pragma GCC unroll 8
@@ -86,9 +103,12 @@ VXL_NOINLINE void linear_tile(const typename Dot::Weight* const (&w)[kLinearOuts
     }
   };
   for (; k + Dot::kStep <= in; k += Dot::kStep) {
+    ahead.step();
+    if (ahead.every > 1) {  // this block is in L2 by now, but too large to stay in L1
 #pragma GCC unroll 8
-    for (int o = 0; o < kLinearOuts; ++o) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w[o] + k) + kLinearAhead, 0, 3);
+      for (int o = 0; o < kLinearOuts; ++o) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w[o] + k) + kLinearNear, 0, 3);
+      }
     }
     step(w, k);
   }
@@ -108,11 +128,12 @@ VXL_NOINLINE void linear_tile(const typename Dot::Weight* const (&w)[kLinearOuts
 template <typename Dot, int NR = kLinearRows>
 VXL_INLINE void linear_rows(int64_t rows, const typename Dot::Weight* const (&w)[kLinearOuts],
                             const typename Dot::Packed* x, int64_t x_stride, int64_t in,
+                            const LinearAhead& ahead,
                             float (&sums)[kLinearOuts][kLinearRows]) {
   if (rows >= NR) {
-    linear_tile<Dot, NR>(w, x, x_stride, in, sums);
+    linear_tile<Dot, NR>(w, x, x_stride, in, ahead, sums);
   } else if constexpr (NR > 1) {
-    linear_rows<Dot, NR - 1>(rows, w, x, x_stride, in, sums);
+    linear_rows<Dot, NR - 1>(rows, w, x, x_stride, in, ahead, sums);
   }
 }
 
@@ -144,10 +165,19 @@ void linear_task(const LinearParams& p, int64_t task, float* /*scratch*/, const 
     for (int64_t o = 0; o < kLinearOuts; ++o) {  // past the last one, the last one again
       w[o] = weight + min_(out + o, p.out - 1) * p.weight_row;
     }
+    const int64_t passes = ceil_div(p.rows, kLinearRows);
+    const int64_t bytes = p.in * int64_t(sizeof(T));
     for (int64_t row = 0; row < p.rows; row += kLinearRows) {
+      LinearAhead ahead;
+      ahead.bytes = Dot::kStep * int64_t(sizeof(T));
+      ahead.every = passes;
+      for (int64_t o = 0; o < kLinearOuts; ++o) {
+        const T* const next = weight + min_(out + kLinearOuts + o, p.out - 1) * p.weight_row;
+        ahead.rows[o] = reinterpret_cast<const char*>(next) + row / kLinearRows * bytes / passes;
+      }
       float sums[kLinearOuts][kLinearRows];
       const int64_t rows = min_(kLinearRows, p.rows - row);
-      linear_rows<Dot>(rows, w, x + row * stride, stride, p.in, sums);
+      linear_rows<Dot>(rows, w, x + row * stride, stride, p.in, ahead, sums);
       for (int64_t r = 0; r < rows; ++r) {
         float of_row[kLinearOuts];
         for (int64_t o = 0; o < kLinearOuts; ++o) of_row[o] = sums[o][r];
