@@ -15,15 +15,12 @@
 #include <math.h>
 
 #include "key_stream.h"
-#include "simd.h"
+#include "pair_ops.h"
 #include "tile.h"
 
 namespace {
 
-typedef uint32_t Pair __attribute__((may_alias));  // scratch is allocated as floats
-
 constexpr int64_t kPairKeys = kKeyBlock / 2;  // pairs in a row of a transposed key block
-constexpr int64_t kPackKeys = 2 * kLanes;     // keys that are transposed at once
 
 #if defined(__AMX_BF16__)
 
@@ -122,18 +119,14 @@ VXL_NOINLINE void product(const Pair* a, int64_t a_stride, int64_t rows, const P
       for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
     if (prefetch != nullptr) prefetch->touch();
     for (int64_t k = 0; k < pairs; ++k) {
-      __m512bh bv[NV];
+      PairVec bv[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        bv[j] = (__m512bh)_mm512_loadu_si512(b + (k * NV + j) * kLanes);
-      }
+      for (int j = 0; j < NV; ++j) bv[j] = load_pairs(b + (k * NV + j) * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kPairRows; ++i) {
-        const __m512bh av = (__m512bh)_mm512_set1_epi32(int32_t(a[i * a_stride + k]));
+        const PairVec av = splat_pair(a[i * a_stride + k]);
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) {
-          acc[i][j] = (Vec)_mm512_dpbf16_ps((__m512)acc[i][j], av, bv[j]);
-        }
+        for (int j = 0; j < NV; ++j) acc[i][j] = add_products(acc[i][j], av, bv[j]);
       }
     }
 #pragma GCC unroll 8
@@ -147,33 +140,6 @@ VXL_NOINLINE void product(const Pair* a, int64_t a_stride, int64_t rows, const P
 }
 
 #endif
-
-// Rounds to bf16 and makes pairs: lane i gets (low[i], high[i]).
-VXL_INLINE Vec round_pairs(Vec low, Vec high) {
-  alignas(64) static constexpr uint16_t kInterleave[32] = {
-      0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
-}
-
-// Rounds a vector to kLanes bf16.
-VXL_INLINE void store_rounded(Pair* to, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-
-// 2^x for any x, as exp2v with fewer steps: `vreduceps` leaves x - floor(x), `vscalefps` multiplies
-// by 2^floor(x), and both take -inf. Minimax polynomial on [0, 1), exact at 0; relative error 1.4e-7.
-VXL_INLINE Vec exp2_reduced(Vec x) {
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 1);
-  Vec p = splat(1.867130213e-3f);
-  p = p * f + splat(9.017030019e-3f);
-  p = p * f + splat(5.579991332e-2f);
-  p = p * f + splat(2.401644501e-1f);
-  p = p * f + splat(6.931513118e-1f);
-  p = p * f + splat(1.0f);
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
 
 // A running maximum may grow by this factor (a power of two in base 2) before sums are scaled to
 // it: P then reaches 2^kSlack. Most blocks scale nothing. It is a rule of each lane by itself, so
@@ -195,7 +161,7 @@ VXL_NOINLINE bool softmax_pairs(float* s, int64_t keys, float scale, const float
     // A lane that has seen no key subtracts 0 instead: -inf - -inf would be NaN.
     row_ref[j] = new_max == splat(-INFINITY) ? Vec{} : new_max;
     const Vec a = exp2v(old_max - row_ref[j]);
-    scaled |= _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) != 0;
+    scaled |= any_other(a, 1.0f);
     store(alpha + j * kLanes, a);
     store(m + j * kLanes, new_max);
     store(l + j * kLanes, load(l + j * kLanes) * a);
@@ -244,23 +210,11 @@ inline void transpose_pairs(const Bf16* const* rows, int64_t n, int64_t head_dim
                             Pair* out, Prefetch* prefetch) {
   for (int64_t d = 0; d < dims; d += kLanes) {
     if (prefetch != nullptr) prefetch->touch(1);
-    const int64_t width = head_dim - d;  // values left
-    const __mmask16 keep = width >= kLanes ? 0xffff : width <= 0 ? 0 : (1u << width) - 1;
-    auto values = [&](int64_t i) {
-      if (i >= n) return _mm512_setzero_si512();
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, rows[i] + d));
-    };
     Vec x[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      const __m512i high = _mm512_slli_epi32(values(2 * i + 1), 16);
-      x[i] = (Vec)_mm512_or_si512(values(2 * i), high);
-    }
+    pair_rows(rows, n, d, head_dim - d, x);
     transpose(x);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      _mm512_storeu_si512(out + (d + i) * kPairKeys, (__m512i)x[i]);
-    }
+    for (int i = 0; i < kLanes; ++i) store_pairs(out + (d + i) * kPairKeys, x[i]);
   }
 }
 

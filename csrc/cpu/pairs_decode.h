@@ -21,20 +21,16 @@ VXL_NOINLINE void narrow_pair_scores(const Bf16* const* k, const Pair* q, int64_
     for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
   for (int64_t n = 0; n < pairs; ++n) {
     if (n % 2 == 0) ahead.line();
-    __m512bh qv[NV];
+    PairVec qv[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      qv[j] = (__m512bh)_mm512_loadu_si512(q + (n * NV + j) * kLanes);
-    }
+    for (int j = 0; j < NV; ++j) qv[j] = load_pairs(q + (n * NV + j) * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kNarrowKeys; ++i) {
-      int32_t pair;
+      uint32_t pair;
       std::memcpy(&pair, k[i] + 2 * n, sizeof(pair));
-      const __m512bh kv = (__m512bh)_mm512_set1_epi32(pair);
+      const PairVec kv = splat_pair(pair);
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) {
-        acc[i][j] = (Vec)_mm512_dpbf16_ps((__m512)acc[i][j], qv[j], kv);
-      }
+      for (int j = 0; j < NV; ++j) acc[i][j] = add_products(acc[i][j], qv[j], kv);
     }
   }
 #pragma GCC unroll 8
@@ -60,15 +56,13 @@ VXL_NOINLINE void narrow_weigh_pairs(const Pair* p, int64_t stride, int64_t n,
     for (int64_t i = 0; i < n; ++i) {
       ahead.line();
       ahead.line();
-      const __m512i even = _mm512_loadu_si512(v[2 * i] + d);
-      const __m512i odd = _mm512_loadu_si512(v[2 * i + 1] + d);
-      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
-      const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+      PairVec low, high;
+      make_pairs(v[2 * i] + d, v[2 * i + 1] + d, low, high);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const __m512bh pv = (__m512bh)_mm512_set1_epi32(int32_t(p[i * stride + r]));
-        acc[r][0] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][0], low, pv);
-        acc[r][1] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][1], high, pv);
+        const PairVec pv = splat_pair(p[i * stride + r]);
+        acc[r][0] = add_products(acc[r][0], low, pv);
+        acc[r][1] = add_products(acc[r][1], high, pv);
       }
     }
 #pragma GCC unroll 8

@@ -136,13 +136,13 @@ constexpr LinearKernel pair_linear() {
 struct PairDot {
   using Weight = Bf16;
   using Packed = Bf16;
-  using Operand = __m512bh;
+  using Operand = PairVec;
   static constexpr int64_t kStep = 2 * kLanes;
 
-  static VXL_INLINE __m512bh weight(const Bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  static VXL_INLINE __m512bh row(const Bf16* x) { return weight(x); }
-  static VXL_INLINE Vec add(Vec sum, __m512bh w, __m512bh x) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, w, x);
+  static VXL_INLINE PairVec weight(const Bf16* w) { return load_pairs(w); }
+  static VXL_INLINE PairVec row(const Bf16* x) { return weight(x); }
+  static VXL_INLINE Vec add(Vec sum, PairVec w, PairVec x) {
+    return add_products(sum, w, x);
   }
   static void pack(const Bf16* x, int64_t n, Bf16* to) { std::memcpy(to, x, n * sizeof(Bf16)); }
 };
