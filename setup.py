@@ -59,6 +59,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
     ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+elif platform.machine() in ("aarch64", "arm64"):
+    ISA_FLAGS["neonbf16"] = ["-march=armv8.2-a+bf16"]
 
 
 def cuda_toolkit() -> Path | None:

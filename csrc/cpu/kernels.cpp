@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -27,24 +29,47 @@ extern const CpuKernels kernels_avx2;
 extern const CpuKernels kernels_avx512;
 extern const Bf16Kernels kernels_avx512bf16;
 extern const Bf16Kernels kernels_amx;
+#elif defined(__aarch64__)
+extern const Bf16Kernels kernels_neonbf16;
 #endif
 
 namespace {
 
+// From the least to the newest.
 #if defined(__x86_64__)
-
 constexpr const char* kIsas[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
+#elif defined(__aarch64__)
+constexpr const char* kIsas[] = {"baseline", "neonbf16"};
+#else
+constexpr const char* kIsas[] = {"baseline"};
+#endif
+constexpr int kNewest = int(std::size(kIsas)) - 1;
 
 // The index in kIsas that VXL_CPU_ISA names; -1 if it is not set.
 int wished_isa() {
   const char* wish = std::getenv("VXL_CPU_ISA");
   if (wish == nullptr || *wish == '\0') return -1;
-  for (int i = 0; i < 5; ++i) {
+  std::string names;
+  for (int i = kNewest; i >= 0; --i) {
     if (std::string(wish) == kIsas[i]) return i;
+    names += kIsas[i] + std::string(i > 1 ? ", " : i == 1 ? " or " : "");
   }
-  throw std::invalid_argument("VXL_CPU_ISA: got " + std::string(wish) +
-                              ", expected amx, avx512bf16, avx512, avx2 or baseline");
+  throw std::invalid_argument("VXL_CPU_ISA: got " + std::string(wish) + ", expected " + names);
 }
+
+CpuKernels with_bf16(const CpuKernels& unit, const Bf16Kernels& x) {
+  CpuKernels k = unit;
+  k.name = x.name;
+  const int bf16 = static_cast<int>(DType::bf16);
+  k.tile_piece[bf16] = x.tile_piece;
+  k.backward_task[bf16] = x.backward_task;
+  k.linear[bf16] = x.linear;
+  k.narrow_piece[bf16] = x.narrow_piece;
+  k.narrow_lanes[bf16] = x.narrow_lanes;
+  return k;
+}
+
+#if defined(__x86_64__)
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -69,35 +94,37 @@ bool has_amx() {
 #endif
 }
 
-CpuKernels with_bf16(const Bf16Kernels& x) {
-  CpuKernels k = kernels_avx512;
-  k.name = x.name;
-  const int bf16 = static_cast<int>(DType::bf16);
-  k.tile_piece[bf16] = x.tile_piece;
-  k.backward_task[bf16] = x.backward_task;
-  k.linear[bf16] = x.linear;
-  k.narrow_piece[bf16] = x.narrow_piece;
-  k.narrow_lanes[bf16] = x.narrow_lanes;
-  return k;
+#elif defined(__aarch64__)
+
+bool has_neonbf16() {
+#if defined(__linux__)
+  constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  return (getauxval(AT_HWCAP2) & bf16) != 0;
+#else
+  return false;
+#endif
 }
 
 #endif
 
 CpuKernels choose() {
+  const int wish = wished_isa();
+  [[maybe_unused]] const int cap = wish < 0 ? kNewest : wish;
 #if defined(__x86_64__)
-  const int wish = wished_isa(), cap = wish < 0 ? 4 : wish;
   __builtin_cpu_init();
-  if (cap >= 4 && has_amx()) return with_bf16(kernels_amx);
+  if (cap >= 4 && has_amx()) return with_bf16(kernels_avx512, kernels_amx);
   // AMD's cores do twice the work of a float32 multiply-add in a bf16 dot product. Intel's do half
   // of it, so there the unit runs only if it is asked for.
   if (cap >= 3 && has_avx512bf16() && (wish == 3 || __builtin_cpu_is("amd"))) {
-    return with_bf16(kernels_avx512bf16);
+    return with_bf16(kernels_avx512, kernels_avx512bf16);
   }
   if (cap >= 2 && has_avx512()) return kernels_avx512;
   // Some compilers cannot query F16C, but every CPU with AVX2 and FMA has it.
   if (cap >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return kernels_avx2;
   }
+#elif defined(__aarch64__)
+  if (cap >= 1 && has_neonbf16()) return with_bf16(kernels_baseline, kernels_neonbf16);
 #endif
   return kernels_baseline;
 }

@@ -14,11 +14,12 @@ struct ThreadPool {
   void (*run)(int threads, void (*body)(void* arg, int thread), void* arg) = nullptr;
 };
 
-// Writes out and lse of every row. The caller has checked shapes, page indices and lengths. Sequences
-// whose block tables name the same pages for a range of keys attend to it together.
+// Writes out and lse of every row. The caller has checked shapes, page indices and lengths.
+// Sequences whose block tables name the same pages for a range of keys attend to it together.
 void attention_cpu(const AttentionParams& p, const ThreadPool& pool);
 
-// Writes the gradients of attention_cpu, of a ragged call with one sequence. Gradients of the cache are added to what is there.
+// Writes the gradients of attention_cpu, of a ragged call with one sequence. Gradients of the cache
+// are added to what is there.
 void attention_backward_cpu(const AttentionBackwardParams& p, const ThreadPool& pool);
 
 // Writes q_out and k_out of every row, and the cache entries of appended rows. q_out may be q, and
@@ -29,7 +30,8 @@ void rope_append_cpu(const RopeParams& p, const ThreadPool& pool);
 void linear_cpu(const LinearParams& p, const ThreadPool& pool);
 
 // The instruction set that these kernels use on this machine: "amx", "avx512bf16", "avx512", "avx2"
-// or "baseline". The environment variable VXL_CPU_ISA lowers it, for tests and comparisons.
+// or "baseline"; on aarch64 "neonbf16" or "baseline". The environment variable VXL_CPU_ISA lowers
+// it, for tests and comparisons.
 const char* cpu_isa();
 
 using PieceTask = void (*)(const AttentionParams&, const AttentionPlan&, const Piece&,
@@ -37,8 +39,8 @@ using PieceTask = void (*)(const AttentionParams&, const AttentionPlan&, const P
 using BackwardTask = void (*)(const AttentionBackwardParams&, const BackwardPlan&, int64_t task,
                               float* scratch, float* workspace);
 
-// A product of few rows. x is packed, some rows at a time, then every task takes some outputs of all
-// rows.
+// A product of few rows. x is packed, some rows at a time, then every task takes some outputs of
+// all rows.
 struct LinearKernel {
   int64_t pack_rows;  // rows that are packed together
   int64_t task_outs;  // outputs of a task
@@ -66,7 +68,7 @@ struct CpuKernels {
   int narrow_lanes[3];     // query rows of a KV head that narrow_piece takes; by DType
 };
 
-// Kernels for bf16 that an instruction set adds to those of AVX-512.
+// Kernels for bf16 that an instruction set adds to those of AVX-512, or of the baseline on aarch64.
 struct Bf16Kernels {
   const char* name;
   PieceTask tile_piece;

@@ -2,6 +2,8 @@
 // behaviour and thread sanitizers (`make sanitize`). Every tensor is an allocation of exactly its
 // size, so the sanitizer sees one element too far. Cache entries that no row may read are NaN.
 // VXL_CPU_ISA chooses the instruction set. Attention and gradients run in float32 and in bf16.
+//
+// Usage: test [CALLS [INSTRUCTION_SET]]. The second argument is the instruction set that must run.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -301,6 +303,36 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
   }
 }
 
+// The first row of a call of ordinary tokens has the same bits in a call of its own, which takes the
+// kernel of few rows where the call may have taken the tile.
+void check_row_alone(Call& c, const vxl::ThreadPool& pool) {
+  if (c.geometry.ratio != 0) return;
+  vxl::AttentionParams p;
+  Inputs inputs(c);
+  inputs.set(p, c);
+  std::vector<float> rows(c.heads * c.dim), lse(c.heads);
+  Stored out(c.type, rows);
+  const int64_t b = pick(0, c.batch - 1), size = c.type == vxl::DType::bf16 ? 2 : 4;
+  for (vxl::RowTensor* x : {&p.q, &p.k, &p.v}) {
+    x->data = static_cast<char*>(x->data) + b * x->batch_stride * size;
+  }
+  p.batch = 1;
+  p.geometry = {1, 0, 1, true};
+  p.cache.block_table += b * c.max_pages;
+  p.cache.lens += b;
+  p.out = tensor(out.data(), 1, c.heads, c.dim);
+  p.lse = lse.data();
+  vxl::attention_cpu(p, pool);
+  out.read_back();
+  for (int64_t h = 0; h < c.heads; ++h) {
+    const float* expected = c.row(c.out, c.heads, b, 0, h);
+    for (int64_t d = 0; d < c.dim; ++d) {
+      expect_near(rows[h * c.dim + d], expected[d], 0.0, "first row alone");
+    }
+    expect_near(lse[h], c.lse[(b * c.heads + h) * c.rows], 0.0, "its lse");
+  }
+}
+
 // Checks the gradients of the call that check_attention ran, whose sequences share no page, by two
 // identities over all keys of a KV head: dV sums to the sum of dO (each row of P sums to 1), and
 // <dK, K> equals <dQ, Q> (the scores depend on q and k through their product alone).
@@ -423,17 +455,23 @@ void check_linear(vxl::DType type, const vxl::ThreadPool& pool) {
 
 int main(int argc, char** argv) {
   const int calls = argc > 1 ? std::atoi(argv[1]) : 60;
+  if (argc > 2 && std::strcmp(argv[2], vxl::cpu_isa()) != 0) {
+    std::printf("got %s, expected %s\n", vxl::cpu_isa(), argv[2]);
+    return 1;
+  }
   for (int i = 0; i < calls; ++i) {
     Call c = random_call();
     const vxl::ThreadPool pool{1 + i % 3, run_threads};
     if (c.dim % 2 == 0) check_rope(c, pool);  // fills the entries that later chunks see
     check_attention(c, pool);
+    check_row_alone(c, pool);
     if (!c.shared) check_backward(c, pool);
     check_linear(vxl::DType::f32, pool);
     check_linear(vxl::DType::bf16, pool);
     c.type = vxl::DType::bf16;
     for (std::vector<float>* x : {&c.q, &c.k, &c.v, &c.k_cache, &c.v_cache}) round_all(*x);
     check_attention(c, pool);
+    check_row_alone(c, pool);
     if (!c.shared) check_backward(c, pool);
   }
   std::printf("%s: %d calls, %d failures\n", vxl::cpu_isa(), calls, failures);
