@@ -13,7 +13,7 @@ export VXL_BUILD_UNITS = $(CURDIR)/build/units
 
 .PHONY: help bench bench-peers gpu-check test test-oldest test-newest test-clients vllm-check serve-check lmms-eval-check test-gpu-env test-sdist \
   lint format sanitize fuzz \
-  cuda-check info clean docs gpu-static demo needle
+  aarch64-check cuda-check info clean docs gpu-static demo needle
 help:
 	@echo "make bench      benchmark on this machine's real geometry (3 minutes on two cores)"
 	@echo "make bench-peers the same beside vLLM's CPU attention, in an environment of its own"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-sdist   an sdist, installed and asked about a clip with each Python from 3.10 on"
 	@echo "make lint       ruff, mypy, formatting and the arrows of import"
 	@echo "make sanitize   the C++ kernels under address, undefined and thread sanitizers"
+	@echo "make aarch64-check the same tests on emulated processors of aarch64, with bf16 products and without"
 	@echo "make fuzz       random operations on the page manager against a model"
 	@echo "make cuda-check the CUDA kernels, compiled and held to limits; their bodies run on the CPU"
 	@echo "make info       what is installed, what runs where, and why not"
@@ -123,13 +124,20 @@ $(STAMP): $(VENV)/.installed setup.py $(SOURCES)
 
 # -- sanitizers: the kernels know no torch, so they are built alone ---------------------------
 ISAS := baseline
+THREAD_ISA := baseline
 ifeq ($(shell uname -m),x86_64)
 ISAS += avx2 avx512 avx512bf16 amx
+THREAD_ISA := avx2
+endif
+ifeq ($(shell uname -m),aarch64)
+ISAS += neonbf16
+THREAD_ISA := neonbf16
 endif
 FLAGS_avx2 := -mavx2 -mfma -mf16c
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
 FLAGS_amx := $(FLAGS_avx512bf16) -mamx-tile -mamx-bf16
+FLAGS_neonbf16 := -march=armv8.2-a+bf16
 FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_thread := -fsanitize=thread
 TEST_SOURCES := tests/cpp/test_cpu_kernels.cpp csrc/cpu/kernels.cpp csrc/cpu/pieces.cpp csrc/cpu/plan.cpp
@@ -157,7 +165,32 @@ fuzz: $(BUILD)/address/fuzz
 
 sanitize: $(BUILD)/address/test $(BUILD)/thread/test
 	@for isa in $(ISAS); do VXL_CPU_ISA=$$isa $(BUILD)/address/test || exit 1; done
-	VXL_CPU_ISA=avx2 $(BUILD)/thread/test 20
+	VXL_CPU_ISA=$(THREAD_ISA) $(BUILD)/thread/test 20
+
+# -- aarch64 under emulation --------------------------------------------------------------------
+# A processor with bf16 products must take their unit, one without them the baseline. The emulator
+# is some twenty times slower than a processor, so there are few calls. The program is static, so
+# that no library of aarch64 is needed.
+ARM := build/aarch64
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64-static
+ARM_CALLS ?= 8
+$(ARM)/%.o: csrc/cpu/isa_%.cpp $(SOURCES)
+	@mkdir -p $(@D)
+	$(ARM_CXX) -std=c++17 -O3 $(WARNINGS) $(FLAGS_$*) -c $< -o $@
+$(ARM)/test: $(TEST_SOURCES) $(ARM)/baseline.o $(ARM)/neonbf16.o
+	$(ARM_CXX) -std=c++17 -O2 $(WARNINGS) -static $^ -pthread -o $@
+
+aarch64-check:
+	@for tool in $(ARM_CXX) $(ARM_RUN); do \
+	  command -v $$tool >/dev/null || { echo "make: $@ is skipped: no $$tool (Debian and Ubuntu:" \
+	    "apt install g++-aarch64-linux-gnu qemu-user-static)"; exit 0; }; \
+	done; \
+	set -ex; $(MAKE) -j2 --no-print-directory $(ARM)/test; \
+	$(ARM_RUN) -cpu max $(ARM)/test $(ARM_CALLS) neonbf16; \
+	$(ARM_RUN) -cpu cortex-a72 $(ARM)/test 3 baseline; \
+	VXL_CPU_ISA=baseline $(ARM_RUN) -cpu max $(ARM)/test 0 baseline; \
+	VXL_CPU_ISA=neonbf16 $(ARM_RUN) -cpu cortex-a72 $(ARM)/test 0 baseline
 
 # -- CUDA without a GPU -------------------------------------------------------------------------
 # Kernel bodies on the CPU in the sanitizers; then nvcc, where there is one, for each architecture.
