@@ -237,8 +237,8 @@ of seq is partly filled and shared, else none.
 
 Raises PoolExhausted, with pages_needed and pages_free.)");
   c.def("reserve_many", &reserve_many, py::arg("seqs"), py::arg("rows"),
-        R"(reserve() for all of `seqs`, int (n,), distinct. Reserves for all or for none. `rows` is one
-number for all of them, or int (n,).
+        R"(reserve() for all of `seqs`, int (n,), distinct. Reserves for all or for none. `rows` is
+one number for all of them, or int (n,).
 
 Returns int32 (copies, 3), at most one copy for each sequence. No page is both a source and a
 target, so the copies may run in any order or at once.)");
@@ -246,8 +246,8 @@ target, so the copies may run in any order or at once.)");
         integer("rows"), ReleaseGil(),
         "Turns the first `rows` reserved rows into committed ones. The others stay reserved.");
   c.def("commit_many", &commit_many, py::arg("seqs"), py::arg("rows"),
-        "commit() for all of `seqs`, int (n,), distinct. Commits for all or for none. `rows` is one "
-        "number for all of them, or int (n,).");
+        "commit() for all of `seqs`, int (n,), distinct. Commits for all or for none. `rows` is "
+        "one number for all of them, or int (n,).");
 }
 
 void bind_reading(py::class_<PageManager>& c) {

@@ -17,8 +17,8 @@ inline Extra same(int64_t tokens) {
 
 // Checks that the first cache_seqlens + extra tokens of every sequence lie in existing pages. The
 // messages are those of vxl_kernels/checks.py.
-inline void check_paging(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
-                  const Extra& extra) {
+inline void check_paging(const Tensor& block_table, const Tensor& cache_seqlens,
+                         const Tensor& cache, const Extra& extra) {
   const int64_t pages = cache.size(0), page_size = cache.size(1);
   const int64_t max_pages = block_table.size(1);
   const int32_t* table = block_table.const_data_ptr<int32_t>();
@@ -41,8 +41,8 @@ inline void check_paging(const Tensor& block_table, const Tensor& cache_seqlens,
 
 // A page that rows are appended to is no other entry's: two would write one place, or one would
 // change what the other has kept. All that a call writes lies in the last pages of a sequence.
-inline void check_written(const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& cache,
-                   const Extra& extra) {
+inline void check_written(const Tensor& block_table, const Tensor& cache_seqlens,
+                          const Tensor& cache, const Extra& extra) {
   const int64_t page_size = cache.size(1), max_pages = block_table.size(1);
   const int32_t* table = block_table.const_data_ptr<int32_t>();
   const int32_t* lens = cache_seqlens.const_data_ptr<int32_t>();

@@ -11,7 +11,8 @@
 // No buffer has the size rows x keys. A task adds up the gradients of K and V in float32 in its own
 // workspace. `sum_new_rows` and `sum_cache` then add the workspaces in a fixed order.
 //
-// Source: FlashAttention-2, section 3.1.2, in one pass instead of two.
+// Source: FlashAttention-2, section 3.1.2. It makes one pass with the same five products too, but
+// sums dQ with atomic additions, whose order varies.
 #pragma once
 
 #include "prefill.h"

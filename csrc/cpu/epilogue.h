@@ -48,8 +48,8 @@ void finish_row(const vxl::AttentionParams& p, const TileRow& row, int64_t head,
   }
 }
 
-// The partial results of a sequence: [position][head][split][head_dim + 2], the sum o, then m and l.
-// Only sequences of one chunk have some.
+// The partial results of a sequence: [position][head][split][head_dim + 2], the sum o, then m and
+// l. Only sequences of one chunk have some.
 inline float* partial_at(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
                          int64_t sequence, int64_t position, int64_t head, int64_t split,
                          float* workspace) {

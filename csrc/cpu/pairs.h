@@ -4,12 +4,12 @@
 //
 // An operand of a product holds pairs of bf16: two neighbours of the contracted dimension in one
 // 32-bit word. The left operand has rows of pairs, [rows][pairs], and the right one has panels of
-// lanes, [pairs][NV lanes]. `vdpbf16ps` and AMX's tiles read the same layout, so `product` alone
-// differs between them. A row of K is a row of pairs as it is stored. V is transposed once for each
-// key block.
+// lanes, [pairs][NV lanes]. `vdpbf16ps`, BFDOT and AMX's tiles read the same layout, so `product`
+// alone differs between them: pair_ops.h has one name for the first two. A row of K is a row of
+// pairs as it is stored. V is transposed once for each key block.
 //
-// The instructions round to nearest even. They read subnormal bf16 as 0 and flush subnormal results
-// to 0.
+// AMX rounds to nearest even, reads subnormal bf16 as 0 and flushes subnormal results to 0.
+// pair_ops.h tells how the others round.
 #pragma once
 
 #include <math.h>

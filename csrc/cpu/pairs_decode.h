@@ -1,6 +1,6 @@
-// How decode.h computes with bf16 operands: `vdpbf16ps` reads K and V where they lie. Every number
-// is computed with the operations of PairTile (pairs.h) in the same order, so a row has the same
-// bits in both. AMX sums in another order, so its unit has the tile alone.
+// How decode.h computes with bf16 operands: `vdpbf16ps` or BFDOT reads K and V where they lie. Every
+// number is computed with the operations of PairTile (pairs.h) in the same order, so a row has the
+// same bits in both. AMX sums in another order, so its unit has the tile alone.
 #pragma once
 
 #include "decode.h"
@@ -40,9 +40,9 @@ VXL_NOINLINE void narrow_pair_scores(const Bf16* const* k, const Pair* q, int64_
   ahead.rest();
 }
 
-// sum[R][dims] += P^T V over n pairs of keys. p is [n][stride]. v: 2 n rows. Interleaving two rows
-// makes pairs of keys, but within 128 bits: in a sum, four dimensions of each eight are in the first
-// vector of kSumDims and four in the second.
+// sum[R][dims] += P^T V over n pairs of keys. p is [n][stride]. v: 2 n rows. `make_pairs` works
+// within 128 bits: in a sum, four dimensions of each eight are in the first vector of kSumDims and
+// four in the second.
 template <int R>
 VXL_NOINLINE void narrow_weigh_pairs(const Pair* p, int64_t stride, int64_t n,
                                      const Bf16* const* v, int64_t dims, float* sum,

@@ -1,9 +1,9 @@
-// linear.h with bf16 operands: `vdpbf16ps`, or AMX's tiles.
+// linear.h with bf16 operands: `vdpbf16ps`, BFDOT, or AMX's tiles.
 //
-// With AMX a tile of W is 16 outputs x 32 products as they are stored. x is turned into panels of 16
-// rows, [pairs][16 rows], so that a row of x is a lane of the result and knows no other. One
-// instruction sums 32 products of each output and row, in an order that is its own, and adds them to
-// the sum so far: one order for any number of rows.
+// With AMX a tile of W is 16 outputs x 32 products as they are stored. x is turned into panels of
+// 16 rows, [pairs][16 rows], so that a row of x is a lane of the result and knows no other. One
+// instruction sums 32 products of each output and row, in an order that is its own, and adds them
+// to the sum so far: one order for any number of rows.
 #pragma once
 
 #include "linear.h"

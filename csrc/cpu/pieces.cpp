@@ -207,7 +207,9 @@ class Planner {
       }
     }
     if (splits == 1) return;
-    for (int64_t row = 0; row < rows; ++row) work_.merges.push_back({int32_t(b), 0, int32_t(row), 1});
+    for (int64_t row = 0; row < rows; ++row) {
+      work_.merges.push_back({int32_t(b), 0, int32_t(row), 1});
+    }
   }
 
   void add(int phase, Piece piece, bool by_head) {
@@ -267,7 +269,7 @@ class Planner {
   const int64_t group_;
   AttentionWork work_;
   int64_t most_splits_ = 0;
-  std::vector<std::vector<int64_t>> done_;  // of each sequence and split: where its own piece begins
+  std::vector<std::vector<int64_t>> done_;  // of a sequence and split: where its own piece begins
   std::vector<Shared> shared_;
 };
 

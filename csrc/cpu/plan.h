@@ -21,7 +21,7 @@ struct Piece {
   int32_t split = 0;
   int64_t begin = 0, end = 0;
   bool narrow = false;   // for the kernel of few rows; it alone takes several KV heads
-  bool resumes = false;  // goes on from the partial result that a piece of an earlier phase has left
+  bool resumes = false;  // goes on from the partial result that a piece of an earlier phase left
   bool saves = false;    // leaves a partial result, for one that resumes or for the merge
 };
 

@@ -1,5 +1,5 @@
-// Attention of one tile: consecutive positions of a chunk, or of chunks that see the same keys, with
-// all heads of one KV head.
+// Attention of one tile: consecutive positions of a chunk, or of chunks that see the same keys,
+// with all heads of one KV head.
 #pragma once
 
 #include "epilogue.h"

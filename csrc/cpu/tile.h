@@ -47,9 +47,10 @@ VXL_INLINE void multiply(const float* a, int64_t k_stride, int64_t i_stride, con
 }
 
 // A score is the sum of this many partial sums, each over as many dimensions (the last over what is
-// left). One sum over all dimensions had up to 2.5 times the error that vxl_kernels/testing.py allows
-// in calls of a few rows. With four parts it has at most 0.85 of it. In prefill this step is 3 %
-// slower. Every float32 kernel takes these parts, so that a row has the same bits in all of them.
+// left). One sum over all dimensions had up to 2.5 times the error that vxl_kernels/testing.py
+// allows in calls of a few rows. With four parts it has at most 0.85 of it. In prefill this step is
+// 3 % slower. Every float32 kernel takes these parts, so that a row has the same bits in all of
+// them.
 constexpr int64_t kScoreParts = 4;
 VXL_INLINE int64_t score_part(int64_t head_dim) { return ceil_div(head_dim, kScoreParts); }
 

@@ -137,6 +137,9 @@ Call random_call() {
   c.q = normals(c.batch * c.rows * c.heads * c.dim);
   c.k = normals(c.batch * c.rows * c.kv_heads * c.dim);
   c.v = normals(c.batch * c.rows * c.kv_heads * c.dim);
+  // Scores that grow from the second block of keys on: sums so far are scaled down.
+  const bool growing = pick(0, 2) == 0;
+  for (float& x : c.q) x *= growing ? 3.0f : 1.0f;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   c.k_cache.assign(pages * c.page_size * c.kv_heads * c.dim, nan);
   c.v_cache = c.k_cache;
@@ -144,7 +147,7 @@ Call random_call() {
     for (int64_t i = 0; i < c.lens[b]; ++i) {
       for (int64_t h = 0; h < c.kv_heads; ++h) {
         for (int64_t d = 0; d < c.dim; ++d) {
-          c.entry(c.k_cache, b, i, h)[d] = normal();
+          c.entry(c.k_cache, b, i, h)[d] = normal() * (growing && i < 128 ? 0.1f : 1.0f);
           c.entry(c.v_cache, b, i, h)[d] = normal();
         }
       }

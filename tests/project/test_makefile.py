@@ -99,3 +99,22 @@ def test_a_machine_without_a_python_for_an_environment(tmp_path):
     done = make_with(tmp_path, [tmp_path], "test-oldest")
     assert done.returncode == 2
     assert "make: test-oldest: no Python found; OLDEST_PYTHON names one" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("missing", ["ARM_CXX", "ARM_RUN"])
+def test_a_machine_that_cannot_emulate_aarch64(missing):
+    """CI goes on after one line. A command that does nothing takes the other tool's place."""
+    tools = [
+        f"{name}={'no-such-tool' if name == missing else 'true'}" for name in ("ARM_CXX", "ARM_RUN")
+    ]
+    done = subprocess.run(
+        ["make", "-s", "aarch64-check", *tools],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("make: aarch64-check is skipped: no no-such-tool (Debian and Ubuntu: ")

@@ -27,8 +27,9 @@ MADE_HERE = shutil.ignore_patterns(
 )
 
 
-def built(kind, folder, **env):
-    """The file that the build backend writes for a tree in which something else was built."""
+def built(kind, folder, machine=None, **env):
+    """The file that the build backend writes for a tree in which something else was built,
+    on such a machine."""
     tree, made = folder / "tree", folder / "made"
     made.mkdir()
     shutil.copytree(ROOT, tree, ignore=MADE_HERE)
@@ -37,8 +38,15 @@ def built(kind, folder, **env):
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
     played = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    code = f"""
+import platform
+machine = {machine!r} or platform.machine()
+platform.machine = lambda: machine
+import setuptools.build_meta as b
+b.build_{kind}({str(made)!r})
+"""
     done = subprocess.run(
-        [sys.executable, "-c", f"import setuptools.build_meta as b; b.build_{kind}({str(made)!r})"],
+        [sys.executable, "-c", code],
         cwd=tree,
         env={**os.environ, **played, "VXL_BUILD_CUDA": "0", **env},
         capture_output=True,
@@ -63,23 +71,39 @@ def test_a_wheel_says_what_was_built(tmp_path, extension):
     }
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one unit alone")
+UNITS = {
+    "x86_64": {"baseline", "avx2", "avx512", "avx512bf16", "amx"},
+    "aarch64": {"baseline", "neonbf16"},
+}
+
+
+def test_every_unit_has_a_machine():
+    assert set.union(*UNITS.values()) == {
+        path.stem.removeprefix("isa_") for path in (ROOT / "csrc/cpu").glob("isa_*.cpp")
+    }
+
+
+@pytest.mark.parametrize("machine", UNITS)
+def test_the_units_of_a_machine(tmp_path, machine):
+    folder = tmp_path / "units"
+    built("wheel", tmp_path, machine=machine, VXL_BUILD_UNITS=str(folder))
+    assert {path.name for path in folder.iterdir()} == {f"isa_{x}.o" for x in UNITS[machine]}
+
+
 def test_units_that_another_build_compiled(tmp_path):
     """Taken as they are while they are newer than their sources, compiled again otherwise. This
     compiler's objects are empty."""
     folder = tmp_path / "units"
     folder.mkdir()
-    newer, older = folder / "isa_avx2.o", folder / "isa_amx.o"
+    newer, older = folder / "isa_neonbf16.o", folder / "isa_baseline.o"
     for unit in (newer, older):
         unit.write_text("of another build")
     in_an_hour, of_old = time.time() + 3600, 0
     os.utime(newer, (in_an_hour, in_an_hour))
     os.utime(older, (of_old, of_old))
-    built("wheel", tmp_path, VXL_BUILD_UNITS=str(folder))
+    built("wheel", tmp_path, machine="aarch64", VXL_BUILD_UNITS=str(folder))
     assert newer.read_text() == "of another build"
     assert older.read_text() == ""
-    names = {path.name for path in folder.iterdir()}
-    assert names == {f"{path.stem}.o" for path in (ROOT / "csrc/cpu").glob("isa_*.cpp")}
 
 
 def test_an_sdist_holds_what_its_tests_need(tmp_path):
