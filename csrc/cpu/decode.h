@@ -1,17 +1,17 @@
 // Attention of a few query rows over many keys, one vector or two of them for each KV head. Memory
-// bounds it, so a piece walks one range of the cache front to back with all KV heads and reads every
-// byte once, where it lies.
+// bounds it, so a piece walks one range of the cache front to back with all KV heads and reads
+// every byte once, where it lies.
 //
 // The steps are those of tile.h in the same order for every number, so a row has the same bits here
-// and in a tile: a score is summed over the dimensions in the parts of score_part, the softmax takes
-// blocks of kKeyBlock keys, and the values of a block are summed key by key. Only the lanes differ:
-// those of the values are head dimensions, which keeps them full.
+// and in a tile: a score is summed over the dimensions in the parts of score_part, the softmax
+// takes blocks of kKeyBlock keys, and the values of a block are summed key by key. Only the lanes
+// differ: those of the values are head dimensions, which keeps them full.
 //
 // Measured with 7 query rows and head_dim 128, from memory. Zen 5: prefetching rows in memory order
-// doubles the speed. These were no faster: to prefetch every other line (the hardware does not fetch
-// the rest), to read lines instead of prefetching them, to pull whole blocks into L2 first, to copy
-// rows first. Zen 4: prefetches between the products instead of before them take a tenth to a fifth
-// of the time away, and prefetches into L2 and further ahead another tenth in float32.
+// doubles the speed. These were no faster: to prefetch every other line (the hardware does not
+// fetch the rest), to read lines instead of prefetching them, to pull whole blocks into L2 first,
+// to copy rows first. Zen 4: prefetches between the products instead of before them take a tenth to
+// a fifth of the time away, and prefetches into L2 and further ahead another tenth in float32.
 #pragma once
 
 #include <type_traits>

@@ -5,11 +5,11 @@
 // flushes subnormal results to 0; the conversions do the same.
 //
 // BFDOT adds the two products of a pair first, then the sum to the lane. Both additions round to
-// odd: an inexact result is cut off and its last bit set. An addition is wrong by less than one unit
-// in the last place, where rounding to nearest is wrong by half of one, and in neither direction
-// more often. It reads subnormal bf16 as 0, flushes subnormal results to 0 and makes every NaN the
-// same one, whatever FPCR says. (FPCR.EBF, which changes this on newer processors, is off in a
-// process of Linux.) The conversions round to nearest even and keep subnormal numbers.
+// odd: an inexact result is cut off and its last bit set. That is wrong by less than one unit in
+// the last place, in neither direction more often. Rounding to nearest is wrong by half of one at
+// most. BFDOT reads subnormal bf16 as 0, flushes subnormal results to 0 and makes every NaN the
+// same one, whatever FPCR says. (FPCR.EBF changes this on newer processors. A process of Linux
+// starts with it off.) The conversions round to nearest even and keep subnormal numbers.
 //
 // BFMMLA multiplies twice as many pairs, but its operands are blocks of two rows by two pairs. The
 // panels of pairs.h would have to be laid out in another way for it.
@@ -64,8 +64,8 @@ VXL_INLINE void make_pairs(const Bf16* first, const Bf16* second, PairVec& low, 
 }
 
 // Makes pairs of kPackKeys rows of kLanes values: x[i] gets rows 2 i and 2 i + 1. Rows past n and
-// values past `width` are 0. Two arguments are references because GCC 12 then compiles this as if it
-// were written in place.
+// values past `width` are 0. Two arguments are references because GCC 12 then compiles this as if
+// it were written in place.
 VXL_INLINE void pair_rows(const Bf16* const* rows, const int64_t& n, const int64_t& offset,
                           int64_t width, Vec (&x)[kLanes]) {
   const __mmask16 keep = width >= kLanes ? 0xffff : width <= 0 ? 0 : (1u << width) - 1;

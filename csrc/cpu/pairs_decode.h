@@ -1,6 +1,6 @@
-// How decode.h computes with bf16 operands: `vdpbf16ps` or BFDOT reads K and V where they lie. Every
-// number is computed with the operations of PairTile (pairs.h) in the same order, so a row has the
-// same bits in both. AMX sums in another order, so its unit has the tile alone.
+// How decode.h computes with bf16 operands: `vdpbf16ps` or BFDOT reads K and V where they lie.
+// Every number is computed with the operations of PairTile (pairs.h) in the same order, so a row
+// has the same bits in both. AMX sums in another order, so its unit has the tile alone.
 #pragma once
 
 #include "decode.h"

@@ -3,8 +3,8 @@
 // The vector extensions of GCC and Clang let us write the kernels once and compile them for
 // AVX-512, AVX2 and the baseline (SSE2 or NEON). Intrinsics appear only where the compilers miss an
 // instruction; those on pairs of bf16 are in pair_ops.h. Only the per-ISA units may include this
-// file. It is all in an anonymous namespace, so the linker cannot pick a symbol compiled for AVX-512
-// and run it on an older machine.
+// file. It is all in an anonymous namespace, so the linker cannot pick a symbol compiled for
+// AVX-512 and run it on an older machine.
 #pragma once
 
 #include <cstdint>

@@ -306,8 +306,8 @@ void check_attention(Call& c, const vxl::ThreadPool& pool) {
   }
 }
 
-// The first row of a call of ordinary tokens has the same bits in a call of its own, which takes the
-// kernel of few rows where the call may have taken the tile.
+// The first row of a call of ordinary tokens has the same bits in a call of its own, which takes
+// the kernel of few rows where the call may have taken the tile.
 void check_row_alone(Call& c, const vxl::ThreadPool& pool) {
   if (c.geometry.ratio != 0) return;
   vxl::AttentionParams p;

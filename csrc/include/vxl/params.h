@@ -102,8 +102,8 @@ struct CallRows {
   }
   // Of a contiguous (batch, heads, rows), or (heads, rows) if ragged.
   VXL_ALWAYS_INLINE int64_t lse_index(int64_t b, int64_t heads, int64_t head, int64_t row) const {
-    if (ragged != nullptr) return head * ragged_rows + row;
-    return (b * heads + head) * geometry.rows() + row;
+    return ragged != nullptr ? head * ragged_rows + row
+                             : (b * heads + head) * geometry.rows() + row;
   }
 };
 
