@@ -168,9 +168,8 @@ sanitize: $(BUILD)/address/test $(BUILD)/thread/test
 	VXL_CPU_ISA=$(THREAD_ISA) $(BUILD)/thread/test 20
 
 # -- aarch64 under emulation --------------------------------------------------------------------
-# A processor with bf16 products must take their unit, one without them the baseline. The emulator
-# is some twenty times slower than a processor, so there are few calls. The program is static, so
-# that no library of aarch64 is needed.
+# A processor with bf16 products must take their unit, one without them the baseline. An emulator is
+# slow, so there are few calls. The program is static, so that no library of aarch64 is needed.
 ARM := build/aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= qemu-aarch64-static
