@@ -38,6 +38,7 @@ def built(kind, folder, machine=None, **env):
     compiler.chmod(0o755)
     played = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
     code = f"""
+import platform
 machine = {machine!r} or platform.machine()
 platform.machine = lambda: machine
 import setuptools.build_meta as b
