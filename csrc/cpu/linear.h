@@ -4,8 +4,8 @@
 // kLanes-th product (of pairs, with bf16 operands), and a tree adds the lanes at the end. A tile of
 // outputs and rows only says which sums run at the same time. So neither the rows of a call nor its
 // threads change a bit of a row. A weight comes from memory once: all rows pass over a block of
-// kLinearOuts of its rows while the block is in the nearest cache. Meanwhile the next block is
-// fetched into L2, a part of it in each pass, so that memory and products are busy at the same time.
+// kLinearOuts of its rows while the block is in the nearest cache. Meanwhile each pass fetches a part
+// of the next block into L2, so that memory and products are busy at the same time.
 //
 // x is copied once, to rows whose length is a multiple of a vector, zeros at the end.
 #pragma once
