@@ -154,7 +154,6 @@ VXL_INLINE void narrow_weigh_rows(int64_t rows, const float* p, int64_t stride, 
   narrow_rows(rows, [&](auto count, int64_t r) {
     narrow_weigh<decltype(count)::value>(p + r, stride, n, v, dims, sum + r * dims, ahead);
   });
-  ahead.rest();
 }
 
 // The rows of a block and of the next one: which to read, and which to prefetch.
@@ -203,6 +202,36 @@ struct BlockRows {
     return reinterpret_cast<const T*>(x.v + head * x.v_step);
   }
 };
+
+// Calls step(key, head, rows, ahead) for the rows of K of kNarrowKeys keys and one head at a time.
+// The last row takes the place of those past the end: nobody reads their scores. A step may change
+// its pointers to rows.
+template <typename T, typename Step>
+VXL_INLINE void each_k_rows(const BlockRows<T>& block, const Step& step) {
+  const T* rows[kNarrowKeys];
+  for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
+    for (int64_t h = 0; h < block.heads; ++h) {
+      for (int64_t i = 0; i < kNarrowKeys; ++i) rows[i] = block.k(min_(c + i, block.count - 1), h);
+      step(c, h, rows, block.after_k(c, kNarrowKeys, h));
+    }
+  }
+}
+
+// Calls step(key, n, head, rows, ahead) for n rows of V, kNarrowKeys at most. What the step has not
+// prefetched is prefetched after it.
+template <typename T, typename Step>
+VXL_INLINE void each_v_rows(const BlockRows<T>& block, const Step& step) {
+  const T* rows[kNarrowKeys];
+  for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
+    const int64_t n = min_(kNarrowKeys, block.count - c);
+    for (int64_t h = 0; h < block.heads; ++h) {
+      for (int64_t i = 0; i < n; ++i) rows[i] = block.v(c + i, h);
+      Ahead ahead = block.after_v(c, n, h);
+      step(c, n, h, rows, ahead);
+      ahead.rest();
+    }
+  }
+}
 
 // State of the KV heads of a piece.
 struct NarrowState {
@@ -265,53 +294,40 @@ struct FloatNarrow {
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
                          const NarrowState& x) {
-    const T* rows[kNarrowKeys];
     const float* floats[kNarrowKeys];
-    for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
-      for (int64_t h = 0; h < x.heads; ++h) {
-        for (int64_t i = 0; i < kNarrowKeys; ++i) {
-          rows[i] = block.k(min_(c + i, block.count - 1), h);  // past the end: a score nobody reads
+    each_k_rows(block, [&](int64_t c, int64_t h, const T** rows, const Ahead& ahead) {
+      for (int64_t i = 0; i < kNarrowKeys; ++i) {
+        if constexpr (std::is_same_v<T, float>) {
+          floats[i] = rows[i];
+        } else {
+          floats[i] = x.staged + i * x.dims;
+          load_row(rows[i], x.staged + i * x.dims, p.head_dim);
         }
-        for (int64_t i = 0; i < kNarrowKeys; ++i) {
-          if constexpr (std::is_same_v<T, float>) {
-            floats[i] = rows[i];
-          } else {
-            floats[i] = x.staged + i * x.dims;
-            load_row(rows[i], x.staged + i * x.dims, p.head_dim);
-          }
-        }
-        narrow_scores<NV>(floats, x.q + h * p.head_dim * x.padded, p.head_dim, x.scores(h, c),
-                          block.after_k(c, kNarrowKeys, h));
       }
-    }
+      narrow_scores<NV>(floats, x.q + h * p.head_dim * x.padded, p.head_dim, x.scores(h, c), ahead);
+    });
   }
 
   static void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
                            const NarrowState& x) {
-    const T* rows[kNarrowKeys];
     const float* whole[kNarrowKeys];
     std::memset(x.sum, 0, x.heads * x.lanes * x.dims * sizeof(float));
-    for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
-      const int64_t n = min_(kNarrowKeys, block.count - c);
-      for (int64_t h = 0; h < x.heads; ++h) {
-        Ahead ahead = block.after_v(c, n, h);
-        for (int64_t i = 0; i < n; ++i) rows[i] = block.v(c + i, h);
-        const float* weights = x.scores(h, c);
-        float* sum = x.sum + h * x.lanes * x.dims;
-        if (x.dims == p.head_dim) {
-          narrow_weigh_rows(x.lanes, weights, x.padded, n, rows, x.dims, sum, ahead);
-          continue;
-        }
-        // A vector load from the tensor itself could read past its end.
-        for (int64_t i = 0; i < n; ++i) {
-          float* to = x.staged + i * x.dims;
-          whole[i] = to;
-          load_row(rows[i], to, p.head_dim);
-          for (int64_t d = p.head_dim; d < x.dims; ++d) to[d] = 0.0f;
-        }
-        narrow_weigh_rows(x.lanes, weights, x.padded, n, whole, x.dims, sum, ahead);
+    each_v_rows(block, [&](int64_t c, int64_t n, int64_t h, const T** rows, Ahead& ahead) {
+      const float* weights = x.scores(h, c);
+      float* sum = x.sum + h * x.lanes * x.dims;
+      if (x.dims == p.head_dim) {
+        narrow_weigh_rows(x.lanes, weights, x.padded, n, rows, x.dims, sum, ahead);
+        return;
       }
-    }
+      // A vector load from the tensor itself could read past its end.
+      for (int64_t i = 0; i < n; ++i) {
+        float* to = x.staged + i * x.dims;
+        whole[i] = to;
+        load_row(rows[i], to, p.head_dim);
+        for (int64_t d = p.head_dim; d < x.dims; ++d) to[d] = 0.0f;
+      }
+      narrow_weigh_rows(x.lanes, weights, x.padded, n, whole, x.dims, sum, ahead);
+    });
   }
 };
 

@@ -135,45 +135,33 @@ struct PairNarrow {
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<Bf16>& block,
                          const NarrowState& x) {
-    const Bf16* rows[kNarrowKeys];
-    for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
-      for (int64_t h = 0; h < x.heads; ++h) {
+    each_k_rows(block, [&](int64_t c, int64_t h, const Bf16** rows, const Ahead& ahead) {
+      if (p.head_dim % 2 != 0) {
         for (int64_t i = 0; i < kNarrowKeys; ++i) {
-          rows[i] = block.k(min_(c + i, block.count - 1), h);  // past the end: masked
+          rows[i] = padded_row(rows[i], p.head_dim, x.dims, x.staged + i * x.dims);
         }
-        if (p.head_dim % 2 != 0) {
-          for (int64_t i = 0; i < kNarrowKeys; ++i) {
-            rows[i] = padded_row(rows[i], p.head_dim, x.dims, x.staged + i * x.dims);
-          }
-        }
-        narrow_pair_scores<NV>(rows, reinterpret_cast<const Pair*>(x.q) + h * x.q_dims * x.padded,
-                               x.q_dims, x.scores(h, c), block.after_k(c, kNarrowKeys, h));
       }
-    }
+      narrow_pair_scores<NV>(rows, reinterpret_cast<const Pair*>(x.q) + h * x.q_dims * x.padded,
+                             x.q_dims, x.scores(h, c), ahead);
+    });
   }
 
   static void weigh_values(const vxl::AttentionParams& p, const BlockRows<Bf16>& block,
                            const NarrowState& x) {
-    const Bf16* rows[kNarrowKeys];
     float* const zeros = x.staged + kNarrowKeys * x.dims;
     std::memset(zeros, 0, x.dims * sizeof(float));
     std::memset(x.sum, 0, x.heads * x.lanes * x.dims * sizeof(float));
-    for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
-      const int64_t n = min_(kNarrowKeys, block.count - c);
-      for (int64_t h = 0; h < x.heads; ++h) {
-        Ahead ahead = block.after_v(c, n, h);
+    each_v_rows(block, [&](int64_t c, int64_t n, int64_t h, const Bf16** rows, Ahead& ahead) {
+      if (x.dims != p.head_dim) {
+        // A vector load from the tensor itself could read past its end.
         for (int64_t i = 0; i < n; ++i) {
-          rows[i] = block.v(c + i, h);
-          if (x.dims == p.head_dim) continue;
-          // A vector load from the tensor itself could read past its end.
           rows[i] = padded_row(rows[i], p.head_dim, x.dims, x.staged + i * x.dims);
         }
-        if (n % 2 != 0) rows[n] = reinterpret_cast<const Bf16*>(zeros);
-        weigh_rows(x.lanes, reinterpret_cast<const Pair*>(x.scores(h)) + c / 2 * x.padded,
-                   x.padded, ceil_div(n, 2), rows, x.dims, x.sum + h * x.lanes * x.dims, ahead);
-        ahead.rest();
       }
-    }
+      if (n % 2 != 0) rows[n] = reinterpret_cast<const Bf16*>(zeros);
+      weigh_rows(x.lanes, reinterpret_cast<const Pair*>(x.scores(h)) + c / 2 * x.padded, x.padded,
+                 ceil_div(n, 2), rows, x.dims, x.sum + h * x.lanes * x.dims, ahead);
+    });
   }
 
   static void weigh_rows(int64_t rows, const Pair* p, int64_t stride, int64_t n,
