@@ -9,6 +9,8 @@ grid: the first brings it into the L2 cache.
 import triton
 import triton.language as tl
 
+from .linear import multiply_rows
+
 __all__ = ["invariant_linear_kernel"]
 
 
@@ -32,16 +34,7 @@ def invariant_linear_kernel(
     x_at = tl.minimum(offs_n, rows - 1).to(tl.int64) * x_row
     w_ptrs = weight_ptr + w_at[:, None] + offs_k[None, :]
     x_ptrs = x_ptr + x_at[:, None] + offs_k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.range(0, IN, BLOCK_K):
-        if IN % BLOCK_K:
-            in_k = offs_k < IN - start
-            w = tl.load(w_ptrs + start, mask=in_k[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, mask=in_k[None, :], other=0.0)
-        else:
-            w = tl.load(w_ptrs + start)
-            x = tl.load(x_ptrs + start)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    acc = multiply_rows(w_ptrs, x_ptrs, offs_k, IN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
 
     if BIAS:
         bias = tl.load(bias_ptr + offs_m, mask=in_m, other=0.0)

@@ -9,9 +9,28 @@ import triton.language as tl
 
 from .primitives import chunk_row
 
-__all__ = ["linear_kernel"]
+__all__ = ["linear_kernel", "multiply_rows"]
 
 _LENGTHS = ["batch", "window", "ratio", "chunks"]
+
+
+@triton.jit
+def multiply_rows(
+    a_ptrs, b_ptrs, offs_k, IN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`a @ b.T` in float32: BLOCK_M rows by BLOCK_N rows of IN features, summed in one order."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, IN, BLOCK_K):
+        if IN % BLOCK_K:
+            in_k = offs_k < IN - start
+            a = tl.load(a_ptrs + start, mask=in_k[None, :], other=0.0)
+            b = tl.load(b_ptrs + start, mask=in_k[None, :], other=0.0)
+        else:
+            a = tl.load(a_ptrs + start)
+            b = tl.load(b_ptrs + start)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -60,16 +79,7 @@ def linear_kernel(
         w_ptrs = vst_weight_ptr + w_at[:, None] + offs_k[None, :]
     else:
         w_ptrs = weight_ptr + w_at[:, None] + offs_k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.range(0, IN, BLOCK_K):
-        if IN % BLOCK_K:
-            in_k = offs_k < IN - start
-            x = tl.load(x_ptrs + start, mask=in_k[None, :], other=0.0)
-            w = tl.load(w_ptrs + start, mask=in_k[None, :], other=0.0)
-        else:
-            x = tl.load(x_ptrs + start)
-            w = tl.load(w_ptrs + start)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    acc = multiply_rows(x_ptrs, w_ptrs, offs_k, IN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
 
     if BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(is_vst, 0, OUT), other=0.0)
