@@ -158,7 +158,7 @@ def flow() -> Svg:
     x, width, y, tall, below = 20, 280, 16, 42, 18
     groups: list[tuple[str, list[tuple[str, str]]]] = [
         ("vxl_model/video", [("video file", PAPER), ("frames, 336 x 336\nreader.py", PAPER)]),
-        ("vxl_model/inputs", [("pixels, normalised\nprocessing.py", PAPER)]),
+        ("vxl_model/inputs", [("pixels, normalised\npreprocessing.py", PAPER)]),
         (
             "vxl_model/decoder",
             [
