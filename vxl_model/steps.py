@@ -59,7 +59,10 @@ class StepMixin:
         if going_on is not None:
             live, text = [batch.states[i] for i in going_on], text[going_on]
         one_id = text.shape[1] == 1 and not text.is_floating_point()
-        if settings.decode_graphs and one_id and states is None:
+        # A graph keeps the precision of its capture, and addresses of weights that autocast has
+        # cast for the time being.
+        captured = settings.decode_graphs and one_id and states is None
+        if captured and not torch.is_autocast_enabled(encoder.device.type):
             graphs, how = step_graphs(self), (settings.batch_invariant, settings.backend)
             invariant = settings.batch_invariant
             logits = encoder.step(

@@ -189,6 +189,28 @@ def forget_tensors():
         graph.calls.clear()
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_steps_under_autocast_take_no_graph(model, exact, order):
+    """A step has the precision of its own surroundings, not of those that were captured."""
+    model.settings.batch_invariant = exact
+    memory = watched(model)
+
+    def each(graphs):
+        for on in order:
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                yield steps(model, [memory], 2, graphs)[0]
+
+    want = list(each(graphs=False))
+    assert want[0].dtype != want[1].dtype
+    with playing() as made:
+        got = list(each(graphs=True))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert [g.replays for g in made] == [2]
+
+
 def test_other_weights_are_captured_anew(model):
     memory = watched(model)
     with playing() as made:
