@@ -272,6 +272,55 @@ def test_a_failed_reserve_of_a_batch_changes_nothing():
     assert batch.cache_seqlens.tolist() == [4, 4]
 
 
+def fail_once(monkeypatch, cache):
+    """The next upload finds no memory."""
+    upload = cache._upload
+
+    def failing(array):
+        monkeypatch.setattr(cache, "_upload", upload)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(cache, "_upload", failing)
+
+
+@pytest.mark.parametrize("rows", [5, 60])  # the second one needs a wider table
+def test_a_table_that_did_not_reach_the_device_is_uploaded_again(monkeypatch, rows):
+    cache = small_cache(num_pages=64, page_size=4)
+    seqs = [cache.new(), cache.new()]
+    batch = cache.batch(seqs)
+    batch.reserve(4)
+    batch.commit(4)
+    fail_once(monkeypatch, cache)
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.reserve(rows)
+    with pytest.raises(ValueError, match=f"sequence {seqs[0]}, which changed since reserve"):
+        batch.layer(0)
+    batch.reserve(rows)
+    for seq, table in zip(seqs, batch.block_table, strict=True):
+        pages = cache._manager.block_table(seq).tolist()
+        assert table.tolist() == pages + [0] * (len(table) - len(pages))
+    assert batch.cache_seqlens.tolist() == [4, 4]
+    batch.layer(0)
+
+
+def test_lengths_that_did_not_reach_the_device_are_uploaded_again(monkeypatch):
+    cache = small_cache()
+    seqs = [cache.new(), cache.new()]
+    batch = cache.batch(seqs)
+    batch.reserve(4)
+    fail_once(monkeypatch, cache)
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.commit([1, 2])
+    assert [cache.length(seq) for seq in seqs] == batch.cache_seqlens.tolist() == [0, 0]
+    batch.commit([1, 2])
+    cache.commit(seqs, 1)
+    fail_once(monkeypatch, cache)
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.reserve(4)
+    batch.reserve(4)
+    assert [cache.length(seq) for seq in seqs] == batch.cache_seqlens.tolist() == [2, 3]
+
+
 # -- many questions over one video -----------------------------------------------------------
 
 VIDEO = ChunkLayout(window=24, ratio=4)

@@ -122,6 +122,24 @@ def test_a_cache_without_a_page_left_has_graphs_of_its_number(model):
         assert cache.stats()["peak_used_pages"] == used + spare
 
 
+def test_spare_rows_count_once_their_pages_are_on_the_device(model, monkeypatch):
+    cache = model.share_cache(4000).pages
+    count, of_cache, upload = cache.stats()["sequences"], step_graph._OfCache(), cache._upload
+
+    def failing(array):
+        monkeypatch.setattr(cache, "_upload", upload)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(cache, "_upload", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        of_cache.has_spare(cache, 2)
+    assert cache.stats()["sequences"] == count
+    assert of_cache.has_spare(cache, 2)
+    assert cache.stats()["sequences"] == count + 2
+    pages = [int(cache._manager.block_table(seq)[0]) for seq in of_cache.spare]
+    assert of_cache.spare_table[:, 0].tolist() == pages
+
+
 def test_how_a_graph_is_captured(model):
     """On a stream of the model's device. Other threads go on meanwhile."""
     with playing() as made:

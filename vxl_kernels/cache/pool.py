@@ -451,13 +451,13 @@ class CacheBatch:
         """Commits the rows that the step has written, a number for all sequences or one for each;
         see `VstCache.commit`. Does not wait for the device."""
         each = _rows(rows, len(self)).astype(np.int32)
+        same = len(self) and (each == each[0]).all()
+        # First what may find no memory: the rows do not count yet.
+        added = int(each[0]) if same else self.cache._upload(each)
         self.cache.commit(self._ids, each)
+        self.cache_seqlens += added
         self._lengths += each
         self._reserved = np.maximum(self._reserved - each, 0)
-        if len(self) and (each == each[0]).all():
-            self.cache_seqlens += int(each[0])
-        else:
-            self.cache_seqlens += self.cache._upload(each)
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """A layer's `(k_cache, v_cache, block_table, cache_seqlens)`, as operators take them.
@@ -492,23 +492,26 @@ class CacheBatch:
 
     def _refresh(self) -> None:
         """Brings the two tensors up to date. Uploads only what differs."""
-        manager = self.cache._manager
-        self._releases = self.cache._releases
+        manager, releases = self.cache._manager, self.cache._releases
+        self._releases = -1  # until the end, so that `layer` looks closer if this raises
         width = manager.most_pages(self._ids)
         if width > self._table.shape[1]:
             if self._fixed:  # reserved through the cache, not through this batch
                 self._refuse_beyond(width * self.cache.page_size)
-            self._table = np.zeros((len(self.seqs), 2 * width), dtype=np.int32)
+            shape = (len(self.seqs), 2 * width)
             with torch.inference_mode(False):
-                self.block_table = self.block_table.new_zeros(self._table.shape)
+                self.block_table = self.block_table.new_zeros(shape)
+            self._table = np.zeros(shape, dtype=np.int32)
         table, lengths = np.empty_like(self._table), np.empty_like(self._lengths)
         with self.cache._lock:
             self.cache._make_copies()
             manager.fill_block_tables(self._ids, table)
             manager.fill_lengths(self._ids, lengths)
+        # The arrays say what the device has. It may have no memory for an upload.
         if not np.array_equal(table, self._table):
-            self._table = table
             self.block_table.copy_(self.cache._upload(table), non_blocking=True)
+            self._table = table
         if not np.array_equal(lengths, self._lengths):
-            self._lengths = lengths
             self.cache_seqlens.copy_(self.cache._upload(lengths), non_blocking=True)
+            self._lengths = lengths
+        self._releases = releases

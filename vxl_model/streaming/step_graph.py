@@ -87,15 +87,16 @@ class _OfCache:
         if missing > 0:
             seqs = [cache.new() for _ in range(missing)]
             try:
-                cache.reserve(seqs, 1)
-            except PoolExhausted:
+                batch = cache.batch([*self.spare, *seqs])
+                batch.reserve(1)
+            except BaseException as error:
                 for seq in seqs:
                     cache.free(seq)
-                return False
-            self.spare += seqs
-            batch = cache.batch(self.spare)
-            batch.reserve(1)
-            self.spare_table = batch.block_table
+                if isinstance(error, PoolExhausted):
+                    return False
+                raise
+            # Together, as a step takes a row of the table for each of them.
+            self.spare, self.spare_table = batch.seqs, batch.block_table
         return True
 
 
