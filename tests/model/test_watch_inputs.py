@@ -78,6 +78,31 @@ def test_pixels_are_made_ready_for_a_gpu_in_the_thread_that_decodes(frames, monk
     assert seen[1] == ("to", threading.current_thread().name, torch.bfloat16, True)
 
 
+def test_the_thread_that_decodes_works_on_the_callers_stream(model, frames, monkeypatch):
+    """So it reads frames on a GPU after what the caller has queued to write them. The GPU is
+    played."""
+    entered, inside, prepare = [], [], model.model.vision_tower.prepare
+
+    @contextlib.contextmanager
+    def stream(one):
+        entered.append((threading.current_thread().name, one))
+        yield
+        entered.append("left")
+
+    def prepared(pixels):
+        inside.append(entered[-1])
+        return prepare(pixels)
+
+    monkeypatch.setattr(model.model.vision_tower, "prepare", prepared)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: threading.current_thread().name)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    kept(model, [frames[:1], frames[1:]])
+    here = threading.current_thread().name
+    assert entered == [("vxl-prefetch", here), "left"]
+    assert inside == [("vxl-prefetch", here)] * 2
+
+
 def test_more_frames_than_the_file_has(model, tmp_path):
     clip = write_clip(tmp_path / "x.mp4", count=3)
     with pytest.warns(UserWarning, match=r"x\.mp4: has 3 of the 9 frames"):

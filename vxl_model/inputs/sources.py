@@ -6,6 +6,7 @@ Nothing here knows a model. What turns pictures into features comes with a `Visu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -104,9 +105,22 @@ def _from_video(
     if encoder.image_size is None:
         _refuse_pixels()
     batches, total = open_frames(video, encoder.image_size, frames, fps)
-    pixels = prefetch(encoder.prepare(encoder.preprocess(batch)) for batch in batches)
+    pixels = prefetch(_prepared(encoder, batches, _current_stream()))
     uploaded = (encoder.upload(batch) for batch in pixels)
     return FeatureStream(encoder.encode(uploaded), total, encoder.tokens_per_frame)
+
+
+def _current_stream() -> Any:
+    """Of the GPU that is current; None as long as the process uses none."""
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+
+def _prepared(encoder: VisualEncoder, batches: Iterable[Any], stream: Any) -> Iterator[Tensor]:
+    """Prepared pixels. All is queued on `stream`, since a thread's own is another one: frames on a
+    GPU would be read before what the caller has queued there has written them."""
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        for batch in batches:
+            yield encoder.prepare(encoder.preprocess(batch))
 
 
 def _from_pixels(encoder: VisualEncoder, pixels: Any, image_sizes: Any) -> FeatureStream:
