@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")
@@ -76,6 +77,18 @@ def test_pixels_are_made_ready_for_a_gpu_in_the_thread_that_decodes(frames, monk
     assert torch.equal(kept(model, frames), want)
     assert seen[0] == ("pin", "vxl-prefetch", torch.bfloat16, None)
     assert seen[1] == ("to", threading.current_thread().name, torch.bfloat16, True)
+
+
+def test_pixels_on_a_gpu_stay_there(monkeypatch):
+    """Page-locked memory is the host's."""
+    model = tiny_model()
+    tower, gpu = model.model.vision_tower, torch.device("cuda", 0)
+    monkeypatch.setattr(vision_tower, "execution_device", lambda module: gpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with FakeTensorMode():
+        pixels = torch.empty(2, 3, 8, 8, dtype=torch.bfloat16, device=gpu)
+        ready = tower.prepare(pixels)
+    assert (ready.device, ready.dtype) == (gpu, torch.float32)
 
 
 def test_the_thread_that_decodes_works_on_the_callers_stream(model, frames, monkeypatch):

@@ -100,11 +100,11 @@ class VisionTower(nn.Module):
         return torch.cat(batches)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Pixels on the host in the tower's dtype, page-locked if it computes on a GPU: the work
-        that a thread can do beside a pass of the tower."""
+        """Pixels in the tower's dtype, page-locked if they are on the host and the tower computes
+        on a GPU: the work that a thread can do beside a pass of the tower."""
         patch = self.vision_tower.vision_model.embeddings.patch_embedding
         pixels, device = pixels.to(patch.weight.dtype), execution_device(patch)
-        if device.type != "cuda":
+        if device.type != "cuda" or not pixels.is_cpu:
             return pixels
         with torch.cuda.device(device):  # a thread's own current device is the first one
             return pixels.pin_memory()
