@@ -36,9 +36,12 @@ class PlayedGraph:
     calls: (operator, arguments, keywords, result) of the capture.
     how: keywords of the capture.
     replays: how often it was run again.
+    made: all of them.
+    log: ("replay", graph), and ("record" or "wait", event) of streams, in order.
     """
 
     made: list[PlayedGraph] = []  # noqa: RUF012
+    log: list[tuple] = []  # noqa: RUF012
 
     def __init__(self):
         self.calls, self.replays, self.how = [], 0, {}
@@ -46,6 +49,7 @@ class PlayedGraph:
 
     def replay(self):
         self.replays += 1
+        self.log.append(("replay", self))
         with torch.no_grad():
             for func, args, kwargs, out in self.calls:
                 given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs))
@@ -71,10 +75,20 @@ def playing():
     def stream(one):
         yield
 
-    def a_stream(*args):
-        return SimpleNamespace(wait_stream=lambda other: None, device=args[0])
+    def record_event():
+        event = object()
+        PlayedGraph.log.append(("record", event))
+        return event
 
-    PlayedGraph.made = []
+    def a_stream(*args):
+        return SimpleNamespace(
+            wait_stream=lambda other: None,
+            wait_event=lambda event: PlayedGraph.log.append(("wait", event)),
+            record_event=record_event,
+            device=args[0],
+        )
+
+    PlayedGraph.made, PlayedGraph.log = [], []
     with (
         mock.patch.object(torch.cuda, "CUDAGraph", PlayedGraph),
         mock.patch.object(torch.cuda, "graph", graph),

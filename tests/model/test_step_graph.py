@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.model_goldens import random_features, small_model
-from helpers.played_graph import playing
+from helpers.played_graph import PlayedGraph, playing
 
 from vxl_model.streaming import step_graph
 from vxl_model.streaming.batch import StreamBatch
@@ -201,8 +201,6 @@ def test_graphs_end_with_their_cache_and_model(model):
 
 def forget_tensors():
     """A real graph holds addresses and no tensors."""
-    from helpers.played_graph import PlayedGraph
-
     for graph in PlayedGraph.made:
         graph.calls.clear()
 
@@ -279,6 +277,25 @@ def test_one_graph_runs_at_a_time(model, monkeypatch):
     with playing(), ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda batch: model.decode_step(torch.tensor([[9]]), batch), batches))
     assert most == [1, 1, 1]
+
+
+def test_a_graph_waits_for_the_last_one_on_any_stream(model, monkeypatch):
+    """Threads may have streams of their own, and only the host does one step after another."""
+    fill, batches = step_graph.FixedBatch.fill, [watched(model, n, n).forks(1) for n in (205, 96)]
+
+    def logged(self, *rest):
+        PlayedGraph.log.append(("fill", self))
+        fill(self, *rest)
+
+    monkeypatch.setattr(step_graph.FixedBatch, "fill", logged)
+    model.settings.decode_graphs = True
+    with playing():
+        for batch in batches * 2:
+            model.decode_step(torch.tensor([[9]]), batch)
+        kinds = [kind for kind, _ in PlayedGraph.log]
+        events = [event for kind, event in PlayedGraph.log if kind in ("record", "wait")]
+    assert kinds == ["fill", "replay", "record", *["wait", "fill", "replay", "record"] * 3]
+    assert events[:-1:2] == events[1::2]
 
 
 def test_generate_takes_the_graph(model):

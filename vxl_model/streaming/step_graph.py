@@ -102,11 +102,12 @@ class _OfCache:
 
 class StepGraphs:
     """The graphs of a model's decoding steps. They share memory, so one runs at a time: steps on
-    other caches of the model wait."""
+    other caches of the model wait, on the host and on the device."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: Any = None
+        self._done: Any = None  # an event after the last graph
         self._by_cache: WeakKeyDictionary[VstCache, _OfCache] = WeakKeyDictionary()
         self._addresses: tuple[int, ...] = ()
         self._last: tuple[ref[VstCache], list[int]] | None = None  # sequences count in each cache
@@ -153,6 +154,9 @@ class StepGraphs:
         graphs = of_cache.graphs
         captured = graphs.pop(key, None)
         fixed = FixedBatch(batch, *key[:2]) if captured is None else captured.fixed
+        stream = torch.cuda.current_stream(fixed.ids.device)
+        if self._done is not None:  # it may run on the stream of another thread
+            stream.wait_event(self._done)
         fixed.fill(ids, batch, of_cache.spare_table)
         if captured is None:
             captured = self._capture(body, fixed)
@@ -160,7 +164,9 @@ class StepGraphs:
                 del graphs[next(iter(graphs))]  # the one that was used longest ago
         graphs[key] = captured
         captured.graph.replay()
-        return captured.logits[: len(batch)].clone()
+        logits = captured.logits[: len(batch)].clone()
+        self._done = stream.record_event()
+        return logits
 
     def drop(self) -> None:
         """Frees the graphs, and the pages of rows that steps did not need."""
