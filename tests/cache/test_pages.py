@@ -193,6 +193,15 @@ def test_as_operators():
     }
 
 
+def test_nothing_waits_for_a_gpu():
+    """The meta device has no values: reading one raises."""
+    k, v, table = pool().to("meta"), pool().to("meta"), torch.empty(3, dtype=torch.int32)
+    rows = torch.empty(2, 5, 2, 6, device="meta")
+    page_ops.copy_pages_(k, v, torch.empty(4, 3, dtype=torch.int32, device="meta"))
+    page_ops.scatter_rows_(k, table.to("meta"), 1, rows)
+    assert page_ops.gather_rows(k, table.to("meta"), 1, 5).shape == rows.shape
+
+
 def test_other_lengths_do_not_recompile():
     counter = torch._dynamo.testing.CompileCounter()
 

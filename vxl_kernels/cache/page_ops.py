@@ -79,7 +79,8 @@ def copy_pages_(k_cache: torch.Tensor, v_cache: torch.Tensor, copies: torch.Tens
     if len(copies):
         source, target, rows = copies.long().unbind(1)
         # An unused entry (no rows) repeats the longest one: the same values, written twice.
-        longest = rows.argmax()
+        # Its number has a dimension: one without would be read on the host.
+        longest = rows.argmax(0, keepdim=True)
         source, target, rows = (
             torch.where(rows > 0, x, x[longest]) for x in (source, target, rows)
         )
