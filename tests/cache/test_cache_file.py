@@ -71,6 +71,26 @@ def test_round_trip_in_many_pieces(tmp_path, monkeypatch):
     refuse(tmp_path / "video", "tensor value.1 is damaged")
 
 
+def test_a_piece_has_been_copied_before_its_buffer_is_filled_again(tmp_path, monkeypatch):
+    """Two buffers hold all pieces in turn. What was offloaded keeps its memory, and nothing waits
+    for its copies."""
+    cache, seq = filled(50)
+    cache.save(tmp_path / "video", seq)
+    host, to, queued = cache.offload(seq), torch.Tensor.to, []
+
+    def recorded(x, *args, **options):
+        if x.dim() == 3:
+            queued.append(options.get("non_blocking", False))
+        return to(x, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    cache.free(cache.load(tmp_path / "video"))
+    assert queued == [False] * 2 * cache.num_layers
+    queued.clear()
+    cache.restore(host)
+    assert queued == [True] * 2 * cache.num_layers
+
+
 def test_any_safetensors_reader_opens_it(tmp_path):
     cache, seq = filled(10)
     cache.save(tmp_path / "video", seq)

@@ -36,7 +36,7 @@ from .. import _ext
 from .._arguments import at_least, fail, sequence_id
 from . import file_format
 from .estimate import plan_memory
-from .host import HostSequence
+from .host import HostSequence, Piece
 
 __all__ = ["CacheBatch", "HostSequence", "PoolExhausted", "VstCache"]
 
@@ -309,7 +309,8 @@ class VstCache:
                 head_dim=self.head_dim,
                 dtype=self.dtype,
             )
-            return self._filled(file.header.length, file.pieces())
+            # The next piece but one is read into the memory of a piece.
+            return self._filled(file.header.length, file.pieces(), non_blocking=False)
 
     def offload(self, seq: int) -> HostSequence:
         """Moves a sequence to host memory and frees its pages. `restore` brings it back.
@@ -349,7 +350,7 @@ class VstCache:
             torch.cuda.current_stream(self.device).wait_event(host._event)
         else:
             host.wait()
-        return self._filled(length, host.pieces())
+        return self._filled(length, host.pieces(), non_blocking=True)
 
     # -- private ---------------------------------------------------------------------
 
@@ -383,14 +384,15 @@ class VstCache:
         layer, side = divmod(i, 2)
         return (self.k_cache, self.v_cache)[side][layer : layer + 1]
 
-    def _filled(self, length: int, pieces: Iterable[tuple[int, int, torch.Tensor]]) -> int:
-        """A new sequence of `length` rows; `pieces` yields (tensor, first row, rows)."""
+    def _filled(self, length: int, pieces: Iterable[Piece], *, non_blocking: bool) -> int:
+        """A new sequence of `length` rows. With `non_blocking` the host does not wait until a piece
+        has been copied."""
         seq = self.new()
         try:
             self.reserve(seq, length)
             table = self._upload(self._manager.block_table(seq))
             for tensor, first, rows in pieces:
-                on_device = rows.to(self.device, non_blocking=True)[None]
+                on_device = rows.to(self.device, non_blocking=non_blocking)[None]
                 torch.ops.vxl.scatter_rows_(self._tensor(tensor), table, first, on_device)
             self.commit(seq, length)
         except BaseException:
