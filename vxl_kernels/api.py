@@ -338,8 +338,11 @@ def invariant_linear(
         NotImplementedError: as `vst_attention`.
     """
     dtype = _autocast(x)
-    checks.invariant_shapes(x, weight, bias, any_dtype=dtype is not None)
-    args = (x, weight, bias) if dtype is None else _cast(dtype, x, weight, bias)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):  # it would cast the reference's products
+            return invariant_linear(*_cast(dtype, x, weight, bias), backend=backend)
+    checks.invariant_shapes(x, weight, bias)
+    args = (x, weight, bias)
     name = chosen(backend, "invariant_linear", x, "x")
     if _is_plain(name):
         return reference.invariant_linear(*args)

@@ -299,8 +299,7 @@ def linear_shapes(
         fail("vst_weight", None, "a tensor, since layout has VST rows")
 
 
-def invariant_shapes(x: object, weight: object, bias: object, any_dtype: bool) -> None:
-    """any_dtype: as in `linear_shapes`."""
+def invariant_shapes(x: object, weight: object, bias: object) -> None:
     rank = max(x.dim(), 1) if isinstance(x, torch.Tensor) else 2
     x = _tensor("x", x, rank, "(..., in_features)")
     if x.dtype not in FLOATS:
@@ -308,11 +307,11 @@ def invariant_shapes(x: object, weight: object, bias: object, any_dtype: bool) -
     weight = _tensor("weight", weight, 2, "(out_features, in_features)")
     if weight.shape[1] != x.shape[-1]:
         fail("weight", f"shape {tuple(weight.shape)}", f"(out_features, {x.shape[-1]}) for x")
-    _like("weight", weight, x, "x", any_dtype)
+    _like("weight", weight, x, "x")
     if bias is None:
         return
     bias = _tensor("bias", bias, 1, "(out_features,)")
-    _like("bias", bias, x, "x", any_dtype)
+    _like("bias", bias, x, "x")
     if len(bias) != len(weight):
         fail("bias", f"shape {tuple(bias.shape)}", f"({len(weight)},)")
 

@@ -7,6 +7,7 @@ import torch
 from helpers.serving import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vxl_kernels import invariant_linear
 
@@ -156,13 +157,43 @@ def test_the_operator_is_well_behaved():
     assert torch.equal(step(*args), invariant_linear(*args).relu())
 
 
+class Products(TorchDispatchMode):
+    """Notes the dtypes of PyTorch's own products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", serving(dtype=torch.bfloat16))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype):
+def test_autocast(dtype, backend):
+    """The inputs are rounded, products and sums are not."""
     x, weight, bias = make(3, 40, 24, torch.float32)
     rounded = [t.bfloat16() for t in (x, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        out = invariant_linear(x.to(dtype), weight, bias, backend=backend)
+    assert torch.equal(out, invariant_linear(*rounded, backend=backend))
+    assert products.dtypes == [torch.float32] * 3 * (backend == "reference")
+
+
+@pytest.mark.parametrize("backend", serving())
+def test_autocast_in_a_compiled_graph(backend):
+    args = make(3, 40, 24, torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def product(*tensors):
+        with torch.autocast("cpu", torch.bfloat16):
+            return invariant_linear(*tensors, backend=backend)
+
     with torch.autocast("cpu", torch.bfloat16):
-        out = invariant_linear(x.to(dtype), weight, bias)
-    assert torch.equal(out, invariant_linear(*rounded))
+        expected = invariant_linear(*args, backend=backend)
+    assert torch.equal(product(*args), expected)
 
 
 GOOD = {"x": torch.ones(2, 3), "weight": torch.ones(5, 3), "bias": torch.ones(5)}
