@@ -13,9 +13,11 @@ from helpers.model_goldens import (
 )
 from helpers.paths import CHECKPOINT
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vxl_model import VideoMemory, VideoXLForConditionalGeneration, WindowRatios
 from vxl_model.streaming.fingerprint import checkpoint_text_fingerprint, text_fingerprint
+from vxl_model.streaming.state import joined
 
 pytestmark = pytest.mark.core
 
@@ -167,6 +169,25 @@ def test_save_and_load(model, features, tokens, tmp_path):
     for each in (loaded, memory) if tokens < 205 else ():
         each.append(visual_features=features[tokens:])
     same_memory(loaded, memory)
+
+
+def test_visual_tokens_may_wait_on_different_devices(model, features, monkeypatch):
+    """Those of a loaded memory are on the host, appended ones are where the caller has them. The
+    meta device takes the place of a GPU."""
+    encoder, seen = model.encoder(), []
+    state = watch(model, features[:10]).batch.states[0].fork()
+    state.pending = [features[:10].to("meta")]
+    encoder.device = torch.device("meta")
+    monkeypatch.setattr(model.settings, "chunks_per_step", 4)
+    monkeypatch.setattr(encoder, "chunk_rows", lambda rows, layout: seen.append(rows))
+    monkeypatch.setattr(encoder, "_run", lambda *rest: None)
+    encoder.append(state, features[10:205])
+    assert [(x.device.type, x.shape[1]) for x in seen] == [("meta", 4 * WINDOW)]
+    assert state.pending_tokens == 205 - 4 * WINDOW
+    with FakeTensorMode():
+        pieces = [torch.empty(2, 64, device="cuda"), torch.empty(3, 64)]
+        for device in (torch.device("cuda", 0), torch.device("cpu")):
+            assert joined(pieces, device).device == device
 
 
 def test_the_unfinished_window_is_a_tensor_of_the_file(model, features, tmp_path):

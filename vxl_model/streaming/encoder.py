@@ -254,13 +254,13 @@ class StreamEncoder:
     def _windows(self, state: VideoState, tokens: int, ratio: int, chunks: int) -> None:
         """The next `chunks` windows of `tokens` raw tokens each."""
         if ratio > tokens:  # there is no VST, so no later row sees these tokens
-            state.take(tokens * chunks)
+            state.take(tokens * chunks, self.device)
             state.vst_counts += [0] * chunks
             return
         layout = ChunkLayout(tokens, ratio, chunks, self.settings.order)
         pending = list(state.pending)
         try:
-            features = state.take(tokens * chunks)
+            features = state.take(tokens * chunks, self.device)
             self._run([state.sequence], self.chunk_rows(features[None], layout), layout, 0)
         except BaseException:
             state.pending = pending

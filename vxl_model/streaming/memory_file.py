@@ -18,7 +18,7 @@ from .cache_pool import SLACK_TOKENS
 from .encoder import StreamEncoder
 from .fingerprint import model_fingerprint, text_fingerprint
 from .ratios import RatioPlan
-from .state import VideoState
+from .state import VideoState, joined
 
 __all__ = ["load_state", "read_counts", "save_state"]
 
@@ -48,7 +48,8 @@ def save_state(path: str | os.PathLike[str], state: VideoState, decoder: VideoXL
             }
         ),
     }
-    pending = {"pending": torch.cat(state.pending)} if state.pending else {}
+    cpu = torch.device("cpu")
+    pending = {"pending": joined(state.pending, cpu)} if state.pending else {}
     cache.save(path, seq, metadata, pending)
 
 
@@ -68,9 +69,7 @@ def load_state(path: str | os.PathLike[str], encoder: StreamEncoder) -> VideoSta
             "geometry or dtype)"
         )
     cache = encoder.cache(json.loads(metadata["state"])["length"] + SLACK_TOKENS)
-    state = _state(path, metadata, cache.load(path))
-    state.pending = [x.to(encoder.device) for x in state.pending]
-    return state
+    return _state(path, metadata, cache.load(path))
 
 
 def read_counts(path: str | os.PathLike[str], encoder: StreamEncoder) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .cache_pool import SequenceHandle
 from .ratios import RatioPlan
 
-__all__ = ["VideoState"]
+__all__ = ["VideoState", "joined"]
 
 
 @dataclass
@@ -20,7 +20,8 @@ class VideoState:
     Attributes:
         sequence: what is kept of it.
         plan: ratios of the windows to come.
-        pending: visual tokens that do not fill a window yet, `(tokens, hidden)` each.
+        pending: visual tokens that do not fill a window yet, `(tokens, hidden)` each, on any
+            devices.
         vst_counts: VSTs of every step so far, 0 for prefix and suffixes, as the published code
             counts them.
         visual_tokens: raw ones so far.
@@ -55,8 +56,8 @@ class VideoState:
             list(self.drawn_ratios),
         )
 
-    def take(self, tokens: int) -> Tensor:
-        """Removes the first pending tokens."""
+    def take(self, tokens: int, device: torch.device) -> Tensor:
+        """Removes the first pending tokens, and gives them on `device`."""
         taken, left = [], tokens
         while left:
             head = self.pending[0]
@@ -66,4 +67,11 @@ class VideoState:
             else:
                 self.pending.pop(0)
             left -= len(taken[-1])
-        return taken[0] if len(taken) == 1 else torch.cat(taken)
+        return joined(taken, device)
+
+
+def joined(pieces: list[Tensor], device: torch.device) -> Tensor:
+    """Pending tokens in one tensor on `device`. They wait where they came from: those of a whole
+    video may be too many for a GPU."""
+    pieces = [x.to(device) for x in pieces]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
