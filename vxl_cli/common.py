@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "Parser",
     "add_device_arguments",
     "byte_size",
+    "clock",
     "complain",
     "count",
     "one_line",
@@ -145,6 +147,15 @@ def placement(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, getattr(
         torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     )
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read once the device has done what is queued: a call may return before."""
+    import torch
+
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
 
 
 def count(text: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import output_file, placement, quiet
+from .common import clock, output_file, placement, quiet
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Session:
             device
         )
         self.model.processor = self.processor
-        loaded = time.perf_counter()
+        loaded = clock(device)
         self.memory = self._remember(source)
         self.about: dict[str, Any] = {
             "model": options.model,
@@ -62,7 +62,7 @@ class Session:
             "cached_tokens": self.memory.cached_tokens[0],
             "memory_bytes": self.memory.bytes,
             "load_seconds": round(loaded - begin, 3),
-            "watch_seconds": round(time.perf_counter() - loaded, 3),
+            "watch_seconds": round(clock(device) - loaded, 3),
         }
         self._trained = self.model.config.max_position_embeddings
         self._warn_beyond(self.memory.cached_tokens[0], "the video")

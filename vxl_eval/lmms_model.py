@@ -8,7 +8,6 @@ lmms-eval itself deals out questions.
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from vxl_cli.common import clock
 from vxl_model import VideoMemory, VideoXLForConditionalGeneration
 from vxl_model.inputs.prompts import PROMPT
 
@@ -260,10 +260,10 @@ class VideoXL(lmms):
                 todo.setdefault(key, request)
         ordered = sorted(todo.items(), key=lambda item: item[1].visuals)  # stable
         for key, request in tqdm(ordered, disable=self._rank != 0, desc="vxl"):
-            watched, begin = self._watcher.watched, time.perf_counter()
+            watched, begin = self._watcher.watched, clock(self._device)
             try:
                 memory = self._watcher.memory(request.visuals, request.shown)
-                ready = time.perf_counter()
+                ready = clock(self._device)
                 result = self._answer(request, memory)
             except (ValueError, OSError) as error:
                 if self.on_error == "stop":
@@ -275,7 +275,7 @@ class VideoXL(lmms):
             record = {"kind": request.kind, "task": task, "split": split, "doc_id": doc_id}
             record |= {"answer": result, "watched": self._watcher.watched - watched}
             record["watch_seconds"] = round(ready - begin, 4)
-            record["answer_seconds"] = round(time.perf_counter() - ready, 4)
+            record["answer_seconds"] = round(clock(self._device) - ready, 4)
             self.answers.add(key, record)
             results[key] = result
         return results

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import gc
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vxl_cli.common import placement, quiet
+from vxl_cli.common import clock, placement, quiet
 from vxl_cli.estimate import estimate_video
 from vxl_cli.progress import Progress
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
@@ -105,16 +104,16 @@ def measure(
     """Watches a video of noise and asks one question about it."""
     size = model.processor.size
     memory.reset()
-    begin = time.perf_counter()
+    begin = clock(model.device)
     watched = model.watch(
         _noise(frames, size),
         ratio=ratio,
         tokens=frames * model.tokens_per_frame,
         progress=progress,
     )
-    seen = time.perf_counter()
+    seen = clock(model.device)
     watched.ask(_QUESTION, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-    done = time.perf_counter()
+    done = clock(model.device)
     # What was asked for, not what fits: the prediction has room for the same question.
     plan = estimate_video(
         model.config, frames, ratio, dtype=model.dtype, device=model.device, question=64, answer=16

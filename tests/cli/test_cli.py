@@ -4,8 +4,11 @@ import io
 import json
 import shutil
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
@@ -14,6 +17,8 @@ pytest.importorskip("PIL.Image")
 from helpers.clips import write_clip
 from helpers.commands import ASK, QUESTION
 
+from vxl_cli import session
+from vxl_cli.common import clock
 from vxl_kernels import _ext
 from vxl_model import VideoXLForConditionalGeneration
 from vxl_model.video.reader import open_video
@@ -235,6 +240,29 @@ def test_damage_is_a_warning(run, place):
     assert 3 <= json.loads(out)["frames"] <= 8
     assert err.startswith("vxl: warning: cut.mp4: ends after")
     assert err.count("\n") == 1
+
+
+def test_the_clock_waits_for_a_gpu(monkeypatch):
+    """A CPU has done its work when a call returns."""
+    waited = []
+    module = SimpleNamespace(synchronize=waited.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert clock(torch.device("cpu")) <= clock(torch.device("cuda", 1)) <= time.perf_counter()
+    assert waited == [torch.device("cuda", 1)]
+
+
+def test_seconds_of_watching_end_when_the_device_has_watched(run, monkeypatch):
+    calls, remember = [], session.Session._remember
+
+    def remembered(self, source):
+        calls.append("watch")
+        return remember(self, source)
+
+    monkeypatch.setattr(session, "clock", lambda device: calls.append("clock") or 0.0)
+    monkeypatch.setattr(session.Session, "_remember", remembered)
+    code, _, err = run(*ASK, "--video", "clip.mp4", QUESTION)
+    assert (code, err) == (0, "")
+    assert calls == ["clock", "watch", "clock"]
 
 
 def test_reader_is_closed_when_the_model_fails(place, monkeypatch):

@@ -1,17 +1,22 @@
 """What a task shows becomes a memory; answers on disk; the memory of runs; suites."""
 
+import importlib
 import json
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 from helpers.clips import picture
 from PIL import Image
 
+from vxl_eval import memory_run
 from vxl_eval.answers import Answers, model_identity, read_answers, request_key
 from vxl_eval.cli import main
 from vxl_eval.suite import Task, plan_lines, read_suite, task_seconds
 from vxl_eval.watching import Sampling, Watcher, visual_identity
+from vxl_model import VideoMemory
 
 
 def same(model, memory, other):
@@ -128,6 +133,45 @@ def test_the_memory_of_runs(place, tmp_path, capsys):
         assert point["watch_seconds"] > 0
     assert (tmp_path / "memory.md").read_text() == capsys.readouterr().out
     assert (tmp_path / "memory.png").stat().st_size > 1000
+
+
+class Calls(list):
+    """The names of functions, each noted when a call returns."""
+
+    def noted(self, name, function=lambda *args, **options: None):
+        def call(*args, **options):
+            found = function(*args, **options)
+            self.append(name)
+            return found
+
+        return call
+
+
+def test_seconds_of_watching_end_when_the_device_has_watched(model, monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(memory_run, "clock", calls.noted("clock", lambda device: 0.0))
+    monkeypatch.setattr(model, "watch", calls.noted("watch", model.watch))
+    monkeypatch.setattr(VideoMemory, "ask", calls.noted("ask"))
+    memory_run.measure(model, memory_run.PeakMemory(model.device), 2, 4)
+    assert calls == ["clock", "watch", "clock", "ask", "clock"]
+
+
+def test_seconds_of_a_request_end_when_the_device_is_done(monkeypatch):
+    """lmms-eval itself may be missing."""
+    stubs = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
+    for name in stubs:
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock(lmms=object))
+    monkeypatch.delitem(sys.modules, "vxl_eval.lmms_model", raising=False)
+    lmms_model = importlib.import_module("vxl_eval.lmms_model")
+    monkeypatch.delitem(sys.modules, "vxl_eval.lmms_model")
+    calls = Calls()
+    monkeypatch.setattr(lmms_model, "clock", calls.noted("clock", lambda device: 0.0))
+    one = mock.MagicMock(_key=lambda request: "key", answers=mock.MagicMock(get={}.get))
+    one._watcher = SimpleNamespace(watched=0, memory=calls.noted("watch"))
+    one._answer = calls.noted("answer", lambda request, memory: "A")
+    request = lmms_model._Request("generate_until", ("task", "test", 0), {}, "visuals")
+    assert lmms_model.VideoXL._answered(one, [request]) == {"key": "A"}
+    assert calls == ["clock", "watch", "clock", "answer", "clock"]
 
 
 def test_the_papers_suite():
