@@ -57,6 +57,17 @@ def test_generate(name, mode):
     assert cache.get_seq_length() == 31
 
 
+def test_generate_under_autocast():
+    """Rows of bf16 go to pages of float32."""
+    model, ids, mask = decoder("qwen2"), random_ids(3, 20), padding(3, 20, "left")
+    model.set_attn_implementation("vxl")
+    with torch.autocast("cpu", torch.bfloat16):
+        truth = generate(model, ids, mask)
+        cache = paged(model, 3)
+        assert torch.equal(generate(model, ids, mask, cache), truth)
+    assert cache.pages.dtype == torch.float32
+
+
 def test_static_cache():
     model, ids, mask = decoder("qwen2"), random_ids(2, 20), padding(2, 20, "left")
     truth = generate(model, ids, mask)

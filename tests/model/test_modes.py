@@ -12,6 +12,11 @@ from helpers.model_goldens import (
 from helpers.modes import default_dtype
 from transformers import Trainer, TrainingArguments
 
+from vxl_kernels import VarlenLayout, VstCache
+from vxl_kernels.testing import inverse_frequencies
+from vxl_model.decoder.context import CacheContext
+from vxl_model.settings import ExecutionSettings
+
 IDS = torch.tensor([[5, 6, 7, -200, 9, 10, 11]])
 SUFFIX = torch.tensor([9, 10, 11])
 
@@ -124,6 +129,25 @@ def test_autocast(model, features, checkpoint):
         assert relative(out.loss.detach().float(), loss) < 0.02
     more = model(torch.tensor([[12]]), memory=losses[0].memory)  # kept by a pass in autocast
     assert torch.isfinite(more.logits).all()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_autocast_rounds_what_is_attended_to_once(ragged):
+    """Rows of bf16 are rotated and attended to in the precision of a float32 cache."""
+    cache, sizes = VstCache(1, 1, 16, num_pages=8, page_size=8), [5, 5]
+    rows = [torch.randn(2, 5, heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)]
+    layout = VarlenLayout(sizes, torch.device("cpu")) if ragged else None
+    rows = [x.flatten(0, 1)[None] if ragged else x for x in rows]
+    found = []
+    for inside in (True, False):
+        batch = cache.batch([cache.new(), cache.new()])
+        batch.reserve(5)
+        settings = ExecutionSettings(batch_invariant=False)
+        context = CacheContext(batch, layout, inverse_frequencies(16), settings)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            qkv = tuple(x.clone() if inside else x.float() for x in rows)
+            found.append(torch.cat(context.attend(0, [qkv])))
+    assert torch.equal(found[0], found[1].to(torch.bfloat16))
 
 
 def test_a_trainer_evaluates_in_bf16(model, features, tmp_path):
