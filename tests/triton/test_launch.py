@@ -42,6 +42,21 @@ def test_plans_from_shapes_alone():
     assert [x.name for x in plan(rows=1)] == ["decode", "merge"]
 
 
+def test_the_order_of_a_merge_follows_from_the_size_of_a_split():
+    """From nothing else of a call, or a sequence would have other bits in another batch. Small
+    splits, which are many, are read in wide blocks."""
+    found = {}
+    for rows in (1, 2, 5, 9, 40, 200):
+        for batch, pages, page_size in ((1, 64, 128), (9, 64, 128), (1, 4, 128), (1, 64, 16)):
+            _, merge = plan(rows=rows, batch=batch, pages=pages, page_size=page_size)
+            sizes = merge.constexprs["SPLIT_SIZE"], merge.constexprs["BLOCK_S"]
+            found.setdefault(rows, set()).add(sizes)
+    assert all(len(sizes) == 1 for sizes in found.values())
+    blocks = dict(sizes for (sizes,) in found.values())
+    assert blocks == {each: 64 if each == 256 else 16 for each in blocks}
+    assert len(blocks) > 2
+
+
 # Conversions to a Python number between call and launch. None is of a tensor.
 CONVERSIONS = {
     "float(scale)",  # an argument, a number already
@@ -103,13 +118,19 @@ def test_a_step_backwards_on_a_fake_gpu(layout):
 
 
 def test_a_projection_with_gradients_is_two_products(monkeypatch):
-    """The one launch has no gradient. The CPU takes the place of a GPU."""
-    launches = []
-    row = dataclasses.replace(
-        BACKENDS["triton"],
-        reasons=lambda x: [],
-        kernel=lambda op: lambda *args: launches.append(op) or args[0].clone(),
-    )
+    """The one launch has no gradient. Under autocast all its tensors have one dtype. The CPU takes
+    the place of a GPU."""
+    launches, dtypes = [], []
+
+    def kernel(op):
+        def launched(*args):
+            launches.append(op)
+            dtypes.append({x.dtype for x in args if isinstance(x, torch.Tensor)})
+            return args[0].clone()
+
+        return launched
+
+    row = dataclasses.replace(BACKENDS["triton"], reasons=lambda x: [], kernel=kernel)
     monkeypatch.setitem(BACKENDS, "triton", row)
     layout = ChunkLayout(8, 4)
     x, weight = torch.randn(1, layout.rows, 16), torch.randn(4, 16, requires_grad=True)
@@ -120,6 +141,10 @@ def test_a_projection_with_gradients_is_two_products(monkeypatch):
     with torch.no_grad():
         vst_linear(*args, backend="triton")
     assert launches == ["vst_linear"]
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        for given in (x, x.to(BF16)):
+            assert vst_linear(given, *args[1:], backend="triton").dtype == BF16
+    assert dtypes == [{torch.float32}, {BF16}, {BF16}]
 
 
 def test_the_projection_of_a_gpu_is_two_products_of_the_library(monkeypatch):
