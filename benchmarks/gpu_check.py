@@ -24,11 +24,12 @@ The exit status is 0 only if every part that was asked for has run and passed: e
 worst part, or 77 if all that ran passed and something did not run. The last line says what is
 missing, and the command that runs it.
 
-Numbers go to `benchmarks/results/<gpu>-<commit>.json`, `-dirty` where the tree is not the commit's,
-written before and after every part: `{machine, parts: {name: {command, status, seconds, note}},
-day, attn, backward, parity, prefill}`, records as the scripts' own `--json`. What a part says is
-beside it in `<name>-<part>.log`. Parts that an earlier run left there with the same GPU and
-versions stay until they run again, and those that were killed keep the numbers that they had.
+Numbers go to `benchmarks/results/<gpu>-<commit>.json`, `-dirty-<digest>` where the tree is not the
+commit's, `-unknown-<digest>` without git, written before and after every part: `{machine, parts:
+{name: {command, status, seconds, note}}, day, attn, backward, parity, prefill}`, records as the
+scripts' own `--json`. What a part says is beside it in `<name>-<part>.log`. Parts that an earlier
+run left there with the same GPU, versions and code stay until they run again, and those that were
+killed keep the numbers that they had.
 """
 
 from __future__ import annotations

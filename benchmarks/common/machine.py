@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import statistics
@@ -21,6 +22,7 @@ from benchmarks.common.timing import Clock
 __all__ = ["Ceilings", "describe", "git_state"]
 
 _MIB = 1 << 20
+_ROOT = Path(__file__).resolve().parents[2]
 _CACHE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
@@ -41,21 +43,32 @@ def _last_level_bytes() -> int:
         return 32 * _MIB
 
 
+def _code_digest() -> str:
+    """Of the files that results depend on."""
+    digest = hashlib.sha256()
+    for folder in ("benchmarks", "csrc", "tests", "vxl_kernels", "vxl_model"):
+        for path in sorted((_ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".inc"):
+                digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def git_state() -> str:
-    root = Path(__file__).resolve().parent
+    """The commit. Where none names the code, a digest of the code does."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
         )
         return done.stdout.strip()
 
     try:
         # The results that gpu_check.py keeps here are not code.
         changed = git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
-        return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
+        commit = git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"unknown {_code_digest()}"
+    return f"{commit} dirty {_code_digest()}" if changed else commit
 
 
 def describe(device: str) -> list[tuple[str, str]]:

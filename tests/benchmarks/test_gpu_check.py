@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -368,8 +370,33 @@ def test_without_git(gpu_check, monkeypatch, tmp_path):
         raise subprocess.CalledProcessError(128, command)
 
     monkeypatch.setattr(gpu_check.this_machine.subprocess, "run", no_repository)
-    assert gpu_check.result_path(tmp_path) == tmp_path / "gpu-a-unknown.json"
+    path = gpu_check.result_path(tmp_path)
+    assert path.parent == tmp_path
+    assert re.fullmatch(r"gpu-a-unknown-[0-9a-f]{8}\.json", path.name)
     assert gpu_check.result_path(None).parent == ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("git", [False, True])
+def test_results_of_other_code_are_not_merged(gpu_check, monkeypatch, tmp_path, git):
+    """No commit names the code: there is no git, or the tree is not the commit's."""
+    empty = gpu_check.Part(("-c", ""), lambda: "", json=False, small=())
+    monkeypatch.setattr(gpu_check, "PARTS", {"attn": empty, "backward": empty})
+    tree, path = tmp_path / "tree", tmp_path / "a.json"
+
+    def in_the_tree(command, **options):
+        if not git:
+            raise FileNotFoundError("git")
+        return SimpleNamespace(stdout="abc" if "rev-parse" in command else " M a.py")
+
+    monkeypatch.setattr(gpu_check.this_machine.subprocess, "run", in_the_tree)
+    monkeypatch.setattr(gpu_check.this_machine, "_ROOT", tree)
+    (tree / "vxl_kernels").mkdir(parents=True)
+    kept = []
+    for code, part in (("a = 1", "attn"), ("a = 1", "backward"), ("a = 2", "attn")):
+        (tree / "vxl_kernels" / "a.py").write_text(code)
+        gpu_check.main([part, "--out", str(path)])
+        kept.append(list(json.loads(path.read_text())["parts"]))
+    assert kept == [["attn"], ["attn", "backward"], ["attn"]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -434,7 +461,8 @@ def test_a_bare_copy_of_the_tree(tmp_path):
         },
     )
     assert done.returncode == 77, done.stdout + done.stderr
-    report = json.loads((tmp_path / "played-gpu-unknown.json").read_text())
+    (path,) = tmp_path.glob("played-gpu-unknown-*.json")
+    report = json.loads(path.read_text())
     assert {n: p["status"] for n, p in report["parts"].items()} == {
         "extension": 77,
         "compile": 0,
