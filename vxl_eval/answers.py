@@ -36,7 +36,7 @@ def read_answers(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         for line in file.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # the line that a killed process was writing
             if isinstance(record, dict) and "key" in record:
                 found.setdefault(record["key"], record)

@@ -50,7 +50,7 @@ def read_needles(path: str | Path) -> list[Needle]:
     path = Path(path)
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail("--needles", path, f"JSON ({error})")
     keys = {"picture", "question", "answer"}
     if not isinstance(records, list) or not records:

@@ -187,7 +187,7 @@ def _read_sample(line: str) -> tuple[Question, str]:
     """A question and its answer; raises ValueError, which says what is wrong with the line."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("which is not JSON") from None
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}")

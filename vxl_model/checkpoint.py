@@ -21,6 +21,7 @@ from .decoder.layers import VideoXLDecoder
 from .decoder.placement import local
 from .decoder.projections import is_plain, linear_map
 from .errors import fail
+from .json_files import check_json_files
 from .streaming.ratios import Ratio
 
 __all__ = ["CheckpointMixin", "initialize_vst"]
@@ -55,7 +56,8 @@ class CheckpointMixin:
 
         Raises:
             ValueError: the checkpoint lacks weights that cannot be made of others, some but not
-                all VST weights included, or holds another kind of model; or a file is damaged.
+                all VST weights included, or holds another kind of model, or weights of other
+                shapes than its configuration says; or a file is damaged.
         """
         if kwargs.get("weights_only") is False:
             fail(
@@ -65,12 +67,17 @@ class CheckpointMixin:
             )
         if kwargs.get("tp_plan") is not None:
             kwargs |= _distributed(kwargs.pop("tp_plan"), kwargs.pop("tp_size", None))
+        if not kwargs.get("subfolder"):
+            check_json_files(pretrained_model_name_or_path)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except Exception as error:
             _name_damaged_file(pretrained_model_name_or_path, error)
+            if "ignore_mismatched_sizes" in str(error):  # its report of the names is printed
+                got = f"{os.fspath(pretrained_model_name_or_path)!r} with weights of other shapes"
+                fail("checkpoint", got, "the shapes that its configuration says")
             raise
         _pack_whole_blocks(model)
         missing = set(info["missing_keys"])

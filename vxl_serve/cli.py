@@ -163,7 +163,10 @@ def application(options: argparse.Namespace, settings: Any = None) -> Any:
 def _keys(options: argparse.Namespace) -> tuple[str, ...]:
     if options.api_keys is not None:
         where, form = f"--api-keys: got {options.api_keys}", "one a line"
-        text = options.api_keys.read_text()
+        try:
+            text = options.api_keys.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}, which is not UTF-8 ({error})") from None
     elif _KEYS in os.environ:
         where, form = f"{_KEYS}: got {os.environ[_KEYS]!r}", "some, separated by commas"
         text = os.environ[_KEYS].replace(",", "\n")

@@ -25,6 +25,7 @@ import torch
 
 from vxl_kernels.files import atomic_write
 from vxl_model import VideoMemory
+from vxl_model.json_files import read_json_object
 from vxl_model.streaming.fingerprint import model_fingerprint
 
 from .engine import Engine
@@ -350,10 +351,10 @@ class Memories:
         store = self.settings.store
         for path in store.glob("mem-*.json"):
             try:
-                fields = json.loads(path.read_text())
+                fields = read_json_object(path)
                 entry = Entry(**{name: fields[name] for name in _SAVED})
                 stat = self.path(entry).stat()
-            except (ValueError, KeyError, OSError):
+            except (ValueError, KeyError, TypeError, OSError):
                 path.unlink()
                 continue
             entry.status, entry.bytes, entry.used = "ready", stat.st_size, stat.st_mtime

@@ -202,7 +202,7 @@ def check_same_run(path: Path, record: dict[str, Any], checkpoint: Path | None) 
     try:
         before = json.loads(path.read_text())
         was = {**before["settings"]}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"resume: {path}: damaged, or not written by a run") from None
     now = json.loads(json.dumps(record))
     keys = {**was, **now["settings"]}
@@ -215,8 +215,12 @@ def check_same_run(path: Path, record: dict[str, Any], checkpoint: Path | None) 
 
 def finished(checkpoint: Path) -> bool:
     """Whether a checkpoint is the last of its run."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]
+    path = checkpoint / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text())
+        return state["global_step"] >= state["max_steps"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"resume: {path}: damaged, or not written by a run") from None
 
 
 def crc(path: str | os.PathLike[str]) -> int:

@@ -286,11 +286,20 @@ class TrainSettings:
             values.pop("dataloader_prefetch_factor", None)
         try:
             arguments = TrainingArguments(output_dir=output, **values)
-            for reporter in get_reporting_integration_callbacks(arguments.report_to):
-                reporter()  # raises if its package is missing
         except (TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ValueError(f"config: {' '.join(str(error).split())}") from None
+        _check_reporters(arguments.report_to)
         return arguments
+
+
+def _check_reporters(names: list[str]) -> None:
+    for name in names:
+        try:
+            for reporter in get_reporting_integration_callbacks([name]):
+                reporter()  # raises if its package is missing
+        except Exception as error:  # of any such package
+            text = " ".join(str(error).split())
+            raise ValueError(f"report_to: got {name!r}, which cannot be used ({text})") from None
 
 
 def _checkpointing(values: dict[str, Any]) -> None:
@@ -309,8 +318,9 @@ def _checkpointing(values: dict[str, Any]) -> None:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    text = Path(path).read_text(encoding="utf-8")
+    content = Path(path).read_bytes()
     try:
+        text = content.decode("utf-8")
         if Path(path).suffix == ".json":
             value = json.loads(text)
         else:

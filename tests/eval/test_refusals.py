@@ -82,6 +82,19 @@ def test_needles_of_a_file(refused, place, tmp_path, record):
     assert "--needles: got" in refused("needle", *asked, "--needles", "needles.json")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'["caf\xe9"]', b"", b"{}"],
+    ids=["deep", "latin1", "empty", "object"],
+)
+def test_files_that_hold_something_else(refused, place, tmp_path, content):
+    asked = ("--model", place / "model", "--haystack", place / "movie.mp4", "--lengths", "5")
+    (tmp_path / "needles.json").write_bytes(content)
+    assert "--needles: got needles.json" in refused("needle", *asked, "--needles", "needles.json")
+    (tmp_path / "suite.yaml").write_bytes(content)
+    assert "--suite: got suite.yaml" in refused("--suite", "suite.yaml", "--model", place / "model")
+
+
 def test_samples_of_a_short_video(refused, place, tmp_path):
     asked = ("--haystack", place / "movie.mp4", "--lengths", "2,99", "--samples", "made")
     assert "--haystack: got 40 frames" in refused("needle", *asked)

@@ -2,6 +2,7 @@
 classes."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -133,6 +134,59 @@ def test_a_damaged_file_is_named(tmp_path, sharded, damage):
     last.write_bytes(wrong)
     with pytest.raises(ValueError, match=rf"checkpoint: .*{last.name} is damaged or incomplete"):
         VideoXLForConditionalGeneration.from_pretrained(tmp_path)
+
+
+NO_OBJECT = {
+    "empty": b"",
+    "cut": b'{"a": [1, ',
+    "latin1": b'{"a": "caf\xe9"}',
+    "list": b"[]",
+    "null": b"null",
+    "deep": b'{"a":' * 100_000,
+}
+
+
+def damage_json(file, kind):
+    """A folder, a link to nothing, or one of NO_OBJECT takes the place of the file."""
+    file.unlink(missing_ok=True)
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "lost link":
+        file.symlink_to("nowhere")
+    else:
+        file.write_bytes(NO_OBJECT[kind])
+
+
+@pytest.mark.parametrize("kind", [*NO_OBJECT, "folder", "lost link"])
+def test_a_damaged_json_file_is_named(tmp_path, kind):
+    """Those that transformers would ignore too."""
+    index = "model.safetensors.index.json"
+    for name in ("config.json", "vision_config.json", "generation_config.json", index):
+        folder = copy_tiny(tmp_path / name)
+        if name == index:
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        damage_json(folder / name, kind)
+        with pytest.raises(ValueError, match=re.escape(f"{folder / name}: ")):
+            VideoXLForConditionalGeneration.from_pretrained(folder)
+        if name in ("config.json", "vision_config.json"):
+            with pytest.raises(ValueError, match=re.escape(f"{folder / name}: ")):
+                VideoXLConfig.from_pretrained(folder)
+
+
+def test_an_index_without_files(tmp_path):
+    folder = copy_tiny(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: got no weight_map"):
+        VideoXLForConditionalGeneration.from_pretrained(folder)
+
+
+def test_a_configuration_that_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"configuration: .*'hidden_size' expected int"):
+        VideoXLConfig.from_pretrained(copy_tiny(tmp_path / "text", hidden_size="many"))
+    wide = copy_tiny(tmp_path / "wide", intermediate_size=72)
+    with pytest.raises(ValueError, match=r"checkpoint: got .*wide' with weights of other shapes"):
+        VideoXLForConditionalGeneration.from_pretrained(wide)
 
 
 def test_a_checkpoint_without_vst_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -308,6 +309,38 @@ def test_several_templates_are_saved(place, processor, tmp_path):
     shutil.rmtree(tmp_path / "whole" / "additional_chat_templates")
     (tmp_path / "whole" / "chat_template.json").write_text('{"chat_template": "old"}')
     assert VideoXLProcessor.from_pretrained(tmp_path / "whole").chat_template == "old"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b'{"a": "caf\xe9"}', b'{"a":' * 100_000, None],
+    ids=["empty", "list", "latin1", "deep", "lost link"],
+)
+def test_a_damaged_json_file_is_named(place, tmp_path, content):
+    """None: a link to nothing."""
+    for name in (
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ):
+        folder = tmp_path / name
+        shutil.copytree(place / "model", folder)
+        (folder / name).unlink(missing_ok=True)
+        if content is None:
+            (folder / name).symlink_to("nowhere")
+        else:
+            (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{folder / name}: ")):
+            VideoXLProcessor.from_pretrained(folder)
+
+
+def test_a_tokenizer_that_is_none_is_named(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: a tokenizer that cannot be")):
+        VideoXLProcessor.from_pretrained(tmp_path)
 
 
 def test_defaults_of_the_tokenizer(processor):

@@ -70,6 +70,11 @@ def test_keys_that_are_empty_do_not_open_the_server(serve, monkeypatch, tmp_path
     assert "without a key, expected one a line" in serve("--api-keys", tmp_path / "keys")
 
 
+def test_keys_that_are_no_text(serve, tmp_path):
+    (tmp_path / "keys").write_bytes(b"caf\xe9\n")
+    assert "keys, which is not UTF-8" in serve("--api-keys", tmp_path / "keys")
+
+
 def test_keys(monkeypatch, tmp_path):
     def keys(*more):
         return _settings(parser().parse_args(["serve", "--model", "x", *map(str, more)])).keys

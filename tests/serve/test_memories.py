@@ -136,6 +136,22 @@ def test_a_memory_that_is_deleted_while_it_is_saved(memories, monkeypatch):
     assert memories.of("") == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b'{"id": "caf\xe9"}', b"[" * 100_000],
+    ids=["empty", "list", "null", "latin1", "deep"],
+)
+def test_a_damaged_record_does_not_stop_the_next_server(memories, content):
+    entry = made(memories)
+    record = memories.settings.store / f"{entry.id}.json"
+    record.write_bytes(content)
+    memories.close()
+    again = Memories(memories.settings, lambda room: Engine(memories.model, 4096, make_room=room))
+    assert again.of("") == []
+    again.close()
+    assert not list(memories.settings.store.glob("mem-*"))
+
+
 def test_an_engine_that_closes_leaves_no_memory_behind(memories, monkeypatch):
     def closing(*_, **__):
         raise FullError("the engine is closing")

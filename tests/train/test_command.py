@@ -147,6 +147,7 @@ def hostile(place):
     }
     for key, value in refused.items():
         (place / f"{key}.json").write_text(json.dumps({key: value}))
+    (place / "latin1.yaml").write_bytes(b"run_name: caf\xe9\n")
     (place / "empty.json").write_text("[]")
     (place / "file").write_text("")
     shutil.copytree(CHECKPOINT, place / "mute", dirs_exist_ok=True)
@@ -171,8 +172,8 @@ def hostile(place):
         "no root": ({**run, "--root": "none"}, "--root: got none"),
         "output is a file": ({**run, "--output": "file"}, "output: got file"),
         "deep config": ({**run, "--config": "deep.json"}, "config: deep.json"),
-        **{k: ({**run, "--config": f"{k}.json"}, k) for k in refused if k != "report_to"},
-        "report_to": ({**run, "--config": "report_to.json"}, "nowhere"),
+        **{k: ({**run, "--config": f"{k}.json"}, f"{k}: got") for k in refused},
+        "config in Latin-1": ({**run, "--config": "latin1.yaml"}, "config: latin1.yaml"),
     }
 
 
@@ -197,6 +198,7 @@ HOSTILE = [
     "no root",
     "output is a file",
     "deep config",
+    "config in Latin-1",
     "label_smoothing_factor",
     "eval_strategy",
     "accelerator_config",

@@ -134,6 +134,13 @@ def test_a_list_is_read_as_a_stream(tmp_path, monkeypatch):
         path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
 
 
+def test_an_item_nested_too_deeply(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[1, {"a":' + "[" * 100_000 + "]" * 100_000 + "}]")
+    with pytest.raises(ValueError, match=r"a\.json: a list with an item nested too deeply"):
+        list(file_records(path))
+
+
 def test_the_command_and_training_read_one_configuration(tmp_path, capsys):
     settings, _ = write_set(tmp_path, "vico", 50)
     config = tmp_path / "c.json"

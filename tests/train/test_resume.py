@@ -278,6 +278,14 @@ def test_a_damaged_run_json_is_named(again):
             again()
 
 
+def test_a_damaged_state_is_named(again):
+    *_, last = sorted((again.folder / "run").glob("checkpoint-*"))
+    for text in ('{"global_step"', "[]", "{}", "[" * 100_000):
+        (last / "trainer_state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"resume: .*trainer_state\.json: damaged, or not"):
+            again()
+
+
 def test_run_json_is_written_beside_its_place(again, monkeypatch):
     before = (again.folder / "run" / "run.json").read_text()
     replace = os.replace

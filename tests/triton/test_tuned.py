@@ -94,6 +94,7 @@ def test_tiles_that_would_be_wrong_are_refused(entry, two_gpus):
         ("{", "got JSONDecodeError: "),
         ("", "got JSONDecodeError: "),
         (b"\xff\xfe{}", "got UnicodeDecodeError: "),
+        pytest.param("[" * 100_000, "got RecursionError: ", id="deep"),
         ("[]", "got list, expected an object of GPUs"),
         ("null", "got NoneType, expected an object of GPUs"),
         ('{"GPU A": [1]}', "'GPU A': got list, expected an object of tiles"),

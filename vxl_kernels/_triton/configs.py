@@ -268,7 +268,7 @@ def read_tuned(path: str | Path) -> dict[str, dict[str, list[int]]]:
     argument = f"{_FILE} {path}"
     try:
         known = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(argument, f"{type(error).__name__}: {error}", "a file written by tune.py")
     if not isinstance(known, dict):
         fail(argument, type(known).__name__, "an object of GPUs")

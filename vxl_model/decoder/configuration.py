@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig
 from transformers.utils import cached_file
 
 from ..auto_class import AutoClassMixin, write_auto_file
+from ..json_files import check_json_files, read_json_object
 from .qwen2 import MODEL_TYPE, ROPE_TYPES, TENSOR_PARALLEL_PLAN, TextConfig
 
 __all__ = ["VideoXLConfig"]
@@ -184,6 +186,8 @@ class VideoXLConfig(AutoClassMixin, TextConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        if os.path.isdir(pretrained_model_name_or_path) and not kwargs.get("subfolder"):
+            check_json_files(pretrained_model_name_or_path, ("config.json", VISION_FILE))
         loaded, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = loaded.get("model_type")
         if kind not in (cls.model_type, MODEL_TYPE, None):
@@ -199,9 +203,14 @@ class VideoXLConfig(AutoClassMixin, TextConfig):
         # Auto classes read the file themselves and tell where it was.
         source = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
         config_dict = _with_tower(config_dict, source, kwargs)
-        made = super().from_dict(config_dict, **kwargs)
-        config = made[0] if isinstance(made, tuple) else made
-        fresh = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
+        try:
+            made = super().from_dict(config_dict, **kwargs)
+            config = made[0] if isinstance(made, tuple) else made
+            fresh = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
+        except StrictDataclassError as error:
+            where = f"{source}: " if source else ""
+            text = " ".join(str(error).split())
+            raise ValueError(f"{where}configuration: {text}") from None
         # transformers changes some values when it reads them. A file that says
         # `"use_sliding_window": false, "sliding_window": 131072` gives a configuration with
         # `sliding_window` None, and writing None would change a file that was not edited. So each
@@ -284,7 +293,7 @@ def _clip_config(shape: dict[str, Any]) -> CLIPVisionConfig:
 def _known_tower(name: str) -> dict[str, Any] | None:
     file = Path(name) / "config.json"
     if file.is_file():
-        shape = json.loads(file.read_text())
+        shape = read_json_object(file)
         return shape.get("vision_config", shape)
     return _KNOWN_TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
 
@@ -304,6 +313,4 @@ def _with_tower(
         _raise_exceptions_for_connection_errors=False,
         **{k: v for k, v in options.items() if k in names and v is not None},
     )
-    return (
-        loaded if path is None else {**loaded, "vision_config": json.loads(Path(path).read_text())}
-    )
+    return loaded if path is None else {**loaded, "vision_config": read_json_object(path)}

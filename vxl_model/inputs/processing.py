@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..auto_class import write_auto_file
 from ..errors import fail
+from ..json_files import check_json_files, read_json_object
 from .arguments import IMAGE_TOKEN, encoded
 from .images import PictureReader, open_frames, open_image
 from .preprocessing import (
@@ -36,6 +37,15 @@ from .preprocessing import (
 )
 from .prompts import CHAT_TEMPLATE, PROMPT, STOP_TOKENS, TURN, CallOptions, VisualRows
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# Megabytes: read a second time only to say what is wrong with them.
+_LARGE = ("tokenizer.json", "vocab.json")
 _HUB_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -463,21 +473,23 @@ def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | 
             if name == "config.json":
                 raise ValueError(f"{text}: {str(error).strip().splitlines()[0]}") from None
             return None
-    if not file.exists():
-        return None
-    try:
-        value = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: got a {type(value).__name__}, expected an object")
-    return value
+    return read_json_object(file) if os.path.lexists(file) else None
 
 
 def _load_tokenizer(path: str | os.PathLike[str], kwargs: dict) -> Any:
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in names):
+    local = Path(path).is_dir()
+    if local and not any(os.path.lexists(Path(path) / name) for name in _TOKENIZER_FILES[:3]):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, **kwargs)
+    if not local:
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+    check_json_files(path, [name for name in _TOKENIZER_FILES if name not in _LARGE])
+    try:
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+    except Exception as error:  # of any library
+        check_json_files(path, _LARGE)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{os.fspath(path)}: a tokenizer that cannot be loaded ({reason})"
+        ) from error

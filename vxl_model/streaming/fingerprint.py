@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from ..decoder.configuration import VideoXLConfig
 from ..decoder.layers import VideoXLDecoder
 from ..decoder.placement import local, onloaded
 from ..errors import fail
+from ..json_files import read_json_object
 
 __all__ = [
     "checkpoint_text_fingerprint",
@@ -96,7 +96,7 @@ def _safetensors_files(path: str | os.PathLike[str]) -> list[str]:
         if single is None:
             fail("checkpoint", f"{os.fspath(path)!r} without safetensors files", "safetensors")
         return [single]
-    shards = json.loads(Path(index).read_text())["weight_map"].values()
+    shards = read_json_object(index)["weight_map"].values()
     return [str(cached_file(path, name)) for name in sorted(set(shards))]
 
 

@@ -38,7 +38,7 @@ class Options:
             return cls(subtitles=subtitles)
         try:
             found = json.loads(Path(paths).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"paths: {paths}: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"paths: {paths}: got a {type(found).__name__}, expected an object")

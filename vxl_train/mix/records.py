@@ -60,6 +60,8 @@ def _json(path: Path) -> Iterator[Any]:
                 whole = end < len(text)  # a number at the end of a chunk may go on
             except ValueError as error:
                 record, end, whole = error, at, False
+            except RecursionError:
+                raise ValueError(f"{path}: a list with an item nested too deeply") from None
             if not whole:
                 more = file.read(max(_CHUNK, len(text) - at))
                 if more:

@@ -80,7 +80,7 @@ class ServerCaptioner:
                     raise OSError(f"captioner {self.url}: {reason}") from None
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 reason = str(getattr(error, "reason", error))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise OSError(f"captioner {self.url}: its answer is not JSON") from None
             if time.monotonic() + wait > end:
                 raise OSError(f"captioner {self.url}: {reason}")
