@@ -60,7 +60,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         for line in Path(path).read_text().splitlines():
             try:
                 lines.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
     return lines
 

@@ -224,11 +224,12 @@ def test_torn_captions(folder, tmp_path, cut_off):
     if cut_off:
         kept.write_bytes(whole[:-cut_off])
         lost = whole.count(b"\n") - whole[:-cut_off].count(b"\n")
-    else:  # damage in the middle: zeros in place of two lines, and a line that is not a caption
+    else:  # damage in the middle: zeros, a line that is not a caption, one nested too deeply
         rows = whole.splitlines(keepends=True)
         rows[2], rows[4] = b"\0" * len(rows[2][:-1]) + b"\n", b"[1]\n"
+        rows[5] = b"[" * 100_000 + b"\n"
         kept.write_bytes(b"".join(rows))
-        lost = 2
+        lost = 3
     reader = Reader()
     make_vico([folder], reader, out, report=said.append)
     assert len(reader.seen) == lost

@@ -147,7 +147,7 @@ class CaptionFile:
         for line in lines:
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.dropped += 1
         if not self._clips and content[: len(_FIRST)] != _FIRST[: len(content)]:
             self._file.close()
