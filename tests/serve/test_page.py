@@ -30,7 +30,7 @@ def browser():
 @pytest.fixture(params=[400, 1000])
 def page(browser, request):
     page = browser.new_page(viewport={"width": request.param, "height": 800})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)  # an answer has 256 tokens, and a busy machine is slow
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
