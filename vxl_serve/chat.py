@@ -243,7 +243,8 @@ def sampling_of(asked: _Sampling, model: Any, settings: ServerSettings) -> Sampl
     """
     tokens = asked.max_completion_tokens or asked.max_tokens or min(256, settings.most_tokens)
     if tokens > settings.most_tokens:
-        raise refuse("max_tokens", tokens, f"at most {settings.most_tokens}")
+        name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
+        raise refuse(name, tokens, f"at most {settings.most_tokens}")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     if len(stop) > 4 or not all(0 < len(text) <= 200 for text in stop):
         raise refuse("stop", f"{len(stop)} texts", "at most 4, of 1 to 200 characters")
