@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -231,11 +232,9 @@ async def _body(request: Request, model: type[Model], limit: int) -> Model:
         if len(body) > limit:
             raise refuse("body", f"more than {limit} bytes", "a smaller request", 413)
     try:
-        return model.model_validate(json.loads(body))
+        return model.model_validate_json(bytes(body))
     except ValidationError as error:
         raise _field_error(error) from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"body: not JSON ({type(error).__name__})", "body") from None
 
 
 def _field_error(error: ValidationError) -> RequestError:
@@ -412,7 +411,7 @@ def _add_others(app: FastAPI, server: Server, metrics: Metrics) -> None:
 
     @app.get("/metrics")
     async def counts() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def page() -> Response:
@@ -439,13 +438,8 @@ async def _upload(request: Request, server: Server, owner: str) -> Entry:
         file = fields.pop("file", None)
         if file is None or isinstance(file, str):
             raise refuse("file", "none", "a file in the form")
-        given: dict[str, Any] = {"url": "", **fields}
-        for name, kind in (("frames", int), ("fps", float), ("ratio", int)):
-            with suppress(ValueError):
-                if name in given:
-                    given[name] = kind(given[name])
         try:
-            asked = WatchRequest.model_validate(given)
+            asked = WatchRequest.model_validate_strings({"url": "", **fields})
         except ValidationError as error:
             raise _field_error(error) from None
         options = server.options(asked)

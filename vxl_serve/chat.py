@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from .questions import Event
 from .sampling import Sampling
@@ -29,13 +29,6 @@ _MOST_BIASES = 1024  # each is added before every token
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _is_unicode(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value.encode()  # JSON can hold half of a surrogate pair, which nothing can write
-        return value
 
 
 class _Url(_Strict):
@@ -225,10 +218,6 @@ def _ids(processor: Any, text: str) -> list[int]:
 
 
 def _check_text(text: str, param: str, forbidden: set[str]) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise refuse(param, "half a surrogate pair", "text") from None
     for token in forbidden:
         if token in text:
             raise refuse(param, f"the control token {token!r}", "plain text")
