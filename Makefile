@@ -294,7 +294,8 @@ $(VLLM)/.installed: $(STAMP)
 
 vllm-check: export VLLM_CPU_KVCACHE_SPACE = 1
 vllm-check: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/serve/test_vllm.py "tests/docs/test_code_blocks.py::test_python" -k vllm $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/serve/test_vllm_http.py tests/serve/test_vllm.py \
+	  "tests/docs/test_code_blocks.py::test_python" -k vllm $(ARGS)
 
 # The server, OpenAI's client and a browser's driver.
 SERVE := build/serve-venv
@@ -307,7 +308,8 @@ $(SERVE)/.installed: $(STAMP)
 	@touch $@
 
 serve-check: $(SERVE)/.installed
-	$(SERVE)/bin/python -m pytest tests/serve --ignore=tests/serve/test_vllm.py $(ARGS)
+	$(SERVE)/bin/python -m pytest tests/serve --ignore=tests/serve/test_vllm.py \
+	  --ignore=tests/serve/test_vllm_http.py $(ARGS)
 
 # lmms-eval, with what its simple models and these tasks import: all that it names is 5 GB, another
 # torch included. Its own lock files break with filelock 4.

@@ -1,5 +1,5 @@
 """`vxl serve --engine vllm`: what it asks of a vLLM server, here a stand-in that records requests.
-With vLLM itself, `tests/serve/test_vllm.py` shows that such fields give the ids of `memory.ask`."""
+With vLLM's own server, `tests/serve/test_vllm_http.py` shows that answers are `memory.ask`'s."""
 
 import json
 import threading
