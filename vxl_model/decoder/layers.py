@@ -22,6 +22,7 @@ from .attention import VideoXLAttention
 from .configuration import VideoXLConfig
 from .context import AttentionContext, CacheContext
 from .placement import execution_device, local
+from .projections import mlp, product
 from .qwen2 import TextMLP, TextNorm, rotary_frequencies
 from .single_rows import linear_rows, mlp_rows, norm_rows
 from .vision_tower import VisionTower
@@ -89,8 +90,8 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
 
     def output_and_mlp(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: output projection, MLP and both residuals."""
-        hidden = hidden + self.self_attn.o_proj(attended)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = hidden + product(self.self_attn.o_proj, attended)
+        return hidden + mlp(self.mlp, self.post_attention_layernorm(hidden))
 
 
 class VideoXLPreTrainedModel(AutoClassMixin, PreTrainedModel):

@@ -19,8 +19,18 @@ from torch.nn.modules import module as torch_module
 from vxl_kernels import ChunkLayout, VarlenLayout, invariant_linear, vst_linear
 
 from .placement import local
+from .qwen2 import TextMLP
 
-__all__ = ["Apart", "is_plain", "is_untouched", "linear_map", "one_by_one", "project_rows"]
+__all__ = [
+    "Apart",
+    "is_plain",
+    "is_untouched",
+    "linear_map",
+    "mlp",
+    "one_by_one",
+    "product",
+    "project_rows",
+]
 
 Apart = Callable[[Tensor], list[Tensor]]
 """The rows of each sequence, of the rows of all."""
@@ -90,6 +100,22 @@ def project_rows(
         return own(x)
     raw, summaries = layout.split_rows(x)
     return layout.join_rows(own(raw), vst(summaries))
+
+
+def product(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` of rows x `(batch, rows, in_features)`."""
+    if not is_plain(module) or type(module._parameters["weight"]) is not nn.Parameter:
+        return module(x)
+    weight, bias = _weights(module)
+    return vst_linear(x, weight, bias, None, None, None)
+
+
+def mlp(module: Any, x: Tensor) -> Tensor:
+    """`module(x)` of rows x `(batch, rows, hidden)`."""
+    if type(module) is not TextMLP or not is_untouched(module):
+        return module(x)
+    gate = module.act_fn(product(module.gate_proj, x))
+    return product(module.down_proj, gate * product(module.up_proj, x))
 
 
 def _project_flat(
