@@ -19,6 +19,9 @@ from torch import Tensor
 
 import vxl_model.decoder.attention
 import vxl_model.decoder.context
+import vxl_model.decoder.layers
+from benchmarks.common.cases import DTYPES
+from benchmarks.common.machine import Ceilings
 from benchmarks.peers.upstream_model import PublishedModel
 from vxl_model import VideoXLConfig, VideoXLForConditionalGeneration
 
@@ -64,42 +67,61 @@ def synchronize(device: str) -> None:
         torch.get_device_module(device).synchronize()
 
 
+def _projection_flops(out: Tensor, x: Any, *others: Any, **_: Any) -> int:
+    rows = x if isinstance(x, Tensor) else others[0]
+    return 2 * rows.shape[-1] * out.numel()
+
+
+def _mlp_flops(out: Tensor, module: Any, x: Tensor) -> int:
+    return 3 * 2 * x.numel() * module.gate_proj.out_features
+
+
+def _attention_flops(out: Tensor, *args: Any, **_: Any) -> int:
+    lengths, layout = args[6:8]
+    heads, head_dim = out.shape[2:]
+    return sum(layout.flops(heads, head_dim, cached) for cached in lengths.tolist())
+
+
 class Stopwatch:
-    """Seconds of the parts of a pass, by wrapping the functions that compute them."""
+    """Seconds and FLOPs of the parts of a pass, by wrapping the functions that compute them."""
+
+    # Where a function is looked up, its name, the part, FLOPs by result and arguments.
+    _FUNCTIONS: tuple[tuple[Any, str, str, Callable[..., int]], ...] = (
+        (vxl_model.decoder.attention, "project_rows", "projections", _projection_flops),
+        (vxl_model.decoder.layers, "product", "projections", _projection_flops),
+        (vxl_model.decoder.context, "rope_append", "append", lambda *_, **__: 0),
+        (vxl_model.decoder.context, "vst_attention", "attention", _attention_flops),
+        (vxl_model.decoder.layers, "mlp", "MLP", _mlp_flops),
+    )
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
+        self.flops: dict[str, int] = {}
 
-    def wrap(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap(
+        self, part: str, call: Callable[..., Any], flops: Callable[..., int]
+    ) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             synchronize(self.device)
             start = time.perf_counter()
             result = call(*args, **kwargs)
             synchronize(self.device)
             self.seconds[part] += time.perf_counter() - start
+            self.flops[part] += flops(result, *args, **kwargs)
             return result
 
         return timed
 
     @contextmanager
-    def timing(self, model: Any) -> Iterator[None]:
+    def timing(self) -> Iterator[None]:
         """Times the parts from 0 on. AssertionError for a part that nothing called: the model then
         reaches it by another name than the one wrapped here."""
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        functions = (
-            (vxl_model.decoder.attention, "project_rows", "projections"),
-            (vxl_model.decoder.context, "rope_append", "append"),
-            (vxl_model.decoder.context, "vst_attention", "attention"),
-        )
+        self.seconds, self.flops = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
         with ExitStack() as stack:
-            for module, name, part in functions:
-                wrapped = self.wrap(part, getattr(module, name))
+            for module, name, part, flops in self._FUNCTIONS:
+                wrapped = self._wrap(part, getattr(module, name), flops)
                 stack.enter_context(mock.patch.object(module, name, wrapped))
-            for layer in model.model.layers:
-                for inner, part in ((layer.mlp, "MLP"), (layer.self_attn.o_proj, "projections")):
-                    wrapped = self.wrap(part, inner.forward)
-                    stack.enter_context(mock.patch.object(inner, "forward", wrapped))
             yield
         untimed = [part for part, seconds in self.seconds.items() if not seconds]
         assert not untimed, f"never called: {', '.join(untimed)}"
@@ -136,6 +158,10 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
     names = list(competitors)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     parts: list[dict[str, float]] = []
+    flops: list[dict[str, int]] = []
+    dtype = next(name for name, value in DTYPES.items() if value == options.dtype)
+    ceilings = Ceilings(options.device, [dtype], options.geometry["hidden"] < 1024)
+    ceilings.read()
     # The stopwatch waits for the device before and after each part. On a GPU that shows the host's
     # time, which is hidden otherwise, so parts have windows of their own there.
     apart = options.device == "cuda"
@@ -148,9 +174,10 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
     for chunk in range(options.chunks):
         window = random_window(options, chunk)
         names = names[1:] + names[:1]
+        ceilings.sample("product", dtype)
         for name in names:
             watched = name == "vxl" and not apart
-            with watch.timing(model) if watched else ExitStack():
+            with watch.timing() if watched else ExitStack():
                 synchronize(options.device)
                 start = time.perf_counter()
                 competitors[name](window)
@@ -159,8 +186,9 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
             if watched:
                 rest = seconds[name][-1] - sum(watch.seconds.values())
                 parts.append({**watch.seconds, "norms, residuals": rest})
+                flops.append(watch.flops)
     if apart:
-        parts = _parts(options, model, watch, ours[True].fork())
+        parts, flops = _parts(options, model, watch, ours[True].fork())
     tail = torch.arange(20, device=options.device) % options.geometry["vocab"]
     want = published.read(tail)
     errors = {"tail logits": relative(model(tail[None], memory=ours[True]).logits[0], want)}
@@ -170,23 +198,29 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "parts": parts,
+        "flops": flops,
+        "product": ceilings.median(ceilings.product_name(dtype)),
+        "product_name": ceilings.product_name(dtype),
         "errors": errors,
         "match": max(errors.values()) < TOLERANCE or options.dtype != torch.float32,
     }
 
 
-def _parts(options: argparse.Namespace, model: Any, watch: Stopwatch, video: Any) -> list[dict]:
-    """Seconds of the parts of three more windows."""
-    parts = []
+def _parts(
+    options: argparse.Namespace, model: Any, watch: Stopwatch, video: Any
+) -> tuple[list[dict[str, float]], list[dict[str, int]]]:
+    """Seconds and FLOPs of the parts of three more windows."""
+    parts, flops = [], []
     for chunk in range(3):
-        with watch.timing(model):
+        with watch.timing():
             synchronize(options.device)
             start = time.perf_counter()
             _append(model, video, random_window(options, chunk), shortcut=True)
             synchronize(options.device)
             rest = time.perf_counter() - start - sum(watch.seconds.values())
         parts.append({**watch.seconds, "norms, residuals": rest})
-    return parts
+        flops.append(watch.flops)
+    return parts, flops
 
 
 def _memory(model: Any, prompt: Tensor) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.options import save_figure
-from benchmarks.common.report import plain_table
+from benchmarks.common.report import H100_FLOPS, plain_table
 from benchmarks.model.cases import PARTS, TOKENS_PER_FRAME
 
 __all__ = ["encode_text", "memory_text", "pipeline_text", "questions_text", "save_plot"]
@@ -38,17 +38,27 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
     errors = ", ".join(f"{name} {value:.1e}" for name, value in result["errors"].items())
     mark = "✓" if result["match"] else "✗"
     # On a GPU parts have windows of their own, fewer than those that are timed whole.
-    split = ["vxl's parts", *(str(i + 1) for i in range(len(parts))), "all", "share"]
+    gpu = options.device == "cuda"
+    split = ["vxl's parts", *(str(i + 1) for i in range(len(parts))), "all", "of all"]
+    split += ["TFLOP/s", "% product", *(["% H100"] if gpu else [])]
     whole = sum(sum(p.values()) for p in parts)
     rows = []
-    for name in (*PARTS, "norms, residuals"):
-        values = [p[name] for p in parts]
+    for name in (*PARTS, "norms, residuals", "all"):
+        values = [sum(p.values()) if name == "all" else p[name] for p in parts]
+        flops = [sum(f.values()) if name == "all" else f.get(name, 0) for f in result["flops"]]
+        rate = sum(flops) / sum(values)
+        shares = [rate / 1e12, 100 * rate / result["product"]]
+        shares += [100 * rate / H100_FLOPS] if gpu else []
         rows.append(
             [
                 name,
                 *(f"{x:.2f}" for x in values),
                 f"{sum(values):.1f}",
                 f"{100 * sum(values) / whole:.0f}%",
+                *(
+                    f"{x:{form}}" if rate else "-"
+                    for x, form in zip(shares, (".3f", ".0f", ".0f"), strict=False)
+                ),
             ]
         )
     text = [
@@ -57,6 +67,8 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
         f"vxl to published, largest relative difference: {errors} {mark}",
         "",
         plain_table(split, rows, _LEFT),
+        f"% product: of {result['product'] / 1e12:.3f} TFLOP/s, {result['product_name']}"
+        + ("; % H100: of 798 TFLOP/s" if gpu else ""),
     ]
     whole_model = options.geometry["intermediate"] == _QWEN2_7B["intermediate"]
     if not (whole_model and options.layers == _QWEN2_7B["layers"]):
