@@ -186,3 +186,17 @@ def test_gradients_of_the_projection(order, device):
     for a, b in zip(*grads, strict=True):
         # The library's products may be of tf32.
         torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_attention_have_the_same_bits_again(dtype, device):
+    """No atomic additions, no race: two sequences of many programs."""
+    inputs = make_inputs((700, 333), layout=ChunkLayout(480, 8, 2), head_dim=64, dtype=dtype)
+    x = on(device, inputs)
+    names = ("q", "k", "v", "k_cache", "v_cache")
+    leaves = [getattr(x, n).nan_to_num(0.5).requires_grad_() for n in names]
+    out = vst_attention(*leaves, x.block_table, x.cache_seqlens, x.layout)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    for _ in range(5):
+        assert same(torch.autograd.grad(out, leaves, grad, retain_graph=True), first)
