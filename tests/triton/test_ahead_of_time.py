@@ -70,6 +70,19 @@ def sass(cubin, path):
     return subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.core
+def test_every_kernel_compiles():
+    """One configuration of each. What one Triton accepts, another may refuse."""
+    sampled = {e.kernel for e in sample("cuda:90")}
+    others = {e.kernel: e for e in catalog.shipped("cuda:90") if e.kernel not in sampled}
+    assert "backward_new_ragged" in others
+    for e in others.values():
+        options = {"num_warps": e.num_warps, "num_stages": e.num_stages, **e.options}
+        source = ASTSource(e.fn, e.signature, e.constexprs, e.attrs)
+        done = triton.compile(source, target=target("cuda:90"), options=options)
+        assert done.asm["cubin"], e.kernel
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_machine_code(arch, tmp_path):
     for e in sample(arch):

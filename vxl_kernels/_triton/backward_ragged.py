@@ -122,8 +122,8 @@ def _walk(
     zero, table_ptr, blocks_ptr, cache_seqlens_ptr, page_size, max_pages,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """What a program of `dkv_ragged_kernel` does: (sequence or -1, lengths of its call, its keys,
-    its raw rows, its VST rows). `zero` is 0, or an `opaque_zero` where all this is computed
+    """What a program of `dkv_ragged_kernel` does: (sequence or -1, what its table says of it, its
+    keys, its raw rows, its VST rows). `zero` is 0, or an `opaque_zero` where all this is computed
     again."""
     block = tl.program_id(0) // KV_HEADS + zero
     if CACHE:
@@ -145,7 +145,8 @@ def _walk(
         i_chunk, is_vst, start = new_keys(i_block, s.chunks, s.window, BLOCK_N)
         runs = Runs(s.raw + i_chunk * s.window, s.vst + i_chunk * kept)
         keys, raw, vst = new_run(is_vst, start, call, runs, BLOCK_N, BLOCK_M)
-    return i_seq, call, keys, raw, vst
+    # Not `call`: Triton 3.6 cannot return a tuple that holds a pointer which is None.
+    return i_seq, s, keys, raw, vst
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -166,7 +167,7 @@ def dkv_ragged_kernel(
     """
     i_head = tl.program_id(0) % KV_HEADS
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    i_seq, call, run, raw, vst = _walk(
+    i_seq, _, run, raw, vst = _walk(
         0, table_ptr, blocks_ptr, cache_seqlens_ptr, page_size, max_pages,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
@@ -197,10 +198,14 @@ def dkv_ragged_kernel(
     )  # fmt: skip
     # What follows from the plan is computed again, see `opaque_zero`.
     zero = opaque_zero()
-    _, call, run, raw, vst = _walk(
+    _, s, run, raw, vst = _walk(
         zero, table_ptr, blocks_ptr, cache_seqlens_ptr, page_size, max_pages,
         KV_HEADS, BLOCK_N, BLOCK_M, CACHE,
     )  # fmt: skip
+    kept = s.window // s.ratio
+    call = Call(
+        cache_seqlens_ptr, s.window, s.ratio, kept, s.chunks, page_size, max_pages, s.chunks * 0 + 1
+    )
     offs_key = run.start + zero + tl.arange(0, BLOCK_N)
     i_head = (tl.program_id(0) + zero) % KV_HEADS
     sums = add_masked_rows(
