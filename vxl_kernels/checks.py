@@ -19,7 +19,7 @@ from .layout import ChunkLayout
 from .varlen import VarlenLayout
 
 # Private to torch, and asked in every call: a torch without it has no such transforms to lose.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -228,7 +228,7 @@ def transforms(op: str, *tensors: torch.Tensor | None, writes: bool = False) -> 
     """Raises NotImplementedError for tensors of forward-mode AD and of `torch.func`: an operator
     would drop their derivatives without a word. writes: it cannot run under vmap either."""
     dual = getattr(forward_ad, "_current_level", -1) >= 0
-    if not dual and not _transforms_active():
+    if not dual and not transforms_active():
         return
     if torch.compiler.is_compiling():
         raise NotImplementedError(

@@ -6,8 +6,10 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional
 
+from .checks import transforms_active
 from .layout import ChunkLayout
 from .varlen import VarlenLayout
 
@@ -21,8 +23,8 @@ _MANY_ROWS = 256
 @functools.cache
 def _mkl_is_slow() -> bool:
     """Whether MKL, which multiplies PyTorch's float32 matrices on x86-64, does so by its code for
-    AVX2 although the processor has AVX-512, as on AMD's. oneDNN then does 1.2 to 2.5 times the work
-    (`docs/numbers.md`)."""
+    AVX2 although the processor has AVX-512, as on AMD's. With a prepacked weight, oneDNN is 1.3 to
+    2.5 times as fast there (`docs/numbers.md`)."""
     try:
         vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -40,11 +42,14 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
             and type(t) in (torch.Tensor, torch.nn.Parameter)
             for t in tensors
         )
-        and x[..., 0].numel() >= _MANY_ROWS
+        and x.shape[:-1].numel() >= _MANY_ROWS
+        and (bias is None or bias.is_contiguous())  # oneDNN reads it as if it were
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        # It is no function of autograd's.
+        # oneDNN's product has no derivatives.
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and forward_ad._current_level < 0
+        and not transforms_active()
     )
 
 
@@ -53,9 +58,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     another form."""
     compiling = torch.compiler.is_compiling()  # first, as a compiler reads no files
     if not compiling and _mkl_is_slow() and _is_for_onednn(x, weight, bias):
-        product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not a public name
-        if product is not None:
-            return product(x, weight, bias, "none", [], "")
+        onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not a public name
+        if onednn is not None:
+            return onednn(x, weight, bias, "none", [], "")
     return functional.linear(x, weight, bias)
 
 

@@ -88,7 +88,7 @@ class Stopwatch:
     # Where a function is looked up, its name, the part, FLOPs by result and arguments.
     _FUNCTIONS: tuple[tuple[Any, str, str, Callable[..., int]], ...] = (
         (vxl_model.decoder.attention, "project_rows", "projections", _projection_flops),
-        (vxl_model.decoder.layers, "product", "projections", _projection_flops),
+        (vxl_model.decoder.layers, "linear", "projections", _projection_flops),
         (vxl_model.decoder.context, "rope_append", "append", lambda *_, **__: 0),
         (vxl_model.decoder.context, "vst_attention", "attention", _attention_flops),
         (vxl_model.decoder.layers, "mlp", "MLP", _mlp_flops),
@@ -160,7 +160,7 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
     parts: list[dict[str, float]] = []
     flops: list[dict[str, int]] = []
     dtype = next(name for name, value in DTYPES.items() if value == options.dtype)
-    ceilings = Ceilings(options.device, [dtype], options.geometry["hidden"] < 1024)
+    ceilings = Ceilings(options.device, [dtype], options.small)
     ceilings.read()
     # The stopwatch waits for the device before and after each part. On a GPU that shows the host's
     # time, which is hidden otherwise, so parts have windows of their own there.

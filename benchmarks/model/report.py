@@ -39,13 +39,13 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
     mark = "✓" if result["match"] else "✗"
     # On a GPU parts have windows of their own, fewer than those that are timed whole.
     gpu = options.device == "cuda"
-    split = ["vxl's parts", *(str(i + 1) for i in range(len(parts))), "all", "of all"]
+    split = ["vxl's parts", *(str(i + 1) for i in range(len(parts))), "all", "of sum"]
     split += ["TFLOP/s", "% product", *(["% H100"] if gpu else [])]
     whole = sum(sum(p.values()) for p in parts)
     rows = []
-    for name in (*PARTS, "norms, residuals", "all"):
-        values = [sum(p.values()) if name == "all" else p[name] for p in parts]
-        flops = [sum(f.values()) if name == "all" else f.get(name, 0) for f in result["flops"]]
+    for name in (*PARTS, "norms, residuals", "sum"):
+        values = [sum(p.values()) if name == "sum" else p[name] for p in parts]
+        flops = [sum(f.values()) if name == "sum" else f.get(name, 0) for f in result["flops"]]
         rate = sum(flops) / sum(values)
         shares = [rate / 1e12, 100 * rate / result["product"]]
         shares += [100 * rate / H100_FLOPS] if gpu else []
@@ -68,7 +68,7 @@ def encode_text(result: dict[str, Any], options: argparse.Namespace) -> str:
         "",
         plain_table(split, rows, _LEFT),
         f"% product: of {result['product'] / 1e12:.3f} TFLOP/s, {result['product_name']}"
-        + ("; % H100: of 798 TFLOP/s" if gpu else ""),
+        + (f"; % H100: of {H100_FLOPS / 1e12:.0f} TFLOP/s" if gpu else ""),
     ]
     whole_model = options.geometry["intermediate"] == _QWEN2_7B["intermediate"]
     if not (whole_model and options.layers == _QWEN2_7B["layers"]):

@@ -6,6 +6,7 @@ token in Python, a dense float mask is built, and logits are computed for every 
 float32. Per layer: both weight sets multiply every row and a choice is made afterwards, the
 unrotated cache is joined with the window's K and V, all of K is rotated anew, K and V are
 repeated for the query heads, and SDPA runs with the mask. The last layer does all of this too.
+Dense products are those of vxl, by the library that is faster on the processor.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers.upstream import _mask, _repeat, _rotate_half
+from vxl_model.decoder.dense import linear, mlp
 
 __all__ = ["PublishedModel"]
 
@@ -80,14 +82,16 @@ class PublishedModel:
             out = F.scaled_dot_product_attention(
                 q, _repeat(k_turned, self.group), _repeat(v_all, self.group), attn_mask=mask
             )
-            hidden = hidden + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = hidden + linear(layer.self_attn.o_proj, out.transpose(1, 2).flatten(2))
+            hidden = hidden + mlp(layer.mlp, layer.post_attention_layernorm(hidden))
         return self.model.lm_head(self.core.norm(hidden))[0].float()
 
     def _project(self, attn: Any, name: str, x: Tensor, vst: Tensor | None) -> Tensor:
-        out = getattr(attn, f"{name}_proj")(x)
+        out = linear(getattr(attn, f"{name}_proj"), x)
         if vst is not None:
-            out = torch.where(vst[None, :, None], getattr(attn, f"beacon_{name}_proj")(x), out)
+            out = torch.where(
+                vst[None, :, None], linear(getattr(attn, f"beacon_{name}_proj"), x), out
+            )
         return out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def rotated_keys(self, layer: int) -> Tensor:

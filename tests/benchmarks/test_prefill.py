@@ -8,6 +8,8 @@ import sys
 
 from helpers.paths import BENCHMARKS
 
+from vxl_kernels import ChunkLayout
+
 SCRIPT = BENCHMARKS / "prefill.py"
 
 
@@ -52,6 +54,17 @@ def test_small_run(tmp_path):
     assert max(encode["errors"].values()) < 1e-5
     assert set(encode["seconds"]) == {"vxl", "vxl, last layer in full", "published"}
     assert all(len(v) == 3 and min(v) > 0 for v in encode["seconds"].values())
+    # 14 tokens of the prompt, a window of 144 and 36 VSTs. The last of 4 layers keeps only K and V.
+    rows, hidden, kv, inner = 180, 64, 32, 96
+    each = 2 * rows * hidden
+    first = encode["flops"][0]
+    last = 2 * 36 * hidden * 2 * kv
+    assert first["projections"] == 3 * each * (2 * hidden + 2 * kv) + last
+    assert first["MLP"] == 3 * 3 * each * inner
+    assert first["attention"] == 3 * ChunkLayout(144, 4).flops(4, 16, 14)
+    assert first["append"] == 0
+    assert encode["product"] > 0
+    assert "% product" in done.stdout
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert results["questions"]["pages_after"] <= results["questions"]["pages_video"] + 2
     assert results["questions"]["same_answers"]

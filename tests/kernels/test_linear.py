@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers.strategies import layouts
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,6 +97,48 @@ def test_onednn_multiplies_only_what_it_gains_from(slow_mkl):
         assert product(x, weight).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["strided", "expanded", "transposed"])
+def test_a_bias_that_is_not_dense(slow_mkl, kind):
+    x, weight = torch.randn(1, 300, 64), torch.randn(32, 64)
+    bias = {
+        "strided": torch.randn(64)[::2],
+        "expanded": torch.randn(1).expand(32),
+        "transposed": torch.randn(32, 5)[:, 1],
+    }[kind]
+    out = vst_linear(x, weight, bias, None, None, None)
+    torch.testing.assert_close(out, x @ weight.T + bias, rtol=1e-5, atol=1e-4)
+
+
+def test_forward_mode_has_its_tangent(slow_mkl):
+    x, weight = torch.randn(1, 300, 64), torch.randn(32, 64)
+
+    def product(x):
+        return vst_linear(x, weight, None, None, None, None)
+
+    tangent = torch.randn_like(x)
+    _, found = torch.func.jvp(product, (x,), (tangent,))
+    torch.testing.assert_close(found, tangent @ weight.T, rtol=1e-5, atol=1e-4)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(product(forward_ad.make_dual(x, tangent)))
+    torch.testing.assert_close(dual.tangent, tangent @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+def test_a_compiled_graph_holds_pytorchs_product(slow_mkl):
+    x, weight = torch.randn(1, 300, 64), torch.randn(32, 64)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    product = torch.compile(
+        lambda x: vst_linear(x, weight, None, None, None, None), backend=backend
+    )
+    torch.testing.assert_close(product(x), x @ weight.T, rtol=1e-5, atol=1e-4)
+    assert seen
+    assert not any("mkldnn" in name for name in seen)
+
+
 def test_the_library_is_chosen_by_the_processor(monkeypatch):
     def slow(vendor, capability):
         linear._mkl_is_slow.cache_clear()
@@ -104,7 +147,8 @@ def test_the_library_is_chosen_by_the_processor(monkeypatch):
         return linear._mkl_is_slow()
 
     try:
-        assert slow("AuthenticAMD", "AVX512") == torch.backends.mkl.is_available()
+        both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+        assert slow("AuthenticAMD", "AVX512") == both
         assert not slow("AuthenticAMD", "AVX2")  # MKL's code is the processor's best
         assert not slow("GenuineIntel", "AVX512")
     finally:

@@ -107,6 +107,40 @@ def test_whatever_a_projection_is_it_counts(model, video, way, order):
     assert relative(found / 2, want) < 1e-5
 
 
+AFTER = ("self_attn.o_proj", "mlp", "mlp.down_proj")
+WAYS = [(name, way) for name in AFTER for way in ("module", "hook", "forward")]
+
+
+# Dynamo does not compile a torch.nn.Linear.
+@pytest.mark.parametrize(("name", "way"), [*WAYS, ("mlp", "compiled")])
+def test_whatever_follows_attention_counts(model, video, name, way):
+    """In the pass over a window and over text, the output of one module is doubled by other means
+    than its weight."""
+    other = tiny_model(ratio=4)
+    compiled = []
+
+    def doubled(graph, inputs):
+        compiled.append(graph)
+        return lambda *args: [2 * x for x in graph(*args)]
+
+    for one in (other, model):
+        for layer in one.model.layers[:1]:
+            holder, _, last = name.rpartition(".")
+            holder = layer.get_submodule(holder)
+            if one is other:
+                layer.get_submodule({"mlp": "mlp.down_proj"}.get(name, name)).weight.data *= 2
+            elif way == "compiled":
+                getattr(holder, last).compile(backend=doubled)
+            elif way == "module" and last == "mlp":
+                setattr(layer, last, Wrapped(layer.mlp))
+            else:
+                double(holder, last, way)
+    with torch.no_grad():
+        want, got = (m(IDS, visual_features=[video]).logits for m in (other, model))
+    assert relative(got, want) < 1e-6
+    assert bool(compiled) == (way == "compiled")
+
+
 def test_checkpointing_calls_a_module_again(model, video):
     """The backward pass of a layer whose projection is a module gives the same gradients."""
     for attention in attentions(model):

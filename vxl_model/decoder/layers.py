@@ -21,8 +21,8 @@ from ..errors import fail
 from .attention import VideoXLAttention
 from .configuration import VideoXLConfig
 from .context import AttentionContext, CacheContext
+from .dense import linear, mlp
 from .placement import execution_device, local
-from .projections import mlp, product
 from .qwen2 import TextMLP, TextNorm, rotary_frequencies
 from .single_rows import linear_rows, mlp_rows, norm_rows
 from .vision_tower import VisionTower
@@ -90,7 +90,7 @@ class VideoXLDecoderLayer(GradientCheckpointingLayer):
 
     def output_and_mlp(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: output projection, MLP and both residuals."""
-        hidden = hidden + product(self.self_attn.o_proj, attended)
+        hidden = hidden + linear(self.self_attn.o_proj, attended)
         return hidden + mlp(self.mlp, self.post_attention_layernorm(hidden))
 
 

@@ -19,17 +19,15 @@ from torch.nn.modules import module as torch_module
 from vxl_kernels import ChunkLayout, VarlenLayout, invariant_linear, vst_linear
 
 from .placement import local
-from .qwen2 import TextMLP
 
 __all__ = [
     "Apart",
     "is_plain",
     "is_untouched",
     "linear_map",
-    "mlp",
     "one_by_one",
-    "product",
     "project_rows",
+    "whole_weights",
 ]
 
 Apart = Callable[[Tensor], list[Tensor]]
@@ -57,7 +55,17 @@ def is_untouched(module: nn.Module) -> bool:
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
     if hooks or state["_backward_hooks"] or state["_backward_pre_hooks"] or "forward" in state:
         return False
+    if state.get("_compiled_call_impl") is not None:
+        return False
     return not torch_module._has_any_global_hook()
+
+
+def whole_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a plain module. None where the module has to be called, also if its weight
+    is a part of one (tensor parallelism)."""
+    if not is_plain(module) or type(module._parameters["weight"]) is not nn.Parameter:
+        return None
+    return module._parameters["weight"], module._parameters["bias"]
 
 
 def one_by_one(module: Any, x: Tensor, apart: Apart) -> Tensor:
@@ -100,22 +108,6 @@ def project_rows(
         return own(x)
     raw, summaries = layout.split_rows(x)
     return layout.join_rows(own(raw), vst(summaries))
-
-
-def product(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` of rows x `(batch, rows, in_features)`."""
-    if not is_plain(module) or type(module._parameters["weight"]) is not nn.Parameter:
-        return module(x)
-    weight, bias = _weights(module)
-    return vst_linear(x, weight, bias, None, None, None)
-
-
-def mlp(module: Any, x: Tensor) -> Tensor:
-    """`module(x)` of rows x `(batch, rows, hidden)`."""
-    if type(module) is not TextMLP or not is_untouched(module):
-        return module(x)
-    gate = module.act_fn(product(module.gate_proj, x))
-    return product(module.down_proj, gate * product(module.up_proj, x))
 
 
 def _project_flat(

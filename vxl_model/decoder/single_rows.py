@@ -22,7 +22,7 @@ from torch.nn.functional import rms_norm
 
 from vxl_kernels import invariant_linear
 
-from .projections import Apart, is_plain, is_untouched, one_by_one
+from .projections import Apart, is_untouched, one_by_one, whole_weights
 from .qwen2 import TextMLP, TextNorm
 
 __all__ = ["linear_rows", "mlp_rows", "norm_rows", "single"]
@@ -37,12 +37,8 @@ def single(x: Tensor) -> list[Tensor]:
 
 def _product(module: nn.Module, x: Tensor, backend: str | None) -> Tensor | None:
     """None where the module has to be called."""
-    if not is_plain(module):
-        return None
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if type(weight) is not nn.Parameter:  # a part of a weight, in tensor parallelism
-        return None
-    return invariant_linear(x, weight, bias, backend=backend)
+    weights = whole_weights(module)
+    return None if weights is None else invariant_linear(x, *weights, backend=backend)
 
 
 def linear_rows(module: nn.Module, x: Tensor, backend: str | None, apart: Apart = single) -> Tensor:
