@@ -154,7 +154,11 @@ def clock(device: torch.device) -> float:
     import torch
 
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
+        module = torch.get_device_module(device)
+        if device.index is None:  # not all of them take a device
+            module.synchronize()
+        else:
+            module.synchronize(device)
     return time.perf_counter()
 
 

@@ -73,7 +73,7 @@ def read_suite(name: str) -> Suite:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
         tasks = tuple(Task(**{"name": record["task"], **record}) for record in data["tasks"])
         suite = Suite(file.stem, data.get("source", ""), tasks)
-    except Exception as error:  # YAML's errors share no base with those of a wrong record
+    except Exception as error:  # YAML's own, text that is no UTF-8, depth, wrong records
         fail("--suite", f"{file} ({' '.join(str(error).split())})", "source and a list of tasks")
     for task in tasks:
         if task.kind is not None and task.kind not in KINDS:

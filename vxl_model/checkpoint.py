@@ -67,8 +67,9 @@ class CheckpointMixin:
             )
         if kwargs.get("tp_plan") is not None:
             kwargs |= _distributed(kwargs.pop("tp_plan"), kwargs.pop("tp_size", None))
-        if not kwargs.get("subfolder"):
-            check_json_files(pretrained_model_name_or_path)
+        path = pretrained_model_name_or_path
+        if path is not None and os.path.isdir(path) and not kwargs.get("subfolder"):
+            check_json_files(path)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

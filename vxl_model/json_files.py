@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_json_files", "json_value", "read_json_object"]
+__all__ = ["check_json_files", "read_json_object"]
 
 # What reads a checkpoint ignores some of these where they are damaged.
 _MODEL_FILES = (
@@ -20,7 +20,7 @@ _MODEL_FILES = (
 )
 
 
-def json_value(text: str | bytes) -> Any:
+def _json_value(text: str | bytes) -> Any:
     """As `json.loads`; text that is no UTF-8, or nested too deeply, is a ValueError too."""
     try:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
@@ -35,7 +35,7 @@ def read_json_object(file: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file cannot be read, or holds anything else. It names the file.
     """
     try:
-        value = json_value(Path(file).read_bytes())
+        value = _json_value(Path(file).read_bytes())
     except (ValueError, OSError) as error:
         raise ValueError(f"{os.fspath(file)}: not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -61,8 +61,8 @@ class StepMixin:
         one_id = text.shape[1] == 1 and not text.is_floating_point()
         # A graph keeps the precision of its capture, and addresses of weights that autocast has
         # cast for the time being.
-        captured = settings.decode_graphs and one_id and states is None
-        if captured and not torch.is_autocast_enabled(encoder.device.type):
+        graphable = settings.decode_graphs and one_id and states is None
+        if graphable and not torch.is_autocast_enabled(encoder.device.type):
             graphs, how = step_graphs(self), (settings.batch_invariant, settings.backend)
             invariant = settings.batch_invariant
             logits = encoder.step(

@@ -43,12 +43,23 @@ def _last_level_bytes() -> int:
         return 32 * _MIB
 
 
+# What results depend on.
+_CODE = ("benchmarks", "csrc", "tests", "vxl_kernels", "vxl_model", "pyproject.toml", "setup.py")
+
+
 def _code_digest() -> str:
-    """Of the files that results depend on."""
     digest = hashlib.sha256()
-    for folder in ("benchmarks", "csrc", "tests", "vxl_kernels", "vxl_model"):
-        for path in sorted((_ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".inc"):
+    for name in _CODE:
+        for path in [_ROOT / name, *sorted((_ROOT / name).rglob("*"))]:
+            if path.is_file() and path.suffix in (
+                ".py",
+                ".cpp",
+                ".cu",
+                ".cuh",
+                ".h",
+                ".inc",
+                ".toml",
+            ):
                 digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
 
@@ -63,8 +74,9 @@ def git_state() -> str:
         return done.stdout.strip()
 
     try:
-        # The results that gpu_check.py keeps here are not code.
-        changed = git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
+        # The results that gpu_check.py keeps are not code, wherever in the tree they are.
+        code = [f":(top){name}" for name in _CODE]
+        changed = git("status", "-s", "--", *code, ":(top,exclude)benchmarks/results")
         commit = git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return f"unknown {_code_digest()}"

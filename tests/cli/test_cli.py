@@ -245,10 +245,13 @@ def test_damage_is_a_warning(run, place):
 def test_the_clock_waits_for_a_gpu(monkeypatch):
     """A CPU has done its work when a call returns."""
     waited = []
-    module = SimpleNamespace(synchronize=waited.append)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    cuda = SimpleNamespace(synchronize=waited.append)
+    mps = SimpleNamespace(synchronize=lambda: waited.append("mps"))  # takes no device
+    modules = {"cuda": cuda, "mps": mps}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: modules[device.type])
     assert clock(torch.device("cpu")) <= clock(torch.device("cuda", 1)) <= time.perf_counter()
-    assert waited == [torch.device("cuda", 1)]
+    clock(torch.device("mps"))
+    assert waited == [torch.device("cuda", 1), "mps"]
 
 
 def test_seconds_of_watching_end_when_the_device_has_watched(run, monkeypatch):

@@ -298,6 +298,23 @@ def test_a_graph_waits_for_the_last_one_on_any_stream(model, monkeypatch):
     assert events[:-1:2] == events[1::2]
 
 
+def test_a_graph_waits_for_one_whose_step_failed(model, monkeypatch):
+    batches = [watched(model, n, n).forks(1) for n in (205, 96)]
+    model.settings.decode_graphs = True
+    token = torch.tensor([[9]])
+    with playing():
+        model.decode_step(token, batches[0])
+        monkeypatch.setattr(PlayedGraph, "replay", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.decode_step(token, batches[0])
+        monkeypatch.undo()
+        model.settings.decode_graphs = True
+        model.decode_step(token, batches[1])
+        events = [event for kind, event in PlayedGraph.log if kind in ("record", "wait")]
+    assert len(events) == 5
+    assert events[:-1:2] == events[1::2]
+
+
 def test_generate_takes_the_graph(model):
     memory = watched(model)
     want = memory.ask(torch.tensor([9, 10, 11]), max_new_tokens=8)

@@ -47,6 +47,7 @@ Seqs = int | Iterable[int] | np.ndarray
 Rows = int | Sequence[int] | np.ndarray  # of every sequence, or a number for each
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_UNFINISHED = -1  # in place of a number of releases: a refresh was interrupted
 _MIN_WIDTH = 8  # pages that a batch's block table has room for at first
 
 
@@ -309,7 +310,7 @@ class VstCache:
                 head_dim=self.head_dim,
                 dtype=self.dtype,
             )
-            # The next piece but one is read into the memory of a piece.
+            # A piece's memory is filled again two pieces later.
             return self._filled(file.header.length, file.pieces(), non_blocking=False)
 
     def offload(self, seq: int) -> HostSequence:
@@ -424,7 +425,7 @@ class CacheBatch:
         # The values of the two tensors, on the host.
         self._lengths = np.zeros(len(self), dtype=np.int32)
         self._table = np.zeros((len(self), width), dtype=np.int32)
-        self._reserved, self._releases = np.zeros_like(self._lengths), -1
+        self._reserved, self._releases = np.zeros_like(self._lengths), _UNFINISHED
         with torch.inference_mode(False):
             self.cache_seqlens = torch.zeros(len(self), dtype=torch.int32, device=cache.device)
             self.block_table = torch.zeros(
@@ -453,8 +454,8 @@ class CacheBatch:
         """Commits the rows that the step has written, a number for all sequences or one for each;
         see `VstCache.commit`. Does not wait for the device."""
         each = _rows(rows, len(self)).astype(np.int32)
-        same = len(self) and (each == each[0]).all()
-        # First what may find no memory: the rows do not count yet.
+        same = len(self) > 0 and bool((each == each[0]).all())
+        # The upload first: if it finds no memory, the rows do not count yet.
         added = int(each[0]) if same else self.cache._upload(each)
         self.cache.commit(self._ids, each)
         self.cache_seqlens += added
@@ -484,6 +485,8 @@ class CacheBatch:
     def _refuse_released(self) -> None:
         """Refuses sequences that no longer hold the pages of the block table."""
         releases = self.cache._releases
+        if self._releases == _UNFINISHED:
+            fail("batch", "tensors that an interrupted reserve() left", "reserve() first")
         for i, seq in enumerate(self.seqs):
             pages, row = self.cache._manager.block_table(seq), self._table[i]
             rows = self._lengths[i] + self._reserved[i]
@@ -495,7 +498,7 @@ class CacheBatch:
     def _refresh(self) -> None:
         """Brings the two tensors up to date. Uploads only what differs."""
         manager, releases = self.cache._manager, self.cache._releases
-        self._releases = -1  # until the end, so that `layer` looks closer if this raises
+        self._releases = _UNFINISHED  # until the end
         width = manager.most_pages(self._ids)
         if width > self._table.shape[1]:
             if self._fixed:  # reserved through the cache, not through this batch

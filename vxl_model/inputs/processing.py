@@ -37,13 +37,9 @@ from .preprocessing import (
 )
 from .prompts import CHAT_TEMPLATE, PROMPT, STOP_TOKENS, TURN, CallOptions, VisualRows
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+# A folder with one of these has a tokenizer.
+_MAKE_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+_TOKENIZER_FILES = (*_MAKE_TOKENIZER, "special_tokens_map.json", "added_tokens.json")
 # Megabytes: read a second time only to say what is wrong with them.
 _LARGE = ("tokenizer.json", "vocab.json")
 _HUB_OPTIONS = (
@@ -478,7 +474,7 @@ def _read_json(path: str | os.PathLike[str], name: str, kwargs: dict) -> dict | 
 
 def _load_tokenizer(path: str | os.PathLike[str], kwargs: dict) -> Any:
     local = Path(path).is_dir()
-    if local and not any(os.path.lexists(Path(path) / name) for name in _TOKENIZER_FILES[:3]):
+    if local and not any(os.path.lexists(Path(path) / name) for name in _MAKE_TOKENIZER):
         return None
     from transformers import AutoTokenizer
 

@@ -116,8 +116,8 @@ def _current_stream() -> Any:
 
 
 def _prepared(encoder: VisualEncoder, batches: Iterable[Any], stream: Any) -> Iterator[Tensor]:
-    """Prepared pixels. All is queued on `stream`, since a thread's own is another one: frames on a
-    GPU would be read before what the caller has queued there has written them."""
+    """Prepared pixels. All is queued on the caller's `stream`. The stream of this thread would not
+    wait for what the caller has queued, which may still write the frames."""
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         for batch in batches:
             yield encoder.prepare(encoder.preprocess(batch))

@@ -73,5 +73,6 @@ class VideoState:
 def joined(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Pending tokens in one tensor on `device`. They wait where they came from: those of a whole
     video may be too many for a GPU."""
-    pieces = [x.to(device) for x in pieces]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if len({x.device for x in pieces}) == 1:
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(device)
+    return torch.cat([x.to(device) for x in pieces])

@@ -157,16 +157,17 @@ class StepGraphs:
         stream = torch.cuda.current_stream(fixed.ids.device)
         if self._done is not None:  # it may run on the stream of another thread
             stream.wait_event(self._done)
-        fixed.fill(ids, batch, of_cache.spare_table)
-        if captured is None:
-            captured = self._capture(body, fixed)
-            if len(graphs) >= _MOST:
-                del graphs[next(iter(graphs))]  # the one that was used longest ago
-        graphs[key] = captured
-        captured.graph.replay()
-        logits = captured.logits[: len(batch)].clone()
-        self._done = stream.record_event()
-        return logits
+        try:
+            fixed.fill(ids, batch, of_cache.spare_table)
+            if captured is None:
+                captured = self._capture(body, fixed)
+                if len(graphs) >= _MOST:
+                    del graphs[next(iter(graphs))]  # the one that was used longest ago
+            graphs[key] = captured
+            captured.graph.replay()
+            return captured.logits[: len(batch)].clone()
+        finally:  # an error may leave work behind that is queued
+            self._done = stream.record_event()
 
     def drop(self) -> None:
         """Frees the graphs, and the pages of rows that steps did not need."""
