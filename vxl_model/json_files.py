@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = ["check_json_files", "read_json_object"]
 
+_INDEX = ".index.json"
 # What reads a checkpoint ignores some of these where they are damaged.
 _MODEL_FILES = (
     "config.json",
@@ -47,9 +48,12 @@ def read_json_object(file: str | os.PathLike[str]) -> dict[str, Any]:
 def check_json_files(folder: str | os.PathLike[str], names: Iterable[str] = _MODEL_FILES) -> None:
     """Raises ValueError for the first damaged one of a local checkpoint's files. A name that is
     not there is fine. `folder` may be a name on the Hub, of which nothing is checked."""
+    unread = "pytorch_model.bin.index.json"
+    if not any(os.path.lexists(Path(folder) / f"model.safetensors{x}") for x in ("", _INDEX)):
+        unread = ""
     for name in names:
         file = Path(folder) / name
-        if not os.path.lexists(file):
+        if name == unread or not os.path.lexists(file):
             continue
         value = read_json_object(file)
         if name.endswith(".index.json") and not isinstance(value.get("weight_map"), dict):

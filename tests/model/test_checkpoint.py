@@ -312,3 +312,18 @@ def test_the_released_shape_is_known():
 def test_other_models_are_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         VideoXLForConditionalGeneration.from_pretrained(copy_tiny(tmp_path, **change))
+
+
+def test_a_file_that_nothing_reads_may_be_damaged(tmp_path):
+    folder = copy_tiny(tmp_path)
+    (folder / "pytorch_model.bin.index.json").write_text("{")
+    assert VideoXLForConditionalGeneration.from_pretrained(folder)
+
+
+def test_weights_from_memory():
+    given = VideoXLForConditionalGeneration.from_pretrained(TINY)
+    made = VideoXLForConditionalGeneration.from_pretrained(
+        None, config=given.config, state_dict=given.state_dict()
+    )
+    want = given.state_dict()
+    assert all(torch.equal(x, want[name]) for name, x in made.state_dict().items())
