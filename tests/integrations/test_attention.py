@@ -322,3 +322,15 @@ def test_mask_that_hides_a_token_is_refused():
 def test_head_dim():
     model = decoder("llama", num_attention_heads=8, num_key_value_heads=8)
     refused(model, "head_dim 8, expected 16 to 256", random_ids(1, 5))
+
+
+def test_values_of_another_dtype_than_keys():
+    """Autocast rounds values, but not keys that a rotation has brought back to float32."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 3, 16, generator=generator)
+    key, value = torch.randn(2, 1, 2, 9, 16, generator=generator)
+    rounded = value.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention(torch.nn.Module(), q, key, rounded, None, is_causal=True)
+    want, _ = attention(torch.nn.Module(), q, key, rounded.float(), None, is_causal=True)
+    torch.testing.assert_close(out.float(), want, rtol=1e-2, atol=1e-2)

@@ -106,6 +106,8 @@ def attention(
         k, v = (x.rows.transpose(1, 2) for x in (key, value))
         out = key.sequences.attend(key.layer, q, k, v, plan, scaling, backend)
         return out, None
+    if value.dtype != key.dtype:  # autocast has cast one and not the other
+        value = value.to(key.dtype)
     k, v = (x[:, :, start : start + count].transpose(1, 2) for x in (key, value))
     cache: Any = (None, None, None, None)
     if start:
