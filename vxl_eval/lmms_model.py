@@ -7,6 +7,8 @@ lmms-eval itself deals out questions.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -132,6 +134,8 @@ class VideoXL(lmms):
             fail("WORLD_SIZE", f"{started} processes that do not know each other", expected)
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
+        if started > 1:
+            atexit.register(_leave_group)
         self._device = _device(device, self.accelerator)
         dtype = dtype or ("float32" if self._device.type == "cpu" else "bfloat16")
         model = VideoXLForConditionalGeneration.from_pretrained(
@@ -394,6 +398,14 @@ def _parse_ratio(ratio: int | str | None) -> int | list[int] | None:
     except ValueError:
         fail("ratio", repr(ratio), "an integer, or several as 2:4:8")
     return values[0] if len(values) == 1 else values
+
+
+def _leave_group() -> None:
+    """Leaves the group of processes, which lmms-eval does not. A thread of gloo would abort the
+    process when it asks for the lock of an interpreter that is being taken down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()
 
 
 def _device(device: str | None, accelerator: Any) -> torch.device:

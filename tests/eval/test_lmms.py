@@ -182,6 +182,16 @@ def test_likelihoods_are_those_of_a_dense_decoder(model, place, one):
             assert str(greedy) == str(bool((chances.argmax(-1) == said).all()))
 
 
+def test_a_process_leaves_its_group():
+    from vxl_eval import lmms_model
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    lmms_model._leave_group()
+    assert not torch.distributed.is_initialized()
+    lmms_model._leave_group()
+
+
 def test_two_processes_give_the_same(place, one, tmp_path):
     run(command(place, tmp_path, processes=2), place)
     theirs, ours = samples(one), samples(tmp_path)
