@@ -1,6 +1,6 @@
 """Draws the pictures of the documentation: `python docs/pictures.py`.
 
-Every count, position and mask in them is read from `ChunkLayout`. `tests/docs/test_pictures.py`
+Every count, position and mask in them is read from `ChunkLayout`. `tests/docs/test_pages.py`
 draws them again and compares.
 """
 
