@@ -19,7 +19,7 @@ from .layout import ChunkLayout
 from .varlen import VarlenLayout
 
 # Private to torch, and asked in every call: a torch without it has no such transforms to lose.
-transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -224,11 +224,15 @@ def writable(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) ->
                 fail(other, f"memory that {name} shares", expected)
 
 
+def transforms_active() -> bool:
+    """Whether forward-mode AD or a transform of `torch.func` may hold tensors."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _functorch_active()
+
+
 def transforms(op: str, *tensors: torch.Tensor | None, writes: bool = False) -> None:
     """Raises NotImplementedError for tensors of forward-mode AD and of `torch.func`: an operator
     would drop their derivatives without a word. writes: it cannot run under vmap either."""
-    dual = getattr(forward_ad, "_current_level", -1) >= 0
-    if not dual and not transforms_active():
+    if not transforms_active():
         return
     if torch.compiler.is_compiling():
         raise NotImplementedError(
@@ -248,7 +252,7 @@ def transforms(op: str, *tensors: torch.Tensor | None, writes: bool = False) -> 
                     "cache in place"
                 )
             x = functorch.get_unwrapped(x)
-        if dual and x is not None and forward_ad.unpack_dual(x).tangent is not None:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{op}: got a tensor of forward-mode AD, which only backend='reference' supports"
             )

@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .checks import transforms_active
@@ -48,7 +47,6 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         and not torch.is_autocast_enabled("cpu")
         # oneDNN's product has no derivatives.
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and forward_ad._current_level < 0
         and not transforms_active()
     )
 

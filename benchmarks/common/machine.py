@@ -45,21 +45,14 @@ def _last_level_bytes() -> int:
 
 # What results depend on.
 _CODE = ("benchmarks", "csrc", "tests", "vxl_kernels", "vxl_model", "pyproject.toml", "setup.py")
+_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".toml")
 
 
 def _code_digest() -> str:
     digest = hashlib.sha256()
     for name in _CODE:
         for path in [_ROOT / name, *sorted((_ROOT / name).rglob("*"))]:
-            if path.is_file() and path.suffix in (
-                ".py",
-                ".cpp",
-                ".cu",
-                ".cuh",
-                ".h",
-                ".inc",
-                ".toml",
-            ):
+            if path.is_file() and path.suffix in _SUFFIXES:
                 digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
 

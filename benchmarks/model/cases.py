@@ -67,9 +67,12 @@ def synchronize(device: str) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def _projection_flops(out: Tensor, x: Any, *others: Any, **_: Any) -> int:
-    rows = x if isinstance(x, Tensor) else others[0]
-    return 2 * rows.shape[-1] * out.numel()
+def _projection_flops(out: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.shape[-1] * out.numel()
+
+
+def _linear_flops(out: Tensor, module: Any, x: Tensor) -> int:
+    return _projection_flops(out, x)
 
 
 def _mlp_flops(out: Tensor, module: Any, x: Tensor) -> int:
@@ -88,7 +91,7 @@ class Stopwatch:
     # Where a function is looked up, its name, the part, FLOPs by result and arguments.
     _FUNCTIONS: tuple[tuple[Any, str, str, Callable[..., int]], ...] = (
         (vxl_model.decoder.attention, "project_rows", "projections", _projection_flops),
-        (vxl_model.decoder.layers, "linear", "projections", _projection_flops),
+        (vxl_model.decoder.layers, "linear", "projections", _linear_flops),
         (vxl_model.decoder.context, "rope_append", "append", lambda *_, **__: 0),
         (vxl_model.decoder.context, "vst_attention", "attention", _attention_flops),
         (vxl_model.decoder.layers, "mlp", "MLP", _mlp_flops),
