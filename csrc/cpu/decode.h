@@ -5,7 +5,8 @@
 // The steps are those of tile.h in the same order for every number, so a row has the same bits here
 // and in a tile: a score is summed over the dimensions in the parts of score_part, the softmax
 // takes blocks of kKeyBlock keys, and the values of a block are summed key by key. Only the lanes
-// differ: those of the values are head dimensions, which keeps them full.
+// differ: those of the values are head dimensions, which keeps them full, and those of the scores
+// may be keys.
 //
 // Measured with 7 query rows and head_dim 128, from memory. Zen 5: prefetching rows in memory order
 // doubles the speed. These were no faster: to prefetch every other line (the hardware does not
@@ -14,147 +15,12 @@
 // a fifth of the time away, and prefetches into L2 and further ahead another tenth in float32.
 #pragma once
 
-#include <type_traits>
-
+#include "decode_steps.h"
 #include "epilogue.h"
 #include "key_stream.h"
 #include "plan.h"
-#include "tile.h"
 
 namespace {
-
-// Vectors of query rows at most: their sums stay in registers.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kNarrowVecs = 1;
-#else
-constexpr int kNarrowVecs = 2;
-#endif
-constexpr int64_t kNarrowKeys = 8; // keys for each load and store of a sum: enough to pay for both
-constexpr int kNarrowDims = kLanes == 16 ? 2 : 1;  // vectors of dimensions with 8 rows of sums
-
-// Rows that the steps to come will read, kNarrowKeys at most. A step prefetches them line by line
-// between its products: with all at once, its own loads wait until the lines have arrived.
-struct Ahead {
-  const char* rows[kNarrowKeys];
-  int64_t count = 0, bytes = 0, row = 0, at = 0;
-
-  VXL_INLINE void line() {
-    if (row >= count) return;
-    __builtin_prefetch(rows[row] + at, 0, 2);
-    at += 64;
-    if (at < bytes) return;
-    at = 0;
-    ++row;
-  }
-  VXL_INLINE void rest() {
-    while (row < count) line();
-  }
-};
-
-// s[kNarrowKeys][NV lanes] = K q. q is [dims][NV lanes].
-template <int NV>
-VXL_NOINLINE void narrow_scores(const float* const* k, const float* q, int64_t dims, float* s,
-                                Ahead ahead) {
-  const int64_t part = score_part(dims);
-  for (int64_t d = 0; d < dims;) {
-    const bool first = d == 0;
-    Vec acc[kNarrowKeys][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < kNarrowKeys; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
-    for (const int64_t end = min_(d + part, dims); d < end; ++d) {
-      if (d % 2 == 0) ahead.line();
-      Vec qv[NV];
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) qv[j] = load(q + (d * NV + j) * kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < kNarrowKeys; ++i) {
-        const Vec kv = splat(k[i][d]);
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) acc[i][j] += kv * qv[j];
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kNarrowKeys; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) {
-        float* const to = s + (i * NV + j) * kLanes;
-        store(to, first ? acc[i][j] : load(to) + acc[i][j]);
-      }
-  }
-  ahead.rest();
-}
-
-// sum[R][dims] += p^T V over n keys, for C vectors of dimensions. p is [n][stride].
-template <int R, int C, typename T>
-VXL_INLINE void narrow_weigh_dims(const float* p, int64_t stride, int64_t n, const T* const* v,
-                                  int64_t offset, int64_t dims, float* sum, Ahead& ahead) {
-  Vec acc[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = load(sum + r * dims + offset + c * kLanes);
-  for (int64_t i = 0; i < n; ++i) {
-    ahead.line();
-    ahead.line();
-    Vec vv[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) vv[c] = load_as_float(v[i] + offset + c * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec pv = splat(p[i * stride + r]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[r][c] += vv[c] * pv;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(sum + r * dims + offset + c * kLanes, acc[r][c]);
-}
-
-template <int R, typename T>
-VXL_NOINLINE void narrow_weigh(const float* p, int64_t stride, int64_t n, const T* const* v,
-                               int64_t dims, float* sum, Ahead& ahead) {
-  int64_t d = 0;
-  for (; d + kNarrowDims * kLanes <= dims; d += kNarrowDims * kLanes)
-    narrow_weigh_dims<R, kNarrowDims>(p, stride, n, v, d, dims, sum, ahead);
-  for (; d < dims; d += kLanes) narrow_weigh_dims<R, 1>(p, stride, n, v, d, dims, sum, ahead);
-}
-
-// Calls fn(number, first) for groups of 8, 7, 4, 2 and 1 of the rows, their number as a constant.
-template <typename Fn>
-VXL_INLINE void narrow_rows(int64_t rows, const Fn& fn) {
-  for (int64_t r = 0; r < rows;) {
-    const int64_t left = rows - r;
-    if (left >= 8) {
-      fn(std::integral_constant<int, 8>{}, r);
-      r += 8;
-    } else if (left == 7) {
-      fn(std::integral_constant<int, 7>{}, r);
-      r += 7;
-    } else if (left >= 4) {
-      fn(std::integral_constant<int, 4>{}, r);
-      r += 4;
-    } else if (left >= 2) {
-      fn(std::integral_constant<int, 2>{}, r);
-      r += 2;
-    } else {
-      fn(std::integral_constant<int, 1>{}, r);
-      r += 1;
-    }
-  }
-}
-
-// `narrow_weigh` for any number of rows.
-template <typename T>
-VXL_INLINE void narrow_weigh_rows(int64_t rows, const float* p, int64_t stride, int64_t n,
-                                  const T* const* v, int64_t dims, float* sum, Ahead& ahead) {
-  narrow_rows(rows, [&](auto count, int64_t r) {
-    narrow_weigh<decltype(count)::value>(p + r, stride, n, v, dims, sum + r * dims, ahead);
-  });
-}
 
 // The rows of a block and of the next one: which to read, and which to prefetch.
 template <typename T>
@@ -188,10 +54,12 @@ struct BlockRows {
     Ahead x;
     x.count = n;
     x.bytes = bytes;
+    // This step takes rows [head * n, head * n + n) of the n * heads rows of these keys.
+    const uint32_t first = uint32_t(head * n), all = uint32_t(heads);
+    int64_t key = c + first / all + kDistance, h = first % all;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = head * n + i;  // of the n * heads rows of this step's keys
-      const T* row = find(c + at / heads + kDistance, at % heads);
-      x.rows[i] = reinterpret_cast<const char*>(row);
+      x.rows[i] = reinterpret_cast<const char*>(find(key, h));
+      if (++h == heads) ++key, h = 0;
     }
     return x;
   }
@@ -205,20 +73,21 @@ struct BlockRows {
 
 // Calls step(key, head, rows, ahead) for the rows of K of kNarrowKeys keys and one head at a time.
 // The last row takes the place of those past the end: nobody reads their scores. A step may change
-// its pointers to rows.
+// its pointers to rows. What it has not prefetched is prefetched after it.
 template <typename T, typename Step>
 VXL_INLINE void each_k_rows(const BlockRows<T>& block, const Step& step) {
   const T* rows[kNarrowKeys];
   for (int64_t c = 0; c < block.count; c += kNarrowKeys) {
     for (int64_t h = 0; h < block.heads; ++h) {
       for (int64_t i = 0; i < kNarrowKeys; ++i) rows[i] = block.k(min_(c + i, block.count - 1), h);
-      step(c, h, rows, block.after_k(c, kNarrowKeys, h));
+      Ahead ahead = block.after_k(c, kNarrowKeys, h);
+      step(c, h, rows, ahead);
+      ahead.rest();
     }
   }
 }
 
-// Calls step(key, n, head, rows, ahead) for n rows of V, kNarrowKeys at most. What the step has not
-// prefetched is prefetched after it.
+// Calls step(key, n, head, rows, ahead) for n rows of V, kNarrowKeys at most.
 template <typename T, typename Step>
 VXL_INLINE void each_v_rows(const BlockRows<T>& block, const Step& step) {
   const T* rows[kNarrowKeys];
@@ -253,7 +122,9 @@ struct NarrowState {
 template <typename T>
 struct FloatNarrow {
   static int64_t q_dims(int64_t head_dim) { return head_dim; }
-  static int64_t dims(int64_t head_dim) { return round_up(head_dim, kLanes); }
+  static int64_t dims(int64_t head_dim) {
+    return round_up(head_dim, kEvenOdd<T> ? 2 * kLanes : kLanes);
+  }
 
   float scale;
   explicit FloatNarrow(float x) : scale(x * kLog2e) {}
@@ -262,12 +133,12 @@ struct FloatNarrow {
     for (int64_t d = 0; d < head_dim; ++d) out[d * stride] = to_float(row[d]) * scale;
   }
 
-  // A sum keeps its dimensions in this order.
   static void sum_from_row(const float* row, int64_t head_dim, float* sum) {
-    std::memcpy(sum, row, head_dim * sizeof(float));
+    for (int64_t d = 0; d < head_dim; ++d) sum[place(d)] = row[d];
   }
-  static const float* row_from_sum(const float* sum, int64_t /*head_dim*/, float* /*staged*/) {
-    return sum;
+  static const float* row_from_sum(const float* sum, int64_t head_dim, float* staged) {
+    for (int64_t d = 0; d < head_dim; ++d) staged[d] = sum[place(d)];
+    return staged;
   }
 
   template <int NV>
@@ -291,42 +162,60 @@ struct FloatNarrow {
   }
 
  private:
+  static int64_t place(int64_t d) {  // where a sum has dimension d
+    if (!kEvenOdd<T>) return d;
+    const int64_t i = d % (2 * kLanes);
+    return d - i + i % 2 * kLanes + i / 2;
+  }
+
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
                          const NarrowState& x) {
-    const float* floats[kNarrowKeys];
-    each_k_rows(block, [&](int64_t c, int64_t h, const T** rows, const Ahead& ahead) {
+    const int64_t dims = p.head_dim, part = score_part(dims);
+    const float* words[kNarrowKeys];
+    each_k_rows(block, [&](int64_t c, int64_t h, const T** rows, Ahead& ahead) {
+      const float* const q = x.q + h * dims * x.padded;
+      if (std::is_same_v<T, Bf16> && dims % 2 == 0 && part % 2 == 0 &&
+          few_rows_fit(x.lanes, dims / 2, part / 2)) {
+        for (int64_t i = 0; i < kNarrowKeys; ++i) {
+          words[i] = reinterpret_cast<const float*>(rows[i]);
+        }
+        few_row_scores<TwoBf16Word>(x.lanes, words, q, dims / 2, part / 2, x.scores(h, c), ahead);
+        return;
+      }
       for (int64_t i = 0; i < kNarrowKeys; ++i) {
         if constexpr (std::is_same_v<T, float>) {
-          floats[i] = rows[i];
+          words[i] = rows[i];
         } else {
-          floats[i] = x.staged + i * x.dims;
-          load_row(rows[i], x.staged + i * x.dims, p.head_dim);
+          words[i] = x.staged + i * x.dims;
+          load_row(rows[i], x.staged + i * x.dims, dims);
         }
       }
-      narrow_scores<NV>(floats, x.q + h * p.head_dim * x.padded, p.head_dim, x.scores(h, c), ahead);
+      if (few_rows_fit(x.lanes, dims, part)) {
+        few_row_scores<FloatWord>(x.lanes, words, q, dims, part, x.scores(h, c), ahead);
+        return;
+      }
+      for (int64_t i = 0; i < kNarrowKeys; i += kScoreKeys) {
+        narrow_scores<NV>(words + i, q, dims, x.scores(h, c + i), ahead);
+      }
     });
   }
 
   static void weigh_values(const vxl::AttentionParams& p, const BlockRows<T>& block,
                            const NarrowState& x) {
-    const float* whole[kNarrowKeys];
     std::memset(x.sum, 0, x.heads * x.lanes * x.dims * sizeof(float));
     each_v_rows(block, [&](int64_t c, int64_t n, int64_t h, const T** rows, Ahead& ahead) {
-      const float* weights = x.scores(h, c);
-      float* sum = x.sum + h * x.lanes * x.dims;
-      if (x.dims == p.head_dim) {
-        narrow_weigh_rows(x.lanes, weights, x.padded, n, rows, x.dims, sum, ahead);
-        return;
+      if (x.dims != p.head_dim) {
+        // A vector load from the tensor itself could read past its end.
+        for (int64_t i = 0; i < n; ++i) {
+          T* const to = reinterpret_cast<T*>(x.staged + i * x.dims);
+          std::memcpy(to, rows[i], p.head_dim * sizeof(T));
+          std::memset(to + p.head_dim, 0, (x.dims - p.head_dim) * sizeof(T));
+          rows[i] = to;
+        }
       }
-      // A vector load from the tensor itself could read past its end.
-      for (int64_t i = 0; i < n; ++i) {
-        float* to = x.staged + i * x.dims;
-        whole[i] = to;
-        load_row(rows[i], to, p.head_dim);
-        for (int64_t d = p.head_dim; d < x.dims; ++d) to[d] = 0.0f;
-      }
-      narrow_weigh_rows(x.lanes, weights, x.padded, n, whole, x.dims, sum, ahead);
+      narrow_weigh_rows(x.lanes, x.scores(h, c), x.padded, n, rows, x.dims,
+                        x.sum + h * x.lanes * x.dims, ahead);
     });
   }
 };

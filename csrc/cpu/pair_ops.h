@@ -34,6 +34,7 @@ typedef __m512bh PairVec;  // kLanes pairs
 VXL_INLINE PairVec load_pairs(const void* p) { return (PairVec)_mm512_loadu_si512(p); }
 VXL_INLINE void store_pairs(Pair* to, Vec v) { _mm512_storeu_si512(to, (__m512i)v); }
 VXL_INLINE PairVec splat_pair(Pair x) { return (PairVec)_mm512_set1_epi32(int32_t(x)); }
+VXL_INLINE PairVec pairs_of(Vec words) { return (PairVec)words; }
 
 // Lane i gets sum[i] + a[i].low b[i].low + a[i].high b[i].high.
 VXL_INLINE Vec add_products(Vec sum, PairVec a, PairVec b) {
@@ -110,6 +111,7 @@ VXL_INLINE PairVec load_pairs(const void* p) {
 }
 VXL_INLINE void store_pairs(Pair* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
 VXL_INLINE PairVec splat_pair(Pair x) { return vreinterpretq_bf16_u32(vdupq_n_u32(x)); }
+VXL_INLINE PairVec pairs_of(Vec words) { return vreinterpretq_bf16_f32((float32x4_t)words); }
 
 VXL_INLINE Vec add_products(Vec sum, PairVec a, PairVec b) {
   return (Vec)vbfdotq_f32((float32x4_t)sum, a, b);

@@ -10,22 +10,22 @@ namespace {
 
 constexpr int64_t kSumDims = 2 * kLanes;  // dimensions that two vectors of sums hold
 
-// s[kNarrowKeys][NV lanes] = K q. k: rows of pairs. q is [pairs][NV lanes].
+// s[kScoreKeys][NV lanes] = K q. k: rows of pairs. q is [pairs][NV lanes].
 template <int NV>
 VXL_NOINLINE void narrow_pair_scores(const Bf16* const* k, const Pair* q, int64_t pairs, float* s,
-                                     Ahead ahead) {
-  Vec acc[kNarrowKeys][NV];
+                                     Ahead& ahead) {
+  Vec acc[kScoreKeys][NV];
 #pragma GCC unroll 8
-  for (int i = 0; i < kNarrowKeys; ++i)
+  for (int i = 0; i < kScoreKeys; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
   for (int64_t n = 0; n < pairs; ++n) {
-    if (n % 2 == 0) ahead.line();
+    if (n % 4 == 0) ahead.two_lines();
     PairVec qv[NV];
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) qv[j] = load_pairs(q + (n * NV + j) * kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kNarrowKeys; ++i) {
+    for (int i = 0; i < kScoreKeys; ++i) {
       uint32_t pair;
       std::memcpy(&pair, k[i] + 2 * n, sizeof(pair));
       const PairVec kv = splat_pair(pair);
@@ -34,11 +34,22 @@ VXL_NOINLINE void narrow_pair_scores(const Bf16* const* k, const Pair* q, int64_
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kNarrowKeys; ++i)
+  for (int i = 0; i < kScoreKeys; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) store(s + (i * NV + j) * kLanes, acc[i][j]);
-  ahead.rest();
 }
+
+// For few_row_scores.
+struct PairWord {
+  static constexpr int64_t kRows = 1;
+  template <int R>
+  static VXL_INLINE void add(Vec x, const float* q, Vec (&acc)[R]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      acc[r] = add_products(acc[r], splat_pair(reinterpret_cast<const Pair*>(q)[r]), pairs_of(x));
+    }
+  }
+};
 
 // sum[R][dims] += P^T V over n pairs of keys. p is [n][stride]. v: 2 n rows. `make_pairs` works
 // within 128 bits: in a sum, four dimensions of each eight are in the first vector of kSumDims and
@@ -54,8 +65,7 @@ VXL_NOINLINE void narrow_weigh_pairs(const Pair* p, int64_t stride, int64_t n,
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) acc[r][c] = load(sum + r * dims + d + c * kLanes);
     for (int64_t i = 0; i < n; ++i) {
-      ahead.line();
-      ahead.line();
+      ahead.two_lines();
       PairVec low, high;
       make_pairs(v[2 * i] + d, v[2 * i + 1] + d, low, high);
 #pragma GCC unroll 8
@@ -135,14 +145,25 @@ struct PairNarrow {
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<Bf16>& block,
                          const NarrowState& x) {
-    each_k_rows(block, [&](int64_t c, int64_t h, const Bf16** rows, const Ahead& ahead) {
+    each_k_rows(block, [&](int64_t c, int64_t h, const Bf16** rows, Ahead& ahead) {
       if (p.head_dim % 2 != 0) {
         for (int64_t i = 0; i < kNarrowKeys; ++i) {
           rows[i] = padded_row(rows[i], p.head_dim, x.dims, x.staged + i * x.dims);
         }
       }
-      narrow_pair_scores<NV>(rows, reinterpret_cast<const Pair*>(x.q) + h * x.q_dims * x.padded,
-                             x.q_dims, x.scores(h, c), ahead);
+      const float* const q = x.q + h * x.q_dims * x.padded;
+      if (few_rows_fit(x.lanes, x.q_dims, x.q_dims)) {
+        const float* words[kNarrowKeys];
+        for (int64_t i = 0; i < kNarrowKeys; ++i) {
+          words[i] = reinterpret_cast<const float*>(rows[i]);
+        }
+        few_row_scores<PairWord>(x.lanes, words, q, x.q_dims, x.q_dims, x.scores(h, c), ahead);
+        return;
+      }
+      for (int64_t i = 0; i < kNarrowKeys; i += kScoreKeys) {
+        narrow_pair_scores<NV>(rows + i, reinterpret_cast<const Pair*>(q), x.q_dims,
+                               x.scores(h, c + i), ahead);
+      }
     });
   }
 

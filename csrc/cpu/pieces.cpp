@@ -257,7 +257,7 @@ class Planner {
     const int64_t rows = 8 * int64_t(x.rows);  // what is known of each row
     if (x.narrow) {
       const int64_t n = round_up(x.rows * group_, lanes);
-      return x.kv_heads * n * (3 * dims + kKeyBlock + 3) + n + 16 * dims + rows + slack;
+      return x.kv_heads * n * (3 * dims + kKeyBlock + 3) + n + 18 * dims + rows + slack;
     }
     const int64_t n = round_up(x.rows * group_, 2 * lanes);
     return 2 * n * dims + 2 * kKeyBlock * dims + kKeyBlock * 3 * lanes + 3 * n + lanes * dims +

@@ -134,6 +134,62 @@ VXL_INLINE Vec sum_each(Vec* rows) {
   return rows[0];
 }
 
+// x[j] gets word `at + j` of each of kLanes rows, a row in each lane.
+VXL_INLINE void four_columns(const float* const* rows, int64_t at, Vec (&x)[4]) {
+#if defined(__AVX512F__)
+  // Inserts from memory run where a shuffle cannot, beside the products.
+  __m512 y[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + at));
+    y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps(rows[4 + i] + at), 1);
+    y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps(rows[8 + i] + at), 2);
+    y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps(rows[12 + i] + at), 3);
+  }
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]));
+  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1]));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]));
+  x[0] = (Vec)_mm512_unpacklo_pd(a, b);
+  x[1] = (Vec)_mm512_unpackhi_pd(a, b);
+  x[2] = (Vec)_mm512_unpacklo_pd(c, d);
+  x[3] = (Vec)_mm512_unpackhi_pd(c, d);
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) x[j][i] = rows[i][at + j];
+#endif
+}
+
+// Transposes eight vectors: row i of to[kLanes][kLanes] gets lane i of each, then zeros.
+VXL_INLINE void store_columns(const Vec (&x)[8], float* to) {
+#if defined(__AVX512F__)
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const __m512 *y = reinterpret_cast<const __m512*>(x + 4 * h);
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]));
+    const __m512 z[4] = {
+        _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+        _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d))};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* const at = to + i * kLanes + 4 * h;
+      _mm_storeu_ps(at, _mm512_castps512_ps128(z[i]));
+      _mm_storeu_ps(at + 4 * kLanes, _mm512_extractf32x4_ps(z[i], 1));
+      _mm_storeu_ps(at + 8 * kLanes, _mm512_extractf32x4_ps(z[i], 2));
+      _mm_storeu_ps(at + 12 * kLanes, _mm512_extractf32x4_ps(z[i], 3));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) _mm256_storeu_ps(to + i * kLanes + 8, _mm256_setzero_ps());
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = j < 8 ? x[j][i] : 0.0f;
+#endif
+}
+
 // ---- storage types ---------------------------------------------------------------
 
 struct Bf16 { uint16_t bits; };
@@ -174,6 +230,10 @@ VXL_INLINE Vec load_as_float(const Bf16* p) {
   const HVec h = *reinterpret_cast<const HVecU*>(p);
   return (Vec)(__builtin_convertvector(h, IVec) << 16);
 }
+// Of a vector of two bf16 each: the first ones as floats, and the second ones.
+VXL_INLINE Vec even_of(Vec pairs) { return (Vec)((IVec)pairs << 16); }
+VXL_INLINE Vec odd_of(Vec pairs) { return (Vec)((IVec)pairs & isplat(int32_t(0xffff0000u))); }
+
 VXL_INLINE Vec load_as_float(const F16* p) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
