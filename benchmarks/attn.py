@@ -18,6 +18,7 @@ import argparse
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ from benchmarks.common.report import (
     table,
 )
 from benchmarks.common.run import Run
-from benchmarks.common.timing import Budget, Clock, interleave, spread, threads
+from benchmarks.common.timing import LONG, Budget, Clock, interleave, spread, threads
 from benchmarks.peers.registry import PROVIDERS, ROPE_APPEND, Provider
 
 # -- options -----------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--provider", action="append", help=f"of {', '.join(PROVIDERS)}; repeatable")
     add("--backward", action="store_true", help="the case backward, and no other")
     add("--all", action="store_true", help="also the providers that compile first (flex)")
-    add("--cache", help="other cache lengths for chunk, comma-separated")
+    add("--cache", help="other cache lengths for chunk, comma-separated (docs: 0,1620,8100,20250)")
     add(
         "--dtype",
         action="append",
@@ -96,7 +97,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
     add("--threads", type=int, help="CPU threads")
     add("--repeats", type=int, help="exactly this many, whatever the budget")
-    add("--budget", type=float, default=120, help="seconds to aim for (default %(default)s)")
+    add("--budget", type=float, default=100, help="seconds to aim for (default %(default)s)")
     add("--small", action="store_true", help="tiny shapes, to see that everything runs")
     add(
         "--interpret",
@@ -154,15 +155,14 @@ class Runner:
         self._groups = groups
         dtypes = list(dict.fromkeys(c.case.dtype_name for g in groups for c in g.competitors))
         self.ceilings = this_machine.Ceilings(options.device, dtypes, options.small)
-        self._clock = Clock(options.device, self.ceilings.buffer)
+        self._clock = Clock(options.device, self.ceilings.evict)
         self._budget = Budget(options.budget, [g.weight for g in groups])
 
     def run(self) -> list[Result]:
         done: list[Result] = []
+        self.ceilings.read()
         for group in self._groups:
             self._budget.next_group(group.name)
-            self._budget.tell("ceilings")
-            self.ceilings.read()
             done += self._run_group(group)
             self._after_group(done)
         self.ceilings.read()
@@ -174,6 +174,7 @@ class Runner:
         answers: dict[tuple[Case, str], Answer] = {}
         results: list[Result] = []
         measure: dict[int, Callable[[], float]] = {}
+        first: dict[int, float] = {}
         for i, competitor in enumerate(group.competitors):
             case, provider = competitor.case, competitor.provider
             result = Result(
@@ -196,12 +197,12 @@ class Runner:
                 inputs[case] = Inputs(case)
             x = inputs[case]
             answer = self._answer(answers, x, provider)
-            run = self._checked(competitor, x, answer, result)
+            run, first[i] = self._checked(competitor, x, answer, result)
             if run is not None:
                 measure[i] = self._measurement(competitor, run, result)
         if measure and not self._options.interpret:
             self._budget.tell("repeats")
-            self._time(results, group, measure)
+            self._time(results, group, measure, first)
         return results
 
     @staticmethod
@@ -216,12 +217,18 @@ class Runner:
         return answers[key]
 
     @staticmethod
-    def _checked(competitor: Competitor, x: Inputs, answer: Answer, result: Result) -> Run | None:
-        """The run, if its first call is right. A peer that cannot run here is not a failure."""
+    def _checked(
+        competitor: Competitor, x: Inputs, answer: Answer, result: Result
+    ) -> tuple[Run | None, float]:
+        """The run, if its first call is right, and the seconds of that call on a CPU (0 on a GPU).
+        A peer that cannot run here is not a failure."""
         try:
             run = competitor.provider.prepare(x)
             with threads(competitor.threads):
-                output = run.rows(run.call())
+                start = time.perf_counter()
+                found = run.call()
+                seconds = time.perf_counter() - start
+                output = run.rows(found)
             if x.case.device == "cuda":  # errors of a kernel surface only here
                 torch.cuda.synchronize()
             verdict = answer.judge(output)
@@ -229,11 +236,11 @@ class Runner:
             first_line = (str(error).strip().splitlines() or [""])[0]
             result.note = f"failed: {type(error).__name__}: {first_line[:150]}"
             result.ok = False if competitor.provider.ours else None
-            return None
+            return None, 0.0
         result.max_error, result.ok = verdict.max_error, verdict.ok
         if not verdict.ok:
             result.note = "WRONG: error beyond the tolerance, not timed"
-        return run if verdict.ok else None
+        return run if verdict.ok else None, 0.0 if x.case.device == "cuda" else seconds
 
     def _measurement(self, competitor: Competitor, run: Run, result: Result) -> Callable[[], float]:
         """Seconds of a call; the host's seconds go into the result."""
@@ -253,20 +260,27 @@ class Runner:
 
         return seconds
 
-    def _time(self, results: list[Result], group: Group, measure: dict) -> None:
+    def _time(
+        self, results: list[Result], group: Group, measure: dict, first: dict[int, float]
+    ) -> None:
         repeats = self._options.repeats
         least, most = (repeats, repeats) if repeats else (3, 5 if self._options.small else 30)
         ceiling: list[float] = []
-        first = group.competitors[0].case
-        kind = self._ceiling_kind(first)
+        any_case = group.competitors[0].case
+        kind = self._ceiling_kind(any_case)
 
         def read_ceiling() -> float:
-            ceiling.append(self.ceilings.sample(kind, first.dtype_name))
+            ceiling.append(self.ceilings.sample(kind, any_case.dtype_name))
             return 0.0
 
+        if repeats:
+            first = {}
+        once = self._slower_forms(group, first)
         # A ceiling drifts with the machine, so it is measured in turn with the providers.
-        times = interleave({**measure, -1: read_ceiling}, self._budget.group_left(), least, most)
+        turns = {i: call for i, call in measure.items() if i not in once} | {-1: read_ceiling}
+        times = interleave(turns, self._budget.group_left(), least, most, first)
         del times[-1]
+        times |= {i: [first[i]] for i in once}
         for i, values in times.items():
             case, result = group.competitors[i].case, results[i]
             seconds = statistics.median(values)
@@ -282,6 +296,20 @@ class Runner:
                 result.gb_per_s = rate / 1e9
             result.of_ceiling = rate / statistics.median(ceiling)
         self._add_speedups(results)
+
+    @staticmethod
+    def _slower_forms(group: Group, first: dict[int, float]) -> set[int]:
+        """Competitors with a faster form of the same peer, if the calls of all forms are long."""
+        forms: dict[str, list[int]] = {}
+        for i, competitor in enumerate(group.competitors):
+            if competitor.provider.form_of and first.get(i):
+                forms.setdefault(competitor.provider.form_of, []).append(i)
+        slower = set()
+        for found in forms.values():
+            fastest = min(found, key=lambda i: first[i])
+            if first[fastest] >= LONG:
+                slower |= set(found) - {fastest}
+        return slower
 
     def _ceiling_kind(self, case: Case) -> str:
         if case.name == "rope_append":

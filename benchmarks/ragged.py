@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, g: Geometry, case: str, dtype: str) -> 
     ceilings.read()
     call, ways = {"forks": forks, "step": step}[case](g, dtype, options.small)
     same = call.as_alone()
-    clock = Clock("cpu", ceilings.buffer)
+    clock = Clock("cpu", ceilings.evict)
     names = [(name, i) for name, calls in ways.items() for i in range(len(calls))]
     times = {
         n: partial(clock.seconds, ways[name][i], cold=True) for n, (name, i) in enumerate(names)

@@ -70,7 +70,7 @@ def main_cases(options: argparse.Namespace, g: Geometry, dtype: str) -> list[Cas
     layout = ChunkLayout(g.window, options.alpha, options.chunks, options.order)
     common = (dtype, options.device)
     longest = g.caches[-1]
-    caches = g.caches
+    caches = g.caches if options.device == "cuda" else g.cpu_caches
     if options.cache:
         caches = tuple(int(n) for n in options.cache.split(","))
     cases = [Case("chunk", g, cache, 1, *common, layout=layout) for cache in caches]

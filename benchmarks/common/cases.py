@@ -24,13 +24,16 @@ class Geometry:
     window: int = 1440
     page_size: int = 64  # a GPU's: `VstCache`'s own 128, which TMA can follow
     caches: tuple[int, ...] = (0, 1620, 8100, 20250)
+    cpu_caches: tuple[int, ...] = (0, 1620, 20250)  # a CPU needs half a minute for each long one
     tail_rows: int = 64
     decode_batches: tuple[int, ...] = (1, 4)
 
     @staticmethod
     def small() -> Geometry:
         """For smoke tests: everything runs, no number means anything."""
-        return Geometry(14, 2, 32, 48, 16, caches=(0, 54, 130), tail_rows=8)
+        return Geometry(
+            14, 2, 32, 48, 16, caches=(0, 54, 130), cpu_caches=(0, 54, 130), tail_rows=8
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ gradients it is `4 * eps(float32)` times their sums of absolute terms.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +90,11 @@ def _attend(
     mask: torch.Tensor,
     dtype: torch.dtype,
     storage: torch.dtype,
+    rotate: Callable[[torch.Tensor], torch.Tensor] = lambda k: k,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense softmax attention in `dtype`, its weights and result rounded to `storage`, and what
-    float32 sums may cost in each row, `(batch, rows)`. One KV head at a time, to bound the
-    scores."""
+    float32 sums may cost in each row, `(batch, rows)`. One KV head at a time, to bound the memory;
+    `rotate` turns its keys, `(1, keys, 1, head_dim)`."""
     batch, rows, heads, head_dim = q.shape
     group = heads // k.shape[2]
     out = torch.empty(q.shape, dtype=storage, device=q.device)
@@ -101,7 +103,8 @@ def _attend(
         for h in range(k.shape[2]):
             packed = slice(h * group, (h + 1) * group)
             queries = q[b, :, packed].to(dtype).reshape(rows * group, head_dim)
-            scores = queries @ k[b, :, h].to(dtype).T / math.sqrt(head_dim)
+            keys = rotate(k[b : b + 1, :, h : h + 1])[0, :, 0].to(dtype)
+            scores = (queries @ keys.T).div_(math.sqrt(head_dim))
             scores = scores.view(rows, group, -1).masked_fill_(~mask[:, None], -math.inf)
             # Not divided by the sum yet: small weights would be subnormal in float16.
             largest = scores.amax(-1, keepdim=True)
@@ -141,17 +144,25 @@ def attention_answer(inputs: Inputs, with_rope: bool) -> Answer:
     mask = case.mask()[rows]
     v = torch.cat([inputs.v_seen, inputs.v], dim=1)
     if not with_rope:
-        q = q_plain = inputs.q_rotated[:, rows]
-        k = k_plain = torch.cat([inputs.k_seen, inputs.k_rotated], dim=1)
-    else:
-        at, turn = case.positions(), inputs.inv_freq
-        kept = inputs.with_earlier_vsts(inputs.k_kept, inputs.k)
-        places = torch.cat([torch.arange(kept.shape[1], device=at.device), at])
-        q, k = inputs.q[:, rows], torch.cat([kept, inputs.k], dim=1)
-        q_plain, k_plain = _rotate_plain(q, at[rows], turn), _rotate_plain(k, places, turn)
-        q, k = _rotate64(q, at[rows], turn), _rotate64(k, places, turn)
-    plain, _ = _attend(q_plain, k_plain, v, mask, torch.float32, case.dtype)
-    exact, sums = _attend(q, k, v, mask, torch.float64, torch.float64)
+        q, k = inputs.q_rotated[:, rows], torch.cat([inputs.k_seen, inputs.k_rotated], dim=1)
+        plain, _ = _attend(q, k, v, mask, torch.float32, case.dtype)
+        exact, sums = _attend(q, k, v, mask, torch.float64, torch.float64)
+        return Answer(rows, exact, plain, sums)
+
+    at = case.positions()
+    kept = inputs.with_earlier_vsts(inputs.k_kept, inputs.k)
+    places = torch.cat([torch.arange(kept.shape[1], device=at.device), at])
+    q, k = inputs.q[:, rows], torch.cat([kept, inputs.k], dim=1)
+
+    def attend(rotate, dtype: torch.dtype, storage: torch.dtype):
+        def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return rotate(x, positions, inputs.inv_freq)
+
+        queries = turned(q, at[rows])
+        return _attend(queries, k, v, mask, dtype, storage, lambda x: turned(x, places))
+
+    plain, _ = attend(_rotate_plain, torch.float32, case.dtype)
+    exact, sums = attend(_rotate64, torch.float64, torch.float64)
     return Answer(rows, exact, plain, sums)
 
 

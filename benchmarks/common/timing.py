@@ -6,15 +6,17 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Budget", "Clock", "interleave", "spread", "threads"]
+__all__ = ["LONG", "Budget", "Clock", "interleave", "spread", "threads"]
 
 Call = Callable[[], object]
 _ENOUGH_SECONDS = 0.6
+LONG, _VERY_LONG = 0.25, 1.0  # seconds of a call: its first one counts; two readings are enough
+_AGREES = 0.05
 _FIRST_CYCLES, _MAX_CYCLES = 1 << 20, 1 << 26  # of a GPU that waits: 0.6 ms and 40 ms at 1.7 GHz
 
 
@@ -75,26 +77,41 @@ def interleave(
     seconds: float,
     least: int,
     most: int,
+    first: Mapping[int, float] | None = None,
 ) -> dict[int, list[float]]:
     """Seconds of each competitor, repeated in turns, so drift of the machine affects all alike.
 
-    All take part in the first `least` rounds; each round starts with another one. Later rounds
-    continue with those that have used less than an even share of `seconds`, or have too few
-    repeats for a reliable median.
+    Each round starts with another one. Every competitor repeats until it has `least` readings, or
+    two of a call of a second or more. Later rounds continue with those that have used less than an
+    even share of `seconds`, or have too few repeats for a reliable median.
+
+    first: seconds of a call before. It counts as a reading if it was long enough for what a first
+    call pays once to vanish in it, and if the next call agrees.
     """
+    first = first or {}
     times: dict[int, list[float]] = {name: [] for name in measure}
     used = dict.fromkeys(measure, 0.0)
     part = max(seconds / max(1, len(measure)), _ENOUGH_SECONDS)
     order = list(measure)
+
+    def goes_on(name: int, rounds: int) -> bool:
+        found = times[name]
+        enough = min(least, 2) if found and min(found) >= _VERY_LONG else least
+        return len(found) < enough or used[name] * (1 + 1 / rounds) < part
+
     for i in range(most):
         order = order[1:] + order[:1]
-        running = [n for n in order if i < least or used[n] + used[n] / i < part]
+        running = [n for n in order if i == 0 or goes_on(n, i)]
         if not running:
             break
         for name in running:
             start = time.perf_counter()
-            times[name].append(measure[name]())
+            value = measure[name]()
             used[name] += time.perf_counter() - start
+            times[name].append(value)
+            earlier = first.get(name, 0.0)
+            if i == 0 and earlier >= LONG and abs(earlier / value - 1) <= _AGREES:
+                times[name].append(earlier)
     return times
 
 

@@ -224,7 +224,7 @@ def test_a_late_error_is_the_providers(monkeypatch, where, ours):
     x = SimpleNamespace(case=SimpleNamespace(device="cuda"))
     result = Result("chunk", "a", "bf16", 0, 1)
     competitor = SimpleNamespace(provider=provider, threads=None)
-    assert attn.Runner._checked(competitor, x, answer, result) is None
+    assert attn.Runner._checked(competitor, x, answer, result) == (None, 0.0)
     assert result.note == f"failed: RuntimeError: in the {where}"
     assert result.ok is (False if ours else None)
 
