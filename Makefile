@@ -54,7 +54,7 @@ build/peers-venv/.installed: $(STAMP)
 	@touch $@
 
 bench-peers: build/peers-venv/.installed
-	build/peers-venv/bin/python benchmarks/attn.py --cache 0,1620,8100,20250 $(ARGS)
+	build/peers-venv/bin/python benchmarks/attn.py --cache all $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -8,8 +8,8 @@ One layer of Qwen2-7B's attention, one call at a time: `chunk` (a window with it
 instead.
 
 Every result is checked against float64 in the same run. A wrong result gets no time; if it is one
-of ours, the exit status is 1. All providers are repeated in turns, and the ceilings of the machine
-are measured between the cases.
+of ours, the exit status is 1. All providers are repeated in turns, and so is the ceiling of the
+machine that bounds the case.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from benchmarks.common.report import (
     table,
 )
 from benchmarks.common.run import Run
-from benchmarks.common.timing import LONG, Budget, Clock, interleave, spread, threads
+from benchmarks.common.timing import Budget, Clock, interleave, spread, threads
 from benchmarks.peers.registry import PROVIDERS, ROPE_APPEND, Provider
 
 # -- options -----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--provider", action="append", help=f"of {', '.join(PROVIDERS)}; repeatable")
     add("--backward", action="store_true", help="the case backward, and no other")
     add("--all", action="store_true", help="also the providers that compile first (flex)")
-    add("--cache", help="other cache lengths for chunk, comma-separated (docs: 0,1620,8100,20250)")
+    add("--cache", help="cache lengths for chunk, comma-separated, or all: 8100 too on a CPU")
     add(
         "--dtype",
         action="append",
@@ -220,8 +220,8 @@ class Runner:
     def _checked(
         competitor: Competitor, x: Inputs, answer: Answer, result: Result
     ) -> tuple[Run | None, float]:
-        """The run, if its first call is right, and the seconds of that call on a CPU (0 on a GPU).
-        A peer that cannot run here is not a failure."""
+        """The run, if its first call is right, and the seconds of that call; 0 where they say
+        nothing about the next. A peer that cannot run here is not a failure."""
         try:
             run = competitor.provider.prepare(x)
             with threads(competitor.threads):
@@ -240,13 +240,19 @@ class Runner:
         result.max_error, result.ok = verdict.max_error, verdict.ok
         if not verdict.ok:
             result.note = "WRONG: error beyond the tolerance, not timed"
-        return run if verdict.ok else None, 0.0 if x.case.device == "cuda" else seconds
+            return None, 0.0
+        # A GPU's call is queued only, and one that starts with a cold cache was not cold.
+        return run, 0.0 if x.case.device == "cuda" or Runner._starts_cold(x.case) else seconds
+
+    @staticmethod
+    def _starts_cold(case: Case) -> bool:
+        return case.is_decode or case.name == "rope_append"
 
     def _measurement(self, competitor: Competitor, run: Run, result: Result) -> Callable[[], float]:
         """Seconds of a call; the host's seconds go into the result."""
         case, clock = competitor.case, self._clock
         host: list[float] = []
-        cold = case.is_decode or case.name == "rope_append"
+        cold = self._starts_cold(case)
 
         def seconds() -> float:
             with threads(competitor.threads):
@@ -273,14 +279,11 @@ class Runner:
             ceiling.append(self.ceilings.sample(kind, any_case.dtype_name))
             return 0.0
 
-        if repeats:
-            first = {}
-        once = self._slower_forms(group, first)
         # A ceiling drifts with the machine, so it is measured in turn with the providers.
-        turns = {i: call for i, call in measure.items() if i not in once} | {-1: read_ceiling}
-        times = interleave(turns, self._budget.group_left(), least, most, first)
+        turns = {**measure, -1: read_ceiling}
+        seconds = self._budget.group_left()
+        times = interleave(turns, seconds, least, most, None if repeats else first)
         del times[-1]
-        times |= {i: [first[i]] for i in once}
         for i, values in times.items():
             case, result = group.competitors[i].case, results[i]
             seconds = statistics.median(values)
@@ -296,20 +299,6 @@ class Runner:
                 result.gb_per_s = rate / 1e9
             result.of_ceiling = rate / statistics.median(ceiling)
         self._add_speedups(results)
-
-    @staticmethod
-    def _slower_forms(group: Group, first: dict[int, float]) -> set[int]:
-        """Competitors with a faster form of the same peer, if the calls of all forms are long."""
-        forms: dict[str, list[int]] = {}
-        for i, competitor in enumerate(group.competitors):
-            if competitor.provider.form_of and first.get(i):
-                forms.setdefault(competitor.provider.form_of, []).append(i)
-        slower = set()
-        for found in forms.values():
-            fastest = min(found, key=lambda i: first[i])
-            if first[fastest] >= LONG:
-                slower |= set(found) - {fastest}
-        return slower
 
     def _ceiling_kind(self, case: Case) -> str:
         if case.name == "rope_append":

@@ -48,12 +48,12 @@ class Group:
 
     @property
     def weight(self) -> float:
-        """Guessed seconds: the ceilings, the float64 answer, and for each competitor a checked
-        call and three repeats."""
+        """Guessed seconds: the float64 answer, and for each competitor a checked call and two or
+        three repeats."""
         cases = [e.case for e in self.competitors]
         answer = max(c.flops * min(1.0, ROWS_CHECKED / c.rows) for c in cases) / 4e9
-        calls = sum(4 * (c.flops / SPEED_GUESS + c.kv_bytes / 1e9) for c in cases)
-        return 2.0 + answer + calls
+        calls = sum(3 * (c.flops / SPEED_GUESS + c.kv_bytes / 1e9) for c in cases)
+        return 1.0 + answer + calls
 
 
 def backward_chunks(options: argparse.Namespace) -> int:
@@ -71,7 +71,9 @@ def main_cases(options: argparse.Namespace, g: Geometry, dtype: str) -> list[Cas
     common = (dtype, options.device)
     longest = g.caches[-1]
     caches = g.caches if options.device == "cuda" else g.cpu_caches
-    if options.cache:
+    if options.cache == "all":
+        caches = g.caches
+    elif options.cache:
         caches = tuple(int(n) for n in options.cache.split(","))
     cases = [Case("chunk", g, cache, 1, *common, layout=layout) for cache in caches]
     if options.device == "cuda" or "chunk_c4" in (options.case or ()):

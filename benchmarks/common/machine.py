@@ -110,10 +110,11 @@ class Ceilings:
     def __init__(self, device: str, dtypes: Sequence[str], small: bool) -> None:
         self._readings: dict[str, list[float]] = {}
         least = 16 * _MIB if small else 256 * _MIB
-        size = least if small else max(least, min(1024 * _MIB, 8 * _last_level_bytes()))
-        # Far larger than the last-level cache. Reading the part `evict` empties that cache.
+        last = _last_level_bytes()
+        size = least if small else max(least, 4 * last, min(1024 * _MIB, 8 * last))
+        # Four times the last-level cache or more. Reading the part `evict` empties that cache.
         self.buffer = torch.ones(size // 4, device=device)
-        self.evict = self.buffer[: max(least, 2 * _last_level_bytes()) // 4]
+        self.evict = self.buffer[: max(least, 2 * last) // 4]
         self._copy = torch.empty_like(self.buffer)
         self._clock = Clock(device, torch.empty(0, device=device))
         make = _cuda_products if device == "cuda" else _cpu_products

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["LONG", "Budget", "Clock", "interleave", "spread", "threads"]
+__all__ = ["Budget", "Clock", "interleave", "spread", "threads"]
 
 Call = Callable[[], object]
 _ENOUGH_SECONDS = 0.6
-LONG, _VERY_LONG = 0.25, 1.0  # seconds of a call: its first one counts; two readings are enough
-_AGREES = 0.05
+# A call of so many seconds lets what a first call pays once vanish, if it is about as fast as the
+# next one.
+_FIRST_COUNTS, _ABOUT = 0.25, 0.25
+# A call of so many seconds needs no third reading, if two are as close as this.
+_TWO_SUFFICE, _CLOSE = 1.0, 0.05
 _FIRST_CYCLES, _MAX_CYCLES = 1 << 20, 1 << 26  # of a GPU that waits: 0.6 ms and 40 ms at 1.7 GHz
 
 
@@ -81,36 +84,37 @@ def interleave(
 ) -> dict[int, list[float]]:
     """Seconds of each competitor, repeated in turns, so drift of the machine affects all alike.
 
-    Each round starts with another one. Every competitor repeats until it has `least` readings, or
-    two of a call of a second or more. Later rounds continue with those that have used less than an
-    even share of `seconds`, or have too few repeats for a reliable median.
+    All take part in the first `least` rounds; each round starts with another one. Later rounds
+    continue with those that have used less than an even share of `seconds`, or have too few
+    repeats for a reliable median. A competitor with a negative name goes on as long as others do.
 
-    first: seconds of a call before. It counts as a reading if it was long enough for what a first
-    call pays once to vanish in it, and if the next call agrees.
+    first: with it, fewer readings of long calls are enough. It has the seconds of an earlier call
+    of a competitor, which counts if it took 0.25 seconds and at most a quarter more or less than
+    the next. Of a call of a second, two readings within 5 % are enough.
     """
-    first = first or {}
     times: dict[int, list[float]] = {name: [] for name in measure}
     used = dict.fromkeys(measure, 0.0)
     part = max(seconds / max(1, len(measure)), _ENOUGH_SECONDS)
     order = list(measure)
 
-    def goes_on(name: int, rounds: int) -> bool:
+    def has_enough(name: int) -> bool:
         found = times[name]
-        enough = min(least, 2) if found and min(found) >= _VERY_LONG else least
-        return len(found) < enough or used[name] * (1 + 1 / rounds) < part
+        if first is not None and len(found) == 2 and min(found) >= _TWO_SUFFICE:
+            return max(found) / min(found) <= 1 + _CLOSE
+        return len(found) >= least
 
     for i in range(most):
         order = order[1:] + order[:1]
-        running = [n for n in order if i == 0 or goes_on(n, i)]
-        if not running:
+        running = [n for n in order if not has_enough(n) or used[n] + used[n] / i < part]
+        if all(name < 0 for name in running):
             break
         for name in running:
             start = time.perf_counter()
             value = measure[name]()
             used[name] += time.perf_counter() - start
             times[name].append(value)
-            earlier = first.get(name, 0.0)
-            if i == 0 and earlier >= LONG and abs(earlier / value - 1) <= _AGREES:
+            earlier = (first or {}).get(name, 0.0) if i == 0 else 0.0
+            if earlier >= _FIRST_COUNTS and abs(earlier / value - 1) <= _ABOUT:
                 times[name].append(earlier)
     return times
 

@@ -29,8 +29,7 @@ __all__ = ["BACKWARD", "PROVIDERS", "ROPE_APPEND", "Provider"]
 @dataclass(frozen=True)
 class Provider:
     """`ours` marks this package's providers; the others are peers. `with_rope` providers also time
-    the rotation, ours the append too; they are compared only with one another. Providers with one
-    `form_of` are forms of one peer: of long calls only the fastest form is repeated."""
+    the rotation, ours the append too; they are compared only with one another."""
 
     name: str
     prepare: Callable[[Inputs], Run]
@@ -39,7 +38,6 @@ class Provider:
     ours: bool = False
     with_rope: bool = False
     only_if_asked: bool = False
-    form_of: str = ""
     unsupported: Callable[[Case], str | None] = lambda case: None
 
 
@@ -255,18 +253,8 @@ _ALL = (
         ours=True,
         unsupported=_triton_unsupported,
     ),
-    Provider(
-        "sdpa_bool",
-        lambda x: _sdpa(x, "bool", enable_gqa=True),
-        ("chunk", "tail"),
-        form_of="sdpa with a mask",
-    ),
-    Provider(
-        "sdpa_float",
-        lambda x: _sdpa(x, "float"),
-        ("chunk", "tail"),
-        form_of="sdpa with a mask",
-    ),
+    Provider("sdpa_bool", lambda x: _sdpa(x, "bool", enable_gqa=True), ("chunk", "tail")),
+    Provider("sdpa_float", lambda x: _sdpa(x, "float"), ("chunk", "tail")),
     Provider(
         "sdpa_causal",
         lambda x: _sdpa(x, "causal", enable_gqa=True),
@@ -308,18 +296,8 @@ BACKWARD = {
             ours=True,
             unsupported=_triton_unsupported,
         ),
-        Provider(
-            "sdpa_bool",
-            lambda x: sdpa_backward(x, "bool"),
-            ("backward",),
-            form_of="sdpa with a mask",
-        ),
-        Provider(
-            "sdpa_float",
-            lambda x: sdpa_backward(x, "float"),
-            ("backward",),
-            form_of="sdpa with a mask",
-        ),
+        Provider("sdpa_bool", lambda x: sdpa_backward(x, "bool"), ("backward",)),
+        Provider("sdpa_float", lambda x: sdpa_backward(x, "float"), ("backward",)),
     )
 }
 

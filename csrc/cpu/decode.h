@@ -175,13 +175,14 @@ struct FloatNarrow {
     const float* words[kNarrowKeys];
     each_k_rows(block, [&](int64_t c, int64_t h, const T** rows, Ahead& ahead) {
       const float* const q = x.q + h * dims * x.padded;
-      if (std::is_same_v<T, Bf16> && dims % 2 == 0 && part % 2 == 0 &&
-          few_rows_fit(x.lanes, dims / 2, part / 2)) {
-        for (int64_t i = 0; i < kNarrowKeys; ++i) {
-          words[i] = reinterpret_cast<const float*>(rows[i]);
+      if constexpr (std::is_same_v<T, Bf16>) {
+        if (dims % 2 == 0 && part % 2 == 0 && few_rows_fit(x.lanes, dims / 2, part / 2)) {
+          for (int64_t i = 0; i < kNarrowKeys; ++i) {
+            words[i] = reinterpret_cast<const float*>(rows[i]);
+          }
+          few_row_scores<TwoBf16Word>(x.lanes, words, q, dims / 2, part / 2, x.scores(h, c), ahead);
+          return;
         }
-        few_row_scores<TwoBf16Word>(x.lanes, words, q, dims / 2, part / 2, x.scores(h, c), ahead);
-        return;
       }
       for (int64_t i = 0; i < kNarrowKeys; ++i) {
         if constexpr (std::is_same_v<T, float>) {
@@ -195,7 +196,7 @@ struct FloatNarrow {
         few_row_scores<FloatWord>(x.lanes, words, q, dims, part, x.scores(h, c), ahead);
         return;
       }
-      for (int64_t i = 0; i < kNarrowKeys; i += kScoreKeys) {
+      for (int64_t i = 0; i < min_(kNarrowKeys, block.count - c); i += kScoreKeys) {
         narrow_scores<NV>(words + i, q, dims, x.scores(h, c + i), ahead);
       }
     });

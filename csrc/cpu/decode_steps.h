@@ -22,18 +22,17 @@ constexpr int64_t kNarrowKeys = kLanes == 16 ? 16 : 8;
 constexpr int64_t kScoreKeys = 8;                  // keys whose scores stay in registers
 constexpr int kNarrowDims = kLanes == 16 ? 2 : 1;  // vectors of dimensions with 8 rows of sums
 
-// Rows that the steps to come will read, kNarrowKeys at most. A step prefetches them bit by bit
-// between its products: with all at once, its own loads wait until the lines have arrived.
+// Rows that the steps to come will read, kNarrowKeys at most. A step prefetches them two lines
+// at a time between its products: with all at once, its own loads wait until the lines have arrived.
 struct Ahead {
   const char* rows[kNarrowKeys];
   int64_t count = 0, bytes = 0, row = 0, at = 0;
 
-  // Prefetches two lines. The second may belong to the next row.
   VXL_INLINE void two_lines() {
     if (row >= count) return;
     const char* const from = rows[row] + at;
     __builtin_prefetch(from, 0, 2);
-    __builtin_prefetch(from + 64, 0, 2);
+    __builtin_prefetch(from + 64, 0, 2);  // or the first one of the next row
     at += 128;
     if (at < bytes) return;
     at = 0;
@@ -100,6 +99,7 @@ struct TwoBf16Word {
 };
 
 constexpr int64_t kFewRows = kLanes == 16 ? 8 : 0;  // 0: the unit has no use for few_row_scores
+static_assert(kFewRows == 0 || kNarrowKeys == kLanes, "a step's keys fill the lanes");
 
 // Whether few_row_scores takes so many query rows and words of K, and sums of `part` words.
 VXL_INLINE bool few_rows_fit(int64_t rows, int64_t words, int64_t part) {
@@ -117,10 +117,11 @@ VXL_NOINLINE void few_row_scores(const float* const* k, const float* q, int64_t 
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[r] = Vec{};
     for (const int64_t end = min_(w + part, words); w < end; w += 4) {
-      asm volatile("" : : : "memory");  // the rows' addresses do not fit into registers
+      // Has the compiler read the rows' addresses again: they do not fit into its registers.
+      asm volatile("" : : : "memory");
       Vec x[4];
       four_columns(k, w, x);
-      ahead.two_lines();  // kLanes words are a line, so there are as many lines as words
+      ahead.two_lines();  // kLanes rows of `words` words are `words` lines
       ahead.two_lines();
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {

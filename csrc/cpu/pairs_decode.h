@@ -160,7 +160,7 @@ struct PairNarrow {
         few_row_scores<PairWord>(x.lanes, words, q, x.q_dims, x.q_dims, x.scores(h, c), ahead);
         return;
       }
-      for (int64_t i = 0; i < kNarrowKeys; i += kScoreKeys) {
+      for (int64_t i = 0; i < min_(kNarrowKeys, block.count - c); i += kScoreKeys) {
         narrow_pair_scores<NV>(rows + i, reinterpret_cast<const Pair*>(q), x.q_dims,
                                x.scores(h, c + i), ahead);
       }

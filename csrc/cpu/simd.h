@@ -134,10 +134,24 @@ VXL_INLINE Vec sum_each(Vec* rows) {
   return rows[0];
 }
 
+#if defined(__AVX512F__)
+// Transposes the four words in each 128 bits of four vectors.
+VXL_INLINE void transpose_fours(const __m512 (&y)[4], __m512 (&x)[4]) {
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]));
+  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1]));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]));
+  x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+  x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+  x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+}
+#endif
+
 // x[j] gets word `at + j` of each of kLanes rows, a row in each lane.
 VXL_INLINE void four_columns(const float* const* rows, int64_t at, Vec (&x)[4]) {
 #if defined(__AVX512F__)
-  // Inserts from memory run where a shuffle cannot, beside the products.
+  // On Intel's processors, an insert from memory can use either vector port, a shuffle only one.
   __m512 y[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -146,33 +160,25 @@ VXL_INLINE void four_columns(const float* const* rows, int64_t at, Vec (&x)[4]) 
     y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps(rows[8 + i] + at), 2);
     y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps(rows[12 + i] + at), 3);
   }
-  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]));
-  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]));
-  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1]));
-  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]));
-  x[0] = (Vec)_mm512_unpacklo_pd(a, b);
-  x[1] = (Vec)_mm512_unpackhi_pd(a, b);
-  x[2] = (Vec)_mm512_unpacklo_pd(c, d);
-  x[3] = (Vec)_mm512_unpackhi_pd(c, d);
+  __m512 z[4];
+  transpose_fours(y, z);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) x[j] = (Vec)z[j];
 #else
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < 4; ++j) x[j][i] = rows[i][at + j];
 #endif
 }
 
-// Transposes eight vectors: row i of to[kLanes][kLanes] gets lane i of each, then zeros.
+// Transposes up to eight vectors: row i of to[kLanes][kLanes] gets lane i of each, then zeros.
 VXL_INLINE void store_columns(const Vec (&x)[8], float* to) {
 #if defined(__AVX512F__)
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
-    const __m512 *y = reinterpret_cast<const __m512*>(x + 4 * h);
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]));
-    const __m512 z[4] = {
-        _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
-        _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d))};
+    const __m512 y[4] = {(__m512)x[4 * h], (__m512)x[4 * h + 1], (__m512)x[4 * h + 2],
+                         (__m512)x[4 * h + 3]};
+    __m512 z[4];
+    transpose_fours(y, z);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       float* const at = to + i * kLanes + 4 * h;
@@ -186,7 +192,7 @@ VXL_INLINE void store_columns(const Vec (&x)[8], float* to) {
   for (int i = 0; i < kLanes; ++i) _mm256_storeu_ps(to + i * kLanes + 8, _mm256_setzero_ps());
 #else
   for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = j < 8 ? x[j][i] : 0.0f;
+    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = j < 8 ? x[j % 8][i] : 0.0f;
 #endif
 }
 

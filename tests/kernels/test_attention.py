@@ -100,7 +100,8 @@ BATCHES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(28, 4, 128), (8, 1, 33), (16, 2, 256)]
+    ("heads", "kv_heads", "head_dim"),
+    [(28, 4, 128), (8, 1, 33), (16, 2, 256), (4, 1, 80), (2, 1, 48), (1, 1, 72), (6, 1, 64)],
 )
 @pytest.mark.parametrize("cached", [1, 127, 300, 2049])
 def test_few_rows_have_the_bits_that_they_have_among_many(dtype, heads, kv_heads, head_dim, cached):
