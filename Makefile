@@ -71,7 +71,7 @@ test: $(STAMP)
 # The tests of the installed release, from the package index. Without them one line says why.
 transformers-tests: $(STAMP)
 	$(BIN)/python tests/transformers_suite/fetch.py
-	$(BIN)/python -m pytest -rs tests/transformers_suite $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/transformers_suite $(ARGS)
 
 # All four targets take some five minutes on two cores; ARGS="--target cuda:90" takes one.
 gpu-static: $(STAMP)
@@ -308,7 +308,7 @@ $(SERVE)/.installed: $(STAMP)
 	@touch $@
 
 serve-check: $(SERVE)/.installed
-	$(SERVE)/bin/python -m pytest tests/serve --ignore=tests/serve/test_vllm.py \
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/serve --ignore=tests/serve/test_vllm.py \
 	  --ignore=tests/serve/test_vllm_http.py $(ARGS)
 
 # lmms-eval, with what its simple models and these tasks import: all that it names is 5 GB, another
@@ -325,7 +325,7 @@ $(LMMS)/.installed: $(STAMP)
 	@touch $@
 
 lmms-eval-check: $(LMMS)/.installed
-	$(LMMS)/bin/python -m pytest tests/eval/test_lmms.py tests/train/test_mix.py $(ARGS)
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/eval/test_lmms.py tests/train/test_mix.py $(ARGS)
 
 # Once before a release, on a machine with nvcc 13.0. Triton 3.6's interpreter cannot read the
 # arrays of numpy 2.4 and later.

@@ -86,7 +86,7 @@ def interleave(
 
     All take part in the first `least` rounds; each round starts with another one. Later rounds
     continue with those that have used less than an even share of `seconds`, or have too few
-    repeats for a reliable median. A competitor with a negative name goes on as long as others do.
+    repeats for a reliable median. One with a negative name is not repeated alone after `least`.
 
     first: with it, fewer readings of long calls are enough. It has the seconds of an earlier call
     of a competitor, which counts if it took 0.25 seconds and at most a quarter more or less than
@@ -106,7 +106,7 @@ def interleave(
     for i in range(most):
         order = order[1:] + order[:1]
         running = [n for n in order if not has_enough(n) or used[n] + used[n] / i < part]
-        if all(name < 0 for name in running):
+        if all(name < 0 and len(times[name]) >= least for name in running):
             break
         for name in running:
             start = time.perf_counter()

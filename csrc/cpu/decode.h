@@ -171,10 +171,12 @@ struct FloatNarrow {
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
                          const NarrowState& x) {
-    const int64_t dims = p.head_dim, part = score_part(dims);
+    const int64_t dims = p.head_dim;
+    [[maybe_unused]] const int64_t part = score_part(dims);
     const float* words[kNarrowKeys];
     each_k_rows(block, [&](int64_t c, int64_t h, const T** rows, Ahead& ahead) {
       const float* const q = x.q + h * dims * x.padded;
+#if defined(__AVX512F__)
       if constexpr (std::is_same_v<T, Bf16>) {
         if (dims % 2 == 0 && part % 2 == 0 && few_rows_fit(x.lanes, dims / 2, part / 2)) {
           for (int64_t i = 0; i < kNarrowKeys; ++i) {
@@ -184,6 +186,7 @@ struct FloatNarrow {
           return;
         }
       }
+#endif
       for (int64_t i = 0; i < kNarrowKeys; ++i) {
         if constexpr (std::is_same_v<T, float>) {
           words[i] = rows[i];
@@ -192,10 +195,12 @@ struct FloatNarrow {
           load_row(rows[i], x.staged + i * x.dims, dims);
         }
       }
+#if defined(__AVX512F__)
       if (few_rows_fit(x.lanes, dims, part)) {
         few_row_scores<FloatWord>(x.lanes, words, q, dims, part, x.scores(h, c), ahead);
         return;
       }
+#endif
       for (int64_t i = 0; i < min_(kNarrowKeys, block.count - c); i += kScoreKeys) {
         narrow_scores<NV>(words + i, q, dims, x.scores(h, c + i), ahead);
       }

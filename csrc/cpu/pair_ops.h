@@ -111,7 +111,6 @@ VXL_INLINE PairVec load_pairs(const void* p) {
 }
 VXL_INLINE void store_pairs(Pair* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
 VXL_INLINE PairVec splat_pair(Pair x) { return vreinterpretq_bf16_u32(vdupq_n_u32(x)); }
-VXL_INLINE PairVec pairs_of(Vec words) { return vreinterpretq_bf16_f32((float32x4_t)words); }
 
 VXL_INLINE Vec add_products(Vec sum, PairVec a, PairVec b) {
   return (Vec)vbfdotq_f32((float32x4_t)sum, a, b);

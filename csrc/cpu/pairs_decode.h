@@ -39,6 +39,7 @@ VXL_NOINLINE void narrow_pair_scores(const Bf16* const* k, const Pair* q, int64_
     for (int j = 0; j < NV; ++j) store(s + (i * NV + j) * kLanes, acc[i][j]);
 }
 
+#if defined(__AVX512F__)
 // For few_row_scores.
 struct PairWord {
   static constexpr int64_t kRows = 1;
@@ -50,6 +51,7 @@ struct PairWord {
     }
   }
 };
+#endif
 
 // sum[R][dims] += P^T V over n pairs of keys. p is [n][stride]. v: 2 n rows. `make_pairs` works
 // within 128 bits: in a sum, four dimensions of each eight are in the first vector of kSumDims and
@@ -152,6 +154,7 @@ struct PairNarrow {
         }
       }
       const float* const q = x.q + h * x.q_dims * x.padded;
+#if defined(__AVX512F__)
       if (few_rows_fit(x.lanes, x.q_dims, x.q_dims)) {
         const float* words[kNarrowKeys];
         for (int64_t i = 0; i < kNarrowKeys; ++i) {
@@ -160,6 +163,7 @@ struct PairNarrow {
         few_row_scores<PairWord>(x.lanes, words, q, x.q_dims, x.q_dims, x.scores(h, c), ahead);
         return;
       }
+#endif
       for (int64_t i = 0; i < min_(kNarrowKeys, block.count - c); i += kScoreKeys) {
         narrow_pair_scores<NV>(rows + i, reinterpret_cast<const Pair*>(q), x.q_dims,
                                x.scores(h, c + i), ahead);

@@ -146,11 +146,9 @@ VXL_INLINE void transpose_fours(const __m512 (&y)[4], __m512 (&x)[4]) {
   x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
   x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
 }
-#endif
 
 // x[j] gets word `at + j` of each of kLanes rows, a row in each lane.
 VXL_INLINE void four_columns(const float* const* rows, int64_t at, Vec (&x)[4]) {
-#if defined(__AVX512F__)
   // On Intel's processors, an insert from memory can use either vector port, a shuffle only one.
   __m512 y[4];
 #pragma GCC unroll 4
@@ -164,15 +162,10 @@ VXL_INLINE void four_columns(const float* const* rows, int64_t at, Vec (&x)[4]) 
   transpose_fours(y, z);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) x[j] = (Vec)z[j];
-#else
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < 4; ++j) x[j][i] = rows[i][at + j];
-#endif
 }
 
-// Transposes up to eight vectors: row i of to[kLanes][kLanes] gets lane i of each, then zeros.
+// Transposes eight vectors: row i of to[kLanes][kLanes] gets lane i of each, then zeros.
 VXL_INLINE void store_columns(const Vec (&x)[8], float* to) {
-#if defined(__AVX512F__)
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
     const __m512 y[4] = {(__m512)x[4 * h], (__m512)x[4 * h + 1], (__m512)x[4 * h + 2],
@@ -190,11 +183,8 @@ VXL_INLINE void store_columns(const Vec (&x)[8], float* to) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) _mm256_storeu_ps(to + i * kLanes + 8, _mm256_setzero_ps());
-#else
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = j < 8 ? x[j % 8][i] : 0.0f;
-#endif
 }
+#endif
 
 // ---- storage types ---------------------------------------------------------------
 
@@ -236,10 +226,6 @@ VXL_INLINE Vec load_as_float(const Bf16* p) {
   const HVec h = *reinterpret_cast<const HVecU*>(p);
   return (Vec)(__builtin_convertvector(h, IVec) << 16);
 }
-// Of a vector of two bf16 each: the first ones as floats, and the second ones.
-VXL_INLINE Vec even_of(Vec pairs) { return (Vec)((IVec)pairs << 16); }
-VXL_INLINE Vec odd_of(Vec pairs) { return (Vec)((IVec)pairs & isplat(int32_t(0xffff0000u))); }
-
 VXL_INLINE Vec load_as_float(const F16* p) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -251,6 +237,10 @@ VXL_INLINE Vec load_as_float(const F16* p) {
   return v;
 #endif
 }
+
+// Of a vector of two bf16 each: the first ones as floats, and the second ones.
+VXL_INLINE Vec even_of(Vec pairs) { return (Vec)((IVec)pairs << 16); }
+VXL_INLINE Vec odd_of(Vec pairs) { return (Vec)((IVec)pairs & isplat(int32_t(0xffff0000u))); }
 
 VXL_INLINE void store_from_float(float* p, Vec v) { store(p, v); }
 VXL_INLINE void store_from_float(Bf16* p, Vec v) {

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.attention.groups import Competitor
+from benchmarks import attn
+from benchmarks.attention.groups import Competitor, main_cases, make_groups
 from benchmarks.attn import Runner
 from benchmarks.common import timing
 from benchmarks.common.cases import Case, Geometry
@@ -53,17 +54,65 @@ def test_so_many_repeats_as_were_asked_for(played):
     assert {name: len(values) for name, values in times.items()} == {0: 5, 1: 5, 2: 5, -1: 5}
 
 
-def test_the_ceiling_is_read_beside_others_only(played):
+def test_the_ceiling_is_not_repeated_alone(played):
     times = interleave({0: played(2.0), -1: played(0.0)}, 0.0, 3, 30, {0: 2.0})
-    assert (len(times[0]), len(times[-1])) == (2, 1)
+    assert (len(times[0]), len(times[-1])) == (2, 3)
+    times = interleave({0: played(0.1), -1: played(0.0)}, 0.9, 3, 30)
+    assert len(times[0]) == len(times[-1]) > 3
 
 
-def test_a_wrong_result_has_no_first_reading():
-    wrong = SimpleNamespace(judge=lambda output: Verdict(1.0, False))
+@pytest.mark.parametrize(
+    ("case", "rows", "right", "counts"),
+    [
+        ("chunk", 8, True, True),
+        ("chunk", 8, False, False),
+        ("decode", 1, True, False),  # the checked call does not start cold
+        ("rope_append", 8, True, False),
+    ],
+)
+def test_which_checked_calls_have_seconds(case, rows, right, counts):
+    answer = SimpleNamespace(judge=lambda output: Verdict(0.0, right))
     run = Run(lambda: torch.zeros(1), lambda output: output)
     provider = SimpleNamespace(prepare=lambda x: run, ours=False)
-    case = Case("chunk", Geometry.small(), 0, 1, "fp32", "cpu")
-    result = Result("chunk", "a", "fp32", 0, 1)
+    case = Case(case, Geometry.small(), 0, 1, "fp32", "cpu", plain_rows=rows)
+    result = Result(case.name, "a", "fp32", 0, 1)
     competitor = Competitor("a", provider, case)
-    assert Runner._checked(competitor, SimpleNamespace(case=case), wrong, result) == (None, 0.0)
-    assert result.note.startswith("WRONG")
+    found, seconds = Runner._checked(competitor, SimpleNamespace(case=case), answer, result)
+    assert (found is run, seconds > 0) == (right, counts)
+
+
+@pytest.mark.parametrize(("options", "counts"), [([], True), (["--repeats", "5"], False)])
+def test_with_a_number_of_repeats_the_checked_call_does_not_count(monkeypatch, options, counts):
+    seen = []
+
+    def interleave(turns, left, least, most, first):
+        seen.append(first)
+        return {name: [call()] for name, call in turns.items()}
+
+    monkeypatch.setattr(attn, "interleave", interleave)
+    options = attn.parse(["--small", "--provider", "vxl", "--case", "tail", *options])
+    groups = make_groups(options, Geometry.small())
+    results = Runner(options, groups, lambda done: None).run()
+    assert all(result.ok for result in results)
+    assert [first is not None for first in seen] == [counts] * len(groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ([], [0, 1620, 20250]),
+        (["--cache", "all"], [0, 1620, 8100, 20250]),
+        (["--cache", "7,9"], [7, 9]),
+    ],
+)
+def test_cache_lengths_on_a_cpu(options, lengths):
+    options = attn.parse(["--device", "cpu", "--case", "chunk", *options])
+    cases = main_cases(options, Geometry(), "fp32")
+    assert [case.cache_len for case in cases if case.name == "chunk"] == lengths
+
+
+@pytest.mark.parametrize("given", ["0,all", "x", "-1", "1,"])
+def test_a_cache_length_that_is_none_is_named(capsys, given):
+    with pytest.raises(SystemExit):
+        attn.parse([f"--cache={given}"])
+    assert f"--cache: got {given}, expected lengths or all" in capsys.readouterr().err
