@@ -117,6 +117,15 @@ struct NarrowState {
   }
 };
 
+// Copies a row of n values and fills it with zeros up to `dims`.
+template <typename T>
+VXL_INLINE const T* padded_row(const T* row, int64_t n, int64_t dims, float* staged) {
+  T* const to = reinterpret_cast<T*>(staged);
+  std::memcpy(to, row, n * sizeof(T));
+  std::memset(to + n, 0, (dims - n) * sizeof(T));
+  return to;
+}
+
 // How `narrow_piece` computes: the operands' layout, and one key block against all heads. This one
 // works in float32 for every storage type. PairNarrow (pairs_decode.h) has the same members.
 template <typename T>
@@ -133,12 +142,10 @@ struct FloatNarrow {
     for (int64_t d = 0; d < head_dim; ++d) out[d * stride] = to_float(row[d]) * scale;
   }
 
-  static void sum_from_row(const float* row, int64_t head_dim, float* sum) {
-    for (int64_t d = 0; d < head_dim; ++d) sum[place(d)] = row[d];
-  }
-  static const float* row_from_sum(const float* sum, int64_t head_dim, float* staged) {
-    for (int64_t d = 0; d < head_dim; ++d) staged[d] = sum[place(d)];
-    return staged;
+  static int64_t place(int64_t d) {  // where a sum has dimension d
+    if (!kEvenOdd<T>) return d;
+    const int64_t i = d % (2 * kLanes);
+    return d - i + i % 2 * kLanes + i / 2;
   }
 
   template <int NV>
@@ -162,12 +169,6 @@ struct FloatNarrow {
   }
 
  private:
-  static int64_t place(int64_t d) {  // where a sum has dimension d
-    if (!kEvenOdd<T>) return d;
-    const int64_t i = d % (2 * kLanes);
-    return d - i + i % 2 * kLanes + i / 2;
-  }
-
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<T>& block,
                          const NarrowState& x) {
@@ -179,10 +180,7 @@ struct FloatNarrow {
 #if defined(__AVX512F__)
       if constexpr (std::is_same_v<T, Bf16>) {
         if (dims % 2 == 0 && part % 2 == 0 && few_rows_fit(x.lanes, dims / 2, part / 2)) {
-          for (int64_t i = 0; i < kNarrowKeys; ++i) {
-            words[i] = reinterpret_cast<const float*>(rows[i]);
-          }
-          few_row_scores<TwoBf16Word>(x.lanes, words, q, dims / 2, part / 2, x.scores(h, c), ahead);
+          few_row_scores<TwoBf16Word>(x.lanes, rows, q, dims / 2, part / 2, x.scores(h, c), ahead);
           return;
         }
       }
@@ -214,10 +212,7 @@ struct FloatNarrow {
       if (x.dims != p.head_dim) {
         // A vector load from the tensor itself could read past its end.
         for (int64_t i = 0; i < n; ++i) {
-          T* const to = reinterpret_cast<T*>(x.staged + i * x.dims);
-          std::memcpy(to, rows[i], p.head_dim * sizeof(T));
-          std::memset(to + p.head_dim, 0, (x.dims - p.head_dim) * sizeof(T));
-          rows[i] = to;
+          rows[i] = padded_row(rows[i], p.head_dim, x.dims, x.staged + i * x.dims);
         }
       }
       narrow_weigh_rows(x.lanes, x.scores(h, c), x.padded, n, rows, x.dims,
@@ -243,7 +238,8 @@ void start_narrow(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
                        x.q + h * x.q_dims * x.padded + lane, x.padded);
       if (!piece.resumes) continue;
       const float* left = partial_at(p, plan, piece, row, head, workspace);
-      math.sum_from_row(left, p.head_dim, x.o + (h * x.lanes + lane) * x.dims);
+      float* const sum = x.o + (h * x.lanes + lane) * x.dims;
+      for (int64_t d = 0; d < p.head_dim; ++d) sum[Math::place(d)] = left[d];
       x.m[h * x.padded + lane] = left[p.head_dim];
       x.l[h * x.padded + lane] = left[p.head_dim + 1];
     }
@@ -295,11 +291,12 @@ void narrow_piece(const vxl::AttentionParams& p, const vxl::AttentionPlan& plan,
 
   for (int64_t h = 0; h < x.heads; ++h)
     for (int64_t lane = 0; lane < x.lanes; ++lane) {
-      const float* o =
-          math.row_from_sum(x.o + (h * x.lanes + lane) * x.dims, p.head_dim, x.staged);
+      const float* const sum = x.o + (h * x.lanes + lane) * x.dims;
+      for (int64_t d = 0; d < p.head_dim; ++d) x.staged[d] = sum[Math::place(d)];
       leave_row<T>(p, plan, piece, rows[lane / plan.group],
                    (piece.kv_head + h) * plan.group + lane % plan.group,
-                   Partial{o, x.m[h * x.padded + lane], x.l[h * x.padded + lane]}, workspace);
+                   Partial{x.staged, x.m[h * x.padded + lane], x.l[h * x.padded + lane]},
+                   workspace);
     }
 }
 

@@ -139,9 +139,12 @@ VXL_NOINLINE void few_row_scores(const float* const* k, const float* q, int64_t 
   store_columns(sum, s);
 }
 
-template <typename Word>
-VXL_INLINE void few_row_scores(int64_t rows, const float* const* k, const float* q, int64_t words,
+// Of rows of any type, which are read as words.
+template <typename Word, typename T>
+VXL_INLINE void few_row_scores(int64_t rows, const T* const* keys, const float* q, int64_t words,
                                int64_t part, float* s, Ahead& ahead) {
+  const float* k[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) k[i] = reinterpret_cast<const float*>(keys[i]);
   if (rows > 7) return few_row_scores<8, Word>(k, q, words, part, s, ahead);
   if (rows > 4) return few_row_scores<7, Word>(k, q, words, part, s, ahead);
   if (rows > 2) return few_row_scores<4, Word>(k, q, words, part, s, ahead);

@@ -100,12 +100,9 @@ struct PairNarrow {
     }
   }
 
-  static void sum_from_row(const float* row, int64_t head_dim, float* sum) {
-    for (int64_t d = 0; d < head_dim; ++d) sum[place(d)] = row[d];
-  }
-  static const float* row_from_sum(const float* sum, int64_t head_dim, float* staged) {
-    for (int64_t d = 0; d < head_dim; ++d) staged[d] = sum[place(d)];
-    return staged;
+  static int64_t place(int64_t d) {  // where a sum has dimension d
+    const int64_t i = d % kSumDims;
+    return d - i + (i & 4) / 4 * kLanes + i / 8 * 4 + i % 4;
   }
 
   template <int NV>
@@ -133,17 +130,6 @@ struct PairNarrow {
   }
 
  private:
-  static int64_t place(int64_t d) {  // where a sum has dimension d
-    const int64_t i = d % kSumDims;
-    return d - i + (i & 4) / 4 * kLanes + i / 8 * 4 + i % 4;
-  }
-
-  // A row of n values, filled with zeros up to a multiple of kSumDims.
-  static const Bf16* padded_row(const Bf16* row, int64_t n, int64_t dims, float* to) {
-    copy_pairs(row, n, dims / 2, reinterpret_cast<Pair*>(to));
-    return reinterpret_cast<const Bf16*>(to);
-  }
-
   template <int NV>
   static void score_keys(const vxl::AttentionParams& p, const BlockRows<Bf16>& block,
                          const NarrowState& x) {
@@ -156,11 +142,7 @@ struct PairNarrow {
       const float* const q = x.q + h * x.q_dims * x.padded;
 #if defined(__AVX512F__)
       if (few_rows_fit(x.lanes, x.q_dims, x.q_dims)) {
-        const float* words[kNarrowKeys];
-        for (int64_t i = 0; i < kNarrowKeys; ++i) {
-          words[i] = reinterpret_cast<const float*>(rows[i]);
-        }
-        few_row_scores<PairWord>(x.lanes, words, q, x.q_dims, x.q_dims, x.scores(h, c), ahead);
+        few_row_scores<PairWord>(x.lanes, rows, q, x.q_dims, x.q_dims, x.scores(h, c), ahead);
         return;
       }
 #endif
